@@ -1,0 +1,1 @@
+"""One file per provider; ``registry.BACKENDS`` lists them in order of preference."""

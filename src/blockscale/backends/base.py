@@ -1,0 +1,53 @@
+"""What a backend is: one pure question, one preparation, one hot call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from blockscale.planning.decision import PlannableBackend
+
+if TYPE_CHECKING:
+    import torch
+
+    from blockscale.planning.decision import Offer
+    from blockscale.tensor import BlockScaledTensor
+
+
+class Backend(PlannableBackend, Protocol):
+    """A provider that planning may choose and modules may run. Stateless.
+
+    Offers whose ``readiness`` is PLAN_ONLY come from backends that only implement
+    ``PlannableBackend``.
+    """
+
+    def prepare(self, weight: BlockScaledTensor, offer: Offer) -> BlockScaledTensor:
+        """The weight in exactly the form of ``offer.weight``; the argument is not written to.
+
+        ``weight`` is in ``offer.weight.format`` already (the planner's conversion is done by
+        ``modules.prepare``); this changes the scale layout and builds what the kernel needs, such
+        as compiled code, so that the first forward does neither.
+
+        Raises BackendError if the provider cannot be loaded.
+        """
+        ...
+
+    def quantize_activation(self, activation: torch.Tensor, offer: Offer) -> BlockScaledTensor:
+        """An (M, k) float matrix quantized into exactly the form of ``offer.activation``.
+
+        Never called if ``offer.activation`` is None.
+        """
+        ...
+
+    def run(
+        self,
+        activation: BlockScaledTensor | torch.Tensor,
+        weight: BlockScaledTensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> None:
+        """Write activation x weight^T (+ bias) into ``out``, an (M, n) row-major matrix with M >= 1.
+
+        ``activation`` is in the form of ``offer.activation``, or a float tensor where that is
+        None. Nothing is decided here: no branch on device, environment or dtype.
+        """
+        ...

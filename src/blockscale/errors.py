@@ -1,0 +1,59 @@
+"""Everything blockscale raises on purpose.
+
+::
+
+    BlockscaleError
+    ├── FormatError      a value contradicts its format or layout (also a ValueError)
+    ├── PlanError        no backend may serve a layer; carries every rejection
+    ├── BackendError     a planned backend cannot be prepared or run on this machine
+    ├── CheckpointError  a file cannot be read, or contradicts itself
+    ├── SettingsError    an environment variable or option has no meaning
+    └── ModelError       a model object does not match its checkpoint or its plan
+
+A message is one line that says what was asked, what was found and what to do about it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class BlockscaleError(Exception):
+    """Base of all errors that blockscale raises on purpose."""
+
+
+class FormatError(BlockscaleError, ValueError):
+    """A tensor, a shape or a scale contradicts the format or layout that it claims."""
+
+
+class PlanError(BlockscaleError):
+    """A layer cannot be served under the policy; the message names every backend and its reasons."""
+
+
+class BackendError(BlockscaleError):
+    """A provider is missing or refused at ``prepare`` what the plan asked of it."""
+
+
+class SettingsError(BlockscaleError):
+    """An environment variable or command-line option holds a value without meaning."""
+
+
+class ModelError(BlockscaleError):
+    """A model object does not match the checkpoint or plan it is asked to run."""
+
+
+class CheckpointError(BlockscaleError):
+    """A checkpoint file cannot be read or contradicts itself.
+
+    ``path`` and ``tensor`` say where; ``str(error)`` starts with both.
+    """
+
+    def __init__(self, path: Path | str, problem: str, *, tensor: str | None = None) -> None:
+        self.path = str(path)
+        self.tensor = tensor
+        self.problem = problem
+        where = f"{path}: tensor {tensor!r}" if tensor is not None else str(path)
+        super().__init__(f"{where}: {problem}")

@@ -1,0 +1,120 @@
+"""A backend's answer to a request: an ``Offer``, or every ``Rejection`` there is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from blockscale.formats import BlockFormat, ScaleLayout
+    from blockscale.planning.device import Device
+    from blockscale.planning.request import LinearRequest
+
+
+class Obstacle(Enum):
+    """Why a backend may not serve a layer. Each occurs in at least one test."""
+
+    ARCHITECTURE = "architecture"
+    NOT_INSTALLED = "not_installed"
+    TOOLKIT = "toolkit"
+    ACTIVATION_DTYPE = "activation_dtype"
+    OUT_DTYPE = "out_dtype"
+    BLOCK_SHAPE = "block_shape"
+    SCALE_FORMAT = "scale_format"
+    ALIGNMENT = "alignment"
+    SHARD_SPLITS_BLOCK = "shard_splits_block"
+    BIAS = "bias"
+    GROUPING = "grouping"
+    FAILED_PROBE = "failed_probe"
+    UNVERIFIED_SCALES = "unverified_scales"
+    LOSSY_CONVERSION = "lossy_conversion"
+    NOT_DETERMINISTIC = "not_deterministic"
+    EXCLUDED_BY_POLICY = "excluded_by_policy"
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """One reason why one backend may not serve the layer, in words a person can act on."""
+
+    backend: str
+    obstacle: Obstacle
+    reason: str
+
+
+class Evidence(Enum):
+    """Why we believe that a backend computes what its offer says."""
+
+    PROVEN = "proven"
+    """The probe compared it with the float64 reference on this very device."""
+    TESTED = "tested"
+    """This project's tests passed on this architecture."""
+    DOCUMENTED = "documented"
+    """Its provider says so; nobody here has run it on this architecture."""
+
+
+class Readiness(Enum):
+    """Whether blockscale itself can run the offer today."""
+
+    RUNNABLE = "runnable"
+    PLAN_ONLY = "plan_only"
+    """The gates and layouts are known, blockscale has no ``run`` for it yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class MRange:
+    """Numbers of tokens, both ends included; ``max_m`` None means no limit."""
+
+    min_m: int = 0
+    max_m: int | None = None
+
+    def __str__(self) -> str:
+        """``M >= 0`` or ``1 <= M <= 31``."""
+        if self.max_m is None:
+            return f"M >= {self.min_m}"
+        return f"{self.min_m} <= M <= {self.max_m}"
+
+    def contains(self, m: int) -> bool:
+        """Whether this range serves ``m`` tokens."""
+        return self.min_m <= m and (self.max_m is None or m <= self.max_m)
+
+
+@dataclass(frozen=True, slots=True)
+class OperandForm:
+    """What an operand must be when the kernel reads it: its format and its scale layout."""
+
+    format: BlockFormat
+    layout: ScaleLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A backend would serve this layer if its operands come in these forms.
+
+    ``activation`` is None where the backend takes unquantized activations (weight-only, or it
+    quantizes inside). The planner compares ``weight`` with the checkpoint to see what would be
+    converted; the backend does not hide it. ``notes`` are facts a reader of the plan should know.
+    """
+
+    backend: str
+    weight: OperandForm
+    activation: OperandForm | None
+    m_range: MRange = MRange()
+    is_deterministic: bool = True
+    evidence: Evidence = Evidence.DOCUMENTED
+    readiness: Readiness = Readiness.PLAN_ONLY
+    notes: tuple[str, ...] = ()
+
+
+class PlannableBackend(Protocol):
+    """The half of a backend that planning needs: a name and a pure question."""
+
+    @property
+    def name(self) -> str:
+        """The provider's own name, lower case."""
+        ...
+
+    def evaluate(self, request: LinearRequest, device: Device) -> Offer | Sequence[Rejection]:
+        """An offer, or all the reasons against one (never an empty sequence)."""
+        ...

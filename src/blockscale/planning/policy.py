@@ -1,0 +1,49 @@
+"""``PlanPolicy``: what the user permits. The planner never goes beyond it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Exactness(Enum):
+    """Whether a weight's values may change between checkpoint and kernel."""
+
+    EXACT = "exact"
+    """Never. Unverified scales count as not convertible."""
+    ALLOW_LOSSY = "allow_lossy"
+    """They may, within ``max_relative_error`` measured per layer at ``prepare``."""
+
+
+class Determinism(Enum):
+    """Whether the same input must give the same bits on every run."""
+
+    ANY = "any"
+    REQUIRED = "required"
+
+
+class Strictness(Enum):
+    """What happens to a layer that no backend can serve."""
+
+    REPORT = "report"
+    RAISE = "raise"
+
+
+# FP8 data rewritten under power-of-two scales moves by 2.65 % (relative Frobenius) on normal
+# weights (facts/sglang.md 4.3, measured on a CPU); 3 % lets that pass and stops anything worse.
+DEFAULT_MAX_RELATIVE_ERROR = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class PlanPolicy:
+    """Limits on a plan. The default converts nothing that it cannot prove lossless.
+
+    ``backends``: the only ones allowed, in order of preference; None for all, in the registry's
+    order. ``max_relative_error`` applies under ``ALLOW_LOSSY`` only.
+    """
+
+    backends: tuple[str, ...] | None = None
+    exactness: Exactness = Exactness.EXACT
+    max_relative_error: float = DEFAULT_MAX_RELATIVE_ERROR
+    determinism: Determinism = Determinism.ANY
+    strictness: Strictness = Strictness.REPORT
