@@ -30,7 +30,7 @@ class FormatError(BlockscaleError, ValueError):
 
 
 class PlanError(BlockscaleError):
-    """A layer cannot be served under the policy; the message names every backend and its reasons."""
+    """A layer cannot be served under the policy; the message gives every backend's reasons."""
 
 
 class BackendError(BlockscaleError):

@@ -12,7 +12,7 @@ stride is rounded up (``leading_align_bytes``) and whether the stored tensor sho
 =========================================  =======================================================
 layout                                     who reads it (letters: facts/sglang.md 2.1)
 =========================================  =======================================================
-``K_MAJOR``                                checkpoints, Triton, DeepGEMM SM90 weights (WF32 WE8 AF32R)
+``K_MAJOR``                                checkpoints, Triton, DeepGEMM SM90 weights (WF32)
 ``MN_MAJOR``                               torch scaled_mm activations, FlashInfer TRTLLM (AF32C)
 ``MN_MAJOR_TMA_ALIGNED``                   DeepGEMM SM90 activations (AF32T)
 ``MN_MAJOR_TMA_ALIGNED_PACKED``            DeepGEMM SM100/SM120 activations (APK)
@@ -126,7 +126,7 @@ class ScaleLayout:
         return (mn if self.rows is Rows.PER_ROW else rows), columns
 
     def storage_type(self, scale: ScaleFormat) -> StorageType:
-        """The dtype that stores ``scale`` here. Raises FormatError if this layout cannot hold it."""
+        """The dtype that stores ``scale``. Raises FormatError if this layout cannot hold it."""
         if self.packing is not Packing.NONE and scale is not ScaleFormat.UE8M0:
             msg = f"layout {self.name} holds exponents; {scale.value} scales cannot be stored in it"
             raise FormatError(msg)

@@ -2,10 +2,10 @@
 
 A scale is the multiplier that dequantizes: value = data x scale.
 
-UE8M0 is eight exponent bits and nothing else: byte ``b`` is 2**(b - 127), 255 is NaN and zero cannot
-be written (OCP MX specification 1.0, E8M0). Blockscale rounds a scale to UE8M0 **up**, on the bits
-of its float32: ``exp2(ceil(log2(x)))`` is wrong one ulp above most powers of two, and rounding to
-nearest would let the largest element of a block overflow E4M3.
+UE8M0 is eight exponent bits and nothing else: byte ``b`` is 2**(b - 127), 255 is NaN and zero
+cannot be written (OCP MX specification 1.0, E8M0). Blockscale rounds a scale to UE8M0 **up**, on
+the bits of its float32: ``exp2(ceil(log2(x)))`` is wrong one ulp above most powers of two, and
+rounding to nearest would let the largest element of a block overflow E4M3.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class PowerOfTwo(Enum):
     UNKNOWN = "unknown"
 
 
-# Below this the largest magnitude of a block counts as this: keeps amax / 448 a normal float32 with
-# a finite reciprocal, and is the floor of SGLang's and vLLM's serving kernels (facts/sglang.md 4.1).
+# Below this the largest magnitude of a block counts as this: keeps amax / 448 a normal float32
+# with a finite reciprocal, and is the floor of SGLang's serving kernels (eps of
+# sglang_per_token_group_quant_fp8).
 AMAX_FLOOR = 1e-10
 
 # UE8M0 bytes that blockscale produces. Byte 0 is 2**-127, a float32 subnormal that GPUs may flush;
@@ -45,6 +46,7 @@ UE8M0_MAX_BYTE = 254
 UE8M0_NAN_BYTE = 255
 
 FLOAT32_MANTISSA_BITS = 23
+FLOAT32_INFINITY_BITS = 0x7F800000
 FLOAT32_MANTISSA_MASK = (1 << FLOAT32_MANTISSA_BITS) - 1
 
 
@@ -54,7 +56,7 @@ def ue8m0_byte_rounded_up(scale: float) -> int:
     Raises ValueError for NaN, infinity, zero, a negative number, or a value above 2**127.
     """
     bits = _float32_bits(scale)
-    if not 0 < bits < 0x7F800000:
+    if not 0 < bits < FLOAT32_INFINITY_BITS:
         msg = f"a scale must be positive and finite, not {scale!r}"
         raise ValueError(msg)
     byte = (bits >> FLOAT32_MANTISSA_BITS) + bool(bits & FLOAT32_MANTISSA_MASK)
