@@ -37,9 +37,9 @@ class Shard:
 class LinearRequest:
     """One linear layer, out[M, n] = activation[M, k] x weight[n, k]^T, as one rank will run it.
 
-    ``n`` and ``k`` are the shard's. ``parts`` are the rows of each merged weight in order (q, k, v),
-    one entry if nothing is merged; they sum to ``n``. ``format`` and ``power_of_two`` describe the
-    checkpoint's weight. ``experts`` is the number of stacked weights of a grouped layer on this
+    ``n`` and ``k`` are the shard's. ``parts`` are the rows of each merged weight in order (q, k,
+    v), one entry if nothing is merged; they sum to ``n``. ``format`` and ``power_of_two`` describe
+    the checkpoint's weight. ``experts`` is the number of stacked weights of a grouped layer on this
     rank, None for a dense one.
     """
 
