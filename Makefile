@@ -1,0 +1,47 @@
+# Two commands for a newcomer: `make demo` and `make test`. `make check` is what CI runs first.
+# PIP_ARGS is passed to pip (an index of CPU builds of torch, say).
+
+VENV    := .venv
+PYTHON  := $(VENV)/bin/python
+WEIGHTS := .cache/weights
+TORCH   := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help install weights demo test check format clean
+
+help:
+	@echo "make demo    install into $(VENV), fetch SmolLM2-135M, quantize, plan, verify, generate"
+	@echo "make test    all CPU tests"
+	@echo "make check   format, lint, types, layers"
+	@echo "make format  rewrite files in the project's format"
+
+install: $(VENV)/.installed
+
+# torch first and pinned: asked for without a version, pip would take a CUDA build of several GB.
+$(VENV)/.installed: pyproject.toml
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(TORCH)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable '.[dev]'
+	touch $@
+
+weights: install
+	$(PYTHON) tools/real_weights.py --cache $(WEIGHTS)
+
+demo: weights
+	$(PYTHON) tools/demo.py --weights $(WEIGHTS)
+
+test: weights
+	$(PYTHON) -m pytest
+
+check: install
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: install
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

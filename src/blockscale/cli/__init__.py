@@ -1,0 +1,1 @@
+"""The command line: ``main`` holds the app, every command has a module of its own."""

@@ -1,0 +1,47 @@
+"""The ``blockscale`` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from blockscale.cli import doctor, generate, inspect, plan, quantize, verify
+from blockscale.cli.output import ExitCode, error_line
+from blockscale.errors import BlockscaleError
+
+app = typer.Typer(
+    name="blockscale",
+    help="Plan, prepare and run block-scaled FP8 linear layers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("doctor")(doctor.doctor)
+app.command("inspect")(inspect.inspect)
+app.command("plan")(plan.plan)
+app.command("quantize")(quantize.quantize)
+app.command("verify")(verify.verify)
+app.command("generate")(generate.generate)
+
+
+def run() -> None:
+    """Entry point: every expected failure is one line on stderr and an exit code."""
+    try:
+        app()
+    except BlockscaleError as error:
+        error_line(str(error))
+        sys.exit(ExitCode.WRONG_USE)
+    except KeyboardInterrupt:
+        error_line("interrupted; nothing half-written was left behind")
+        sys.exit(ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        # The reader closed the pipe (`| head`): not our error, and stdout must not be flushed again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(ExitCode.FINE)
+
+
+if __name__ == "__main__":
+    run()

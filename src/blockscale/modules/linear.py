@@ -1,0 +1,115 @@
+"""``BlockScaledLinear``: a plan, a prepared weight and a bias."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from blockscale import ops
+from blockscale.backends.registry import runnable_backend_named
+from blockscale.errors import ModelError
+from blockscale.modules.prepare import prepare_weight
+from blockscale.planning.policy import PlanPolicy
+from blockscale.tensor import BlockScaledTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from blockscale.planning.plan import LinearPlan
+
+
+class BlockScaledLinear(nn.Module):
+    """out = activation x weight^T + bias, run as planned.
+
+    ``weight`` is the checkpoint's, (n, k) with scales in ``K_MAJOR``; it is prepared here, once.
+    ``bias`` is an (n,) tensor or None. ``forward`` takes (..., k) in the planned activation dtype
+    and gives (..., n) in the planned output dtype; all it looks up is the M range.
+
+    Inference only. ``.to(device)`` moves data and scales; dtype casts (``.half()``) touch the bias
+    alone, because FP8 codes have no other dtype.
+
+    Raises PlanError if the plan does not fit the weight, BackendError if a provider fails.
+    """
+
+    data: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        plan: LinearPlan,
+        weight: BlockScaledTensor,
+        bias: torch.Tensor | None = None,
+        policy: PlanPolicy | None = None,
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        self._policy = policy or PlanPolicy()
+        self._backends = tuple(runnable_backend_named(name) for name in plan.backends)
+        prepared = prepare_weight(plan, weight, self._backends, self._policy)
+        self.register_buffer("bias", bias)
+        self._handle = self._hold(prepared, None)
+        weakref.finalize(self, ops.release, self._handle)
+
+    @property
+    def weight(self) -> BlockScaledTensor:
+        """The prepared weight, sharing the module's storages."""
+        return self._weight
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.plan.request.k
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.plan.request.n
+
+    def forward(self, activation: torch.Tensor) -> torch.Tensor:
+        """(..., k) to (..., n)."""
+        return ops.linear(activation, self.bias, self._handle)
+
+    def update(self, weight: BlockScaledTensor) -> None:
+        """Take new values from checkpoint layout into the same storages.
+
+        Captured CUDA graphs and compiled code then serve the new weight. Raises ModelError, with
+        nothing changed, if the new weight is on another device; PlanError if it does not fit the
+        plan.
+        """
+        if weight.device != self._weight.device:
+            msg = (
+                f"layer {self.plan.name!r} is on {self._weight.device}, its new weight on "
+                f"{weight.device}; move the weight first"
+            )
+            raise ModelError(msg)
+        prepared = prepare_weight(self.plan, weight, self._backends, self._policy)
+        self._weight.data.copy_(prepared.data)
+        self._weight.scales.copy_(prepared.scales)
+
+    def extra_repr(self) -> str:
+        """Shape, format and backends, for ``print(model)``."""
+        chosen = ", ".join(f"{c.offer.backend} ({c.m_range})" for c in self.plan.choices)
+        return f"{self.in_features}, {self.out_features}, {self._weight.format}, {chosen}"
+
+    def _hold(self, weight: BlockScaledTensor, handle: int | None) -> int:
+        self._weight = weight
+        self.register_buffer("data", weight.data)
+        self.register_buffer("scales", weight.scales)
+        return ops.bind(self.plan, weight, self._backends, handle)
+
+    def _apply(
+        self,
+        fn: Callable[[torch.Tensor], torch.Tensor],
+        recurse: bool = True,  # noqa: FBT001, FBT002, ARG002 - torch.nn.Module's signature
+    ) -> BlockScaledLinear:
+        # torch's own _apply would cast FP8 codes and drop the strides of padded layouts.
+        device = fn(torch.empty(0, device=self._weight.device)).device
+        if device != self._weight.device:
+            self._hold(self._weight.to(device), self._handle)
+        if self.bias is not None:
+            self.bias = fn(self.bias)
+        return self
