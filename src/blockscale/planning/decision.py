@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from blockscale.formats import BlockFormat, ScaleLayout
     from blockscale.planning.device import Device
     from blockscale.planning.request import LinearRequest
@@ -25,12 +26,14 @@ class Obstacle(Enum):
     SCALE_FORMAT = "scale_format"
     ALIGNMENT = "alignment"
     SHARD_SPLITS_BLOCK = "shard_splits_block"
-    BIAS = "bias"
     GROUPING = "grouping"
     FAILED_PROBE = "failed_probe"
     UNVERIFIED_SCALES = "unverified_scales"
     LOSSY_CONVERSION = "lossy_conversion"
     NOT_DETERMINISTIC = "not_deterministic"
+    M_RANGE = "m_range"
+    WEIGHT_FORM = "weight_form"
+    NO_RUN = "no_run"
     EXCLUDED_BY_POLICY = "excluded_by_policy"
 
 

@@ -1,0 +1,119 @@
+"""Collecting every reason against a backend, and the gates that many providers share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from blockscale.planning.decision import Obstacle, Rejection
+from blockscale.planning.device import Installed
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from blockscale.formats import BlockShape, DType
+    from blockscale.planning.device import Device
+    from blockscale.planning.request import LinearRequest
+
+
+@dataclass(slots=True)
+class Gates:
+    """The rejections of one backend for one request, gathered without stopping at the first."""
+
+    backend: str
+    request: LinearRequest
+    device: Device
+    rejections: list[Rejection] = field(default_factory=list)
+
+    def unless(self, holds: object, obstacle: Obstacle, reason: str) -> None:
+        """Record ``reason`` if the condition does not hold."""
+        if not holds:
+            self.rejections.append(Rejection(self.backend, obstacle, reason))
+
+    def architectures(self, supported: Sequence[tuple[int, int]], why: str = "") -> None:
+        """The device must be one of these compute capabilities."""
+        names = ", ".join(f"sm_{major}{minor}" for major, minor in supported)
+        self.unless(
+            self.device.capability in supported,
+            Obstacle.ARCHITECTURE,
+            f"runs on {names}, not on {self.device.architecture}{'; ' + why if why else ''}",
+        )
+
+    def package(self, distribution: str) -> None:
+        """A distribution must be installed (or assumed, on an invented device)."""
+        self.unless(
+            self.device.installed(distribution) is not Installed.NO,
+            Obstacle.NOT_INSTALLED,
+            f"package {distribution} is not installed (pip install {distribution})",
+        )
+
+    def cuda_at_least(self, major: int, minor: int) -> None:
+        """The CUDA release must be new enough, where it is known."""
+        cuda = self.device.cuda
+        if cuda is not None:
+            self.unless(
+                cuda >= (major, minor),
+                Obstacle.TOOLKIT,
+                f"needs CUDA {major}.{minor}, found {cuda[0]}.{cuda[1]}",
+            )
+
+    def blocks(self, supported: Collection[BlockShape]) -> None:
+        """The checkpoint's blocks must be among these."""
+        names = ", ".join(str(block) for block in supported)
+        self.unless(
+            self.request.format.block in supported,
+            Obstacle.BLOCK_SHAPE,
+            f"takes {names} weight blocks, not {self.request.format.block}",
+        )
+
+    def out_dtypes(self, supported: Sequence[DType], why: str = "") -> None:
+        """The output dtype must be among these."""
+        names = ", ".join(dtype.value for dtype in supported)
+        self.unless(
+            self.request.out_dtype in supported,
+            Obstacle.OUT_DTYPE,
+            f"writes {names}, not {self.request.out_dtype.value}{'; ' + why if why else ''}",
+        )
+
+    def activation_dtypes(self, supported: Sequence[DType], why: str = "") -> None:
+        """The activation dtype must be among these, where the provider quantizes itself."""
+        names = ", ".join(dtype.value for dtype in supported)
+        self.unless(
+            self.request.activation_dtype in supported,
+            Obstacle.ACTIVATION_DTYPE,
+            f"reads {names}, not {self.request.activation_dtype.value}{'; ' + why if why else ''}",
+        )
+
+    def multiples(self, n: int, k: int, why: str = "") -> None:
+        """N and K of the shard must be multiples of these."""
+        request = self.request
+        wrong = [
+            f"{axis}={size} is not a multiple of {step}"
+            for axis, size, step in (("N", request.n, n), ("K", request.k, k))
+            if size % step
+        ]
+        self.unless(
+            not wrong, Obstacle.ALIGNMENT, " and ".join(wrong) + (f"; {why}" if why else "")
+        )
+
+    def whole_blocks(self) -> None:
+        """The shard must not cut through a scale block, whatever the kernel could do."""
+        split = self.request.shard.split_blocks
+        self.unless(
+            not split,
+            Obstacle.SHARD_SPLITS_BLOCK,
+            "the shard's scales are no slice of the checkpoint's: " + "; ".join(split),
+        )
+
+    def dense(self) -> None:
+        """The layer must not be a stack of experts."""
+        self.unless(
+            self.request.experts is None,
+            Obstacle.GROUPING,
+            f"has no grouped kernel for a stack of {self.request.experts} experts",
+        )
+
+
+def bias_notes(request: LinearRequest) -> tuple[str, ...]:
+    """What a plan says where the provider's kernel takes no bias."""
+    return ("the bias is added by a second kernel",) if request.has_bias else ()

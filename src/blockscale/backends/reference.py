@@ -1,0 +1,75 @@
+"""Plain torch: dequantize both operands, multiply in float32. Slow, exact semantics, anywhere.
+
+Architectures: all, CPU included. Output: bfloat16, float16, float32; bias added in float32.
+Blocks: any weights; activations are quantized per token with the weight's K block.
+Scales lie as stored, K-major.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blockscale.backends.gates import Gates
+from blockscale.formats import E4M3FN, K_MAJOR, BlockFormat, BlockShape, ScaleFormat
+from blockscale.planning.decision import Evidence, Offer, OperandForm, Readiness
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from blockscale.planning.decision import Rejection
+    from blockscale.planning.device import Device
+    from blockscale.planning.request import LinearRequest
+    from blockscale.tensor import BlockScaledTensor
+
+
+class Reference:
+    """The definition of correct, as a backend."""
+
+    name = "reference"
+
+    def evaluate(self, request: LinearRequest, device: Device) -> Offer | Sequence[Rejection]:
+        """An offer, unless the shard cuts through a scale block."""
+        gates = Gates(self.name, request, device)
+        gates.whole_blocks()
+        if gates.rejections:
+            return gates.rejections
+        weight = request.format
+        if weight.scale is ScaleFormat.BF16:
+            weight = weight.with_scale(ScaleFormat.FP32)
+        activation = BlockFormat(E4M3FN, weight.scale, BlockShape(1, weight.block.k))
+        return Offer(
+            self.name,
+            OperandForm(weight, K_MAJOR),
+            OperandForm(activation, K_MAJOR),
+            evidence=Evidence.TESTED,
+            readiness=Readiness.RUNNABLE if request.experts is None else Readiness.PLAN_ONLY,
+            notes=("slow: dequantizes the weight on every call",),
+        )
+
+    def prepare(self, weight: BlockScaledTensor, offer: Offer) -> BlockScaledTensor:  # noqa: ARG002 - the protocol's signature
+        """The weight as it is: nothing is compiled and the layout is the checkpoint's."""
+        return weight
+
+    def quantize_activation(self, activation: torch.Tensor, offer: Offer) -> BlockScaledTensor:
+        """Per-token blocks by ``reference.quantize``."""
+        from blockscale.reference import quantize
+
+        assert offer.activation is not None
+        return quantize(activation, offer.activation.format)
+
+    def run(
+        self,
+        activation: BlockScaledTensor | torch.Tensor,
+        weight: BlockScaledTensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> None:
+        """``reference.block_scaled_matmul`` in float32, then the bias, then one cast."""
+        from blockscale.reference import block_scaled_matmul
+        from blockscale.tensor import BlockScaledTensor
+
+        assert isinstance(activation, BlockScaledTensor)
+        result = block_scaled_matmul(activation, weight)
+        out.copy_(result if bias is None else result + bias.float())

@@ -1,0 +1,57 @@
+"""All backends in order of preference. Importing this loads no provider and no torch.
+
+The order, and why: DeepGEMM is the fastest public kernel where it can run (baseline/h200.md);
+TRT-LLM next on SM100; then cuBLASLt, the fastest that writes float16 on SM90; the CUTLASS kernels
+of SM120 and SM100; plain Triton, which takes any shape; FlashInfer's SM90 kernel only on request,
+since its accuracy was disputed; the CPU kernel; the reference last.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from blockscale.backends.cpu import Cpu
+from blockscale.backends.deep_gemm import DeepGemm
+from blockscale.backends.flashinfer import FlashInferCutlass, FlashInferSm90, FlashInferTrtllm
+from blockscale.backends.gluon import Gluon
+from blockscale.backends.reference import Reference
+from blockscale.backends.sgl_cutlass import SglCutlass
+from blockscale.backends.torch_scaled_mm import TorchScaledMm
+from blockscale.backends.triton import Triton
+from blockscale.errors import BackendError
+
+if TYPE_CHECKING:
+    from blockscale.backends.base import Backend
+    from blockscale.planning.decision import PlannableBackend
+
+BACKENDS: tuple[PlannableBackend, ...] = (
+    DeepGemm(),
+    FlashInferTrtllm(),
+    Gluon(),
+    TorchScaledMm(),
+    SglCutlass(),
+    FlashInferCutlass(),
+    Triton(),
+    FlashInferSm90(),
+    Cpu(),
+    Reference(),
+)
+
+
+def backend_named(name: str) -> PlannableBackend:
+    """The backend of that name. Raises BackendError, listing the known ones, if there is none."""
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    known = ", ".join(backend.name for backend in BACKENDS)
+    msg = f"no backend is called {name!r}; known: {known}"
+    raise BackendError(msg)
+
+
+def runnable_backend_named(name: str) -> Backend:
+    """The backend of that name, if blockscale can run it. Raises BackendError if it cannot."""
+    backend = backend_named(name)
+    if not hasattr(backend, "run"):
+        msg = f"backend {name!r} can be planned but blockscale has no run for it yet"
+        raise BackendError(msg)
+    return cast("Backend", backend)

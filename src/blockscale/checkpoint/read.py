@@ -1,0 +1,192 @@
+"""A checkpoint as one table of tensors: a directory with one or many shards, or a single file.
+
+Only headers and JSON are read here; ``read_bytes`` fetches one tensor's bytes. No torch.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blockscale.checkpoint.header import FileHeader, TensorEntry, parse_json_object, read_header
+from blockscale.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+# Far above any real index or config (DeepSeek-V3's index is 9 MB).
+MAX_JSON_BYTES = 200_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Tensors by name, the files they lie in, and config.json (empty if there is none)."""
+
+    path: Path
+    tensors: Mapping[str, TensorEntry]
+    files: tuple[Path, ...]
+    config: Mapping[str, Any]
+
+    def tensor(self, name: str) -> TensorEntry:
+        """The entry of that name. Raises CheckpointError if there is none."""
+        entry = self.tensors.get(name)
+        if entry is None:
+            raise CheckpointError(self.path, "is not in this checkpoint", tensor=name)
+        return entry
+
+    @property
+    def config_path(self) -> Path:
+        """Where config.json is, or would be."""
+        return (self.path if self.path.is_dir() else self.path.parent) / CONFIG_NAME
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.length for entry in self.tensors.values())
+
+
+def read_checkpoint(path: Path | str) -> Checkpoint:
+    """Headers and config of a checkpoint directory or a single .safetensors file.
+
+    Raises CheckpointError, naming file and tensor, for anything that contradicts itself: an index
+    that points outside the directory or to a missing shard, a tensor in two shards or in another
+    shard than the index says, unreadable headers or JSON.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_directory(path)
+    if not path.exists():
+        raise CheckpointError(path, "does not exist; give a directory or a .safetensors file")
+    tensors = {entry.name: entry for entry in read_header(path).tensors}
+    config_path = path.parent / CONFIG_NAME
+    config = read_json(config_path) if config_path.is_file() else {}
+    return Checkpoint(path, tensors, (path,), config)
+
+
+def read_bytes(entry: TensorEntry, begin: int = 0, end: int | None = None) -> bytes:
+    """Bytes [begin, end) of one tensor, all of them by default.
+
+    Raises CheckpointError if the file has changed since its header was read.
+    """
+    end = entry.length if end is None else end
+    try:
+        with entry.path.open("rb", buffering=0) as file:
+            pieces = list(_pieces(file.fileno(), entry.offset + begin, end - begin))
+    except OSError as error:
+        raise CheckpointError(
+            entry.path, f"cannot be read: {error.strerror or error}", tensor=entry.name
+        ) from error
+    data = b"".join(pieces) if len(pieces) != 1 else pieces[0]
+    if len(data) != end - begin:
+        raise CheckpointError(
+            entry.path, "the file became shorter while it was read", tensor=entry.name
+        )
+    return data
+
+
+def _pieces(descriptor: int, offset: int, length: int) -> Iterator[bytes]:
+    while length > 0:
+        # pread returns at most 2 GiB on Linux, whatever is asked.
+        piece = os.pread(descriptor, min(length, 1 << 30), offset)
+        if not piece:
+            return
+        yield piece
+        offset, length = offset + len(piece), length - len(piece)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size. Raises CheckpointError otherwise."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(path, f"holds {size} bytes; no {path.name} is that large")
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
+    return parse_json_object(path, raw, path.name)
+
+
+def _read_directory(directory: Path) -> Checkpoint:
+    index, single = directory / INDEX_NAME, directory / SINGLE_NAME
+    if index.is_file():
+        headers = [read_header(shard) for shard in _shards(directory, index)]
+    elif single.is_file():
+        _check_inside(directory, single)
+        headers = [read_header(single)]
+    else:
+        raise CheckpointError(directory, f"holds neither {INDEX_NAME} nor {SINGLE_NAME}")
+    tensors = _merged(headers)
+    if index.is_file():
+        _check_index(index, tensors)
+    config_path = directory / CONFIG_NAME
+    config = read_json(config_path) if config_path.is_file() else {}
+    return Checkpoint(directory, tensors, tuple(h.path for h in headers), config)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(index, "has no weight_map that names the shards")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise CheckpointError(index, "maps to no file name", tensor=name)
+    return weight_map
+
+
+def _shards(directory: Path, index: Path) -> list[Path]:
+    shards = []
+    for name in sorted(set(_weight_map(index).values())):
+        if Path(name).name != name or name in {"", ".", ".."}:
+            raise CheckpointError(
+                index, f"names the shard {name!r}; shards lie beside the index, in no other folder"
+            )
+        shard = directory / name
+        if not shard.is_file():
+            raise CheckpointError(index, f"names the shard {name!r}, which is missing")
+        _check_inside(directory, shard)
+        shards.append(shard)
+    return shards
+
+
+def _check_inside(directory: Path, shard: Path) -> None:
+    # The Hub's cache stores a snapshot as links to ../../blobs; anything further away is refused.
+    root = directory.resolve()
+    allowed = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    real = shard.resolve()
+    if not (real.is_relative_to(root) or real.is_relative_to(allowed)):
+        raise CheckpointError(shard, f"is a link that leaves the checkpoint, to {real}")
+
+
+def _merged(headers: list[FileHeader]) -> dict[str, TensorEntry]:
+    tensors: dict[str, TensorEntry] = {}
+    for header in headers:
+        for entry in header.tensors:
+            other = tensors.setdefault(entry.name, entry)
+            if other is not entry:
+                raise CheckpointError(
+                    header.path, f"is also in {other.path.name}", tensor=entry.name
+                )
+    return tensors
+
+
+def _check_index(index: Path, tensors: Mapping[str, TensorEntry]) -> None:
+    weight_map = _weight_map(index)
+    for name, shard in weight_map.items():
+        entry = tensors.get(name)
+        if entry is None:
+            raise CheckpointError(index, f"is said to be in {shard}, but is not", tensor=name)
+        if entry.path.name != shard:
+            raise CheckpointError(
+                index, f"is said to be in {shard}, but is in {entry.path.name}", tensor=name
+            )
+    extra = tensors.keys() - weight_map.keys()
+    if extra:
+        name = min(extra)
+        raise CheckpointError(
+            index, f"is in {tensors[name].path.name} but not in the index", tensor=name
+        )

@@ -1,0 +1,257 @@
+"""Quantized layers of a checkpoint as the planner's requests, merged as engines merge them.
+
+Which projections are merged and how tensor parallelism cuts each is a table of names
+(``PROJECTIONS``), taken from SGLang's and vLLM's model classes. A name that is not in it is planned
+whole, and a finding says so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from blockscale.errors import CheckpointError
+from blockscale.formats import DType, PowerOfTwo, ScaleFormat
+from blockscale.planning.plan import Finding, Severity
+from blockscale.planning.request import LinearRequest, ShardStyle
+from blockscale.planning.sharding import Parallelism, WholeLayer, cut
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from blockscale.checkpoint.read import Checkpoint
+    from blockscale.checkpoint.schema import Layers, QuantizedLayer
+
+
+class Merging(Enum):
+    """Which weights become one layer of the plan."""
+
+    ENGINE = "engine"
+    """q, k, v together; gate and up together; experts stacked: as serving engines run them."""
+    MODULE = "module"
+    """Every stored weight by itself: as transformers' modules have them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """How engines treat a weight of this name."""
+
+    merged: str
+    position: int
+    style: ShardStyle
+    heads_key: str | None = None
+
+
+_COLUMN, _ROW, _WHOLE = ShardStyle.COLUMN, ShardStyle.ROW, ShardStyle.WHOLE
+_HEADS, _KV_HEADS = "num_attention_heads", "num_key_value_heads"
+
+PROJECTIONS: dict[str, Projection] = {
+    "q_proj": Projection("qkv_proj", 0, _COLUMN, _HEADS),
+    "k_proj": Projection("qkv_proj", 1, _COLUMN, _KV_HEADS),
+    "v_proj": Projection("qkv_proj", 2, _COLUMN, _KV_HEADS),
+    "o_proj": Projection("o_proj", 0, _ROW),
+    "gate_proj": Projection("gate_up_proj", 0, _COLUMN),
+    "up_proj": Projection("gate_up_proj", 1, _COLUMN),
+    "down_proj": Projection("down_proj", 0, _ROW),
+    "gate_up_proj": Projection("gate_up_proj", 0, _COLUMN),
+    "qkv_proj": Projection("qkv_proj", 0, _COLUMN),
+    "w1": Projection("w13", 0, _COLUMN),
+    "w3": Projection("w13", 1, _COLUMN),
+    "w2": Projection("w2", 0, _ROW),
+    # MLA (DeepSeek, Kimi, GLM-5): the two small down-projections are one replicated GEMM.
+    "q_a_proj": Projection("fused_qkv_a_proj", 0, _WHOLE),
+    "kv_a_proj_with_mqa": Projection("fused_qkv_a_proj", 1, _WHOLE),
+    "q_b_proj": Projection("q_b_proj", 0, _COLUMN, _HEADS),
+    "kv_b_proj": Projection("kv_b_proj", 0, _COLUMN, _HEADS),
+    "wq_b": Projection("wq_b", 0, _WHOLE),
+    "wk": Projection("wk", 0, _WHOLE),
+}
+# Inside an expert the same roles have the names of the stacked parameters.
+EXPERT_MERGED = {"gate_up_proj": "w13", "down_proj": "w2"}
+
+_EXPERT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """What to plan on one rank, and what is odd about it."""
+
+    requests: tuple[LinearRequest, ...]
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """How requests are made from a checkpoint.
+
+    ``power_of_two`` maps layer names to what reading their scales found; layers that are missing
+    count as unknown if their scales are float32.
+    """
+
+    activation_dtype: DType
+    parallelism: Parallelism = Parallelism()
+    merging: Merging = Merging.ENGINE
+    power_of_two: Mapping[str, PowerOfTwo] | None = None
+
+
+def dtype_of_config(checkpoint: Checkpoint) -> DType:
+    """The dtype that config.json declares for the model, bfloat16 if it declares none.
+
+    Raises CheckpointError for a dtype that no layer can run in.
+    """
+    config = checkpoint.config
+    declared = config.get("dtype", config.get("torch_dtype"))
+    if declared is None and isinstance(config.get("text_config"), Mapping):
+        text = config["text_config"]
+        declared = text.get("dtype", text.get("torch_dtype"))
+    if declared is None:
+        return DType.BFLOAT16
+    for known in DType:
+        if declared == known.value:
+            return known
+    names = ", ".join(known.value for known in DType)
+    raise CheckpointError(checkpoint.config_path, f"declares dtype {declared!r}; known: {names}")
+
+
+def requests_of(checkpoint: Checkpoint, layers: Layers, options: RequestOptions) -> Requests:
+    """One request for each layer that one rank runs, in checkpoint order.
+
+    Raises CheckpointError, naming the tensors, if experts that should be stacked differ in shape.
+    """
+    requests: list[LinearRequest] = []
+    findings: list[Finding] = []
+    unknown: dict[str, int] = defaultdict(int)
+    for name, members in _grouped(layers.quantized, options.merging).items():
+        whole = _whole_layer(checkpoint, name, members, options)
+        if _leaf(members[0].name) not in PROJECTIONS:
+            unknown[_leaf(members[0].name)] += 1
+        result = cut(whole, options.parallelism)
+        (findings if isinstance(result, Finding) else requests).append(result)  # type: ignore[attr-defined]  # each list takes its own kind
+    if options.parallelism.tensor > 1:
+        findings += [
+            Finding(
+                Severity.NOTE,
+                "unknown_projection",
+                f"{count} layers named {leaf!r} are planned whole on every rank: it is not known "
+                "how engines cut them",
+            )
+            for leaf, count in unknown.items()
+        ]
+    return Requests(tuple(requests), tuple(findings))
+
+
+def _grouped(
+    layers: Iterable[QuantizedLayer], merging: Merging
+) -> dict[str, list[QuantizedLayer]]:
+    groups: dict[str, list[QuantizedLayer]] = defaultdict(list)
+    for layer in layers:
+        groups[layer.name if merging is Merging.MODULE else _merged_name(layer)].append(layer)
+    return groups
+
+
+def _merged_name(layer: QuantizedLayer) -> str:
+    expert = _EXPERT.match(layer.name)
+    prefix, _, leaf = layer.name.rpartition(".")
+    projection = PROJECTIONS.get(leaf)
+    merged = projection.merged if projection else leaf
+    if expert or (layer.stacked and prefix.endswith("experts")):
+        prefix = expert["prefix"] if expert else prefix
+        merged = EXPERT_MERGED.get(merged, merged)
+    # Merged weights share one scale grid, so only equal formats and K can be merged.
+    return f"{prefix}.{merged}" if prefix else merged
+
+
+def _whole_layer(
+    checkpoint: Checkpoint, name: str, members: list[QuantizedLayer], options: RequestOptions
+) -> WholeLayer:
+    parts = _parts(members)
+    first = members[0]
+    experts = _expert_count(members, parts) if options.merging is Merging.ENGINE else first.stacked
+    request = LinearRequest(
+        name=name,
+        n=sum(part.n for part in parts),
+        k=first.k,
+        format=first.format,
+        activation_dtype=options.activation_dtype,
+        out_dtype=options.activation_dtype,
+        power_of_two=_power_of_two(members, options),
+        parts=tuple(part.n for part in parts),
+        has_bias=any(part.name + ".bias" in checkpoint.tensors for part in parts),
+        experts=experts,
+    )
+    projection = PROJECTIONS.get(_leaf(first.name))
+    if projection is None or options.merging is Merging.MODULE:
+        return WholeLayer(request)
+    units = tuple(_heads(checkpoint, _leaf(part.name), experts) for part in parts)
+    return WholeLayer(
+        request, projection.style, tuple(_leaf(part.name) for part in parts), units
+    )
+
+
+def _parts(members: list[QuantizedLayer]) -> list[QuantizedLayer]:
+    """One member for each merged part, in engine order; all must agree in K and format."""
+    by_leaf: dict[str, QuantizedLayer] = {}
+    for member in members:
+        other = by_leaf.setdefault(_leaf(member.name), member)
+        if (member.n, member.k, member.format) != (other.n, other.k, other.format):
+            raise CheckpointError(
+                member.weight.path,
+                f"is {member.n}x{member.k} {member.format}, unlike {other.weight.name} "
+                f"({other.n}x{other.k} {other.format}) with which it is stacked",
+                tensor=member.weight.name,
+            )
+    parts = sorted(by_leaf.values(), key=lambda part: _position(part.name))
+    for part in parts[1:]:
+        if (part.k, part.format) != (parts[0].k, parts[0].format):
+            raise CheckpointError(
+                part.weight.path,
+                f"has K={part.k} and {part.format}, unlike {parts[0].weight.name} "
+                f"(K={parts[0].k}, {parts[0].format}) with which engines merge it",
+                tensor=part.weight.name,
+            )
+    return parts
+
+
+def _expert_count(members: list[QuantizedLayer], parts: list[QuantizedLayer]) -> int | None:
+    if members[0].stacked is not None:
+        return members[0].stacked
+    if _EXPERT.match(members[0].name) is None:
+        return None
+    return len(members) // len(parts)
+
+
+def _power_of_two(members: list[QuantizedLayer], options: RequestOptions) -> PowerOfTwo:
+    if members[0].format.scale is ScaleFormat.UE8M0:
+        return PowerOfTwo.YES
+    known = options.power_of_two or {}
+    found = {known.get(member.name, PowerOfTwo.UNKNOWN) for member in members}
+    if PowerOfTwo.NO in found:
+        return PowerOfTwo.NO
+    return PowerOfTwo.UNKNOWN if PowerOfTwo.UNKNOWN in found else PowerOfTwo.YES
+
+
+def _heads(checkpoint: Checkpoint, leaf: str, experts: int | None) -> int | None:
+    projection = PROJECTIONS.get(leaf)
+    if projection is None or projection.heads_key is None or experts is not None:
+        return None
+    config = checkpoint.config
+    text = config.get("text_config")
+    for source in (config, text):
+        if isinstance(source, Mapping):
+            heads = source.get(projection.heads_key, source.get(_HEADS))
+            if isinstance(heads, int) and heads > 0:
+                return heads
+    return None
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _position(name: str) -> int:
+    projection = PROJECTIONS.get(_leaf(name))
+    return projection.position if projection else 0

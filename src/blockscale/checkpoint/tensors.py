@@ -1,0 +1,76 @@
+"""Stored bytes as torch tensors, a band of rows at a time, so that memory stays bounded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from blockscale.checkpoint.read import read_bytes
+from blockscale.checkpoint.scales import read_scales
+from blockscale.formats import K_MAJOR, ScaleFormat
+from blockscale.tensor import BlockScaledTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from blockscale.checkpoint.header import TensorEntry
+    from blockscale.checkpoint.schema import QuantizedLayer
+    from blockscale.formats import BlockFormat
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+
+# Elements of one band: quantizing takes about 20 bytes each in float32 temporaries, 80 MB in all.
+BAND_ELEMENTS = 4 << 20
+
+
+def read_tensor(entry: TensorEntry) -> torch.Tensor:
+    """The whole tensor. Raises CheckpointError if the file cannot be read."""
+    dtype = TORCH_DTYPES[entry.dtype]
+    if entry.length == 0:
+        return torch.empty(entry.shape, dtype=dtype)
+    return torch.frombuffer(bytearray(read_bytes(entry)), dtype=dtype).reshape(entry.shape)
+
+
+def read_rows(entry: TensorEntry, first: int, count: int) -> torch.Tensor:
+    """Rows [first, first + count) of a tensor seen as a matrix: all axes but the last are rows."""
+    columns = entry.shape[-1]
+    rows = entry.length // (columns * TORCH_DTYPES[entry.dtype].itemsize) if columns else 0
+    row_bytes = entry.length // rows if rows else 0
+    raw = read_bytes(entry, first * row_bytes, (first + count) * row_bytes)
+    return torch.frombuffer(bytearray(raw), dtype=TORCH_DTYPES[entry.dtype]).reshape(count, columns)
+
+
+def row_bands(rows: int, columns: int, block_rows: int) -> Iterator[tuple[int, int]]:
+    """(first, count) of bands that cover ``rows``, each a whole number of blocks except the last."""
+    per_band = max(1, BAND_ELEMENTS // max(1, columns * block_rows)) * block_rows
+    for first in range(0, rows, per_band):
+        yield first, min(per_band, rows - first)
+
+
+def read_block_scaled(layer: QuantizedLayer) -> BlockScaledTensor:
+    """One layer's weight as stored, scales in ``K_MAJOR``; BF16 scales become FP32, exactly.
+
+    Raises CheckpointError if the files cannot be read.
+    """
+    return BlockScaledTensor(read_tensor(layer.weight), *_scales(layer), K_MAJOR)
+
+
+def _scales(layer: QuantizedLayer) -> tuple[torch.Tensor, BlockFormat]:
+    if layer.format.scale is ScaleFormat.UE8M0:
+        return read_tensor(layer.scale).view(torch.float8_e8m0fnu), layer.format
+    return torch.from_numpy(read_scales(layer.scale)), layer.format.with_scale(ScaleFormat.FP32)

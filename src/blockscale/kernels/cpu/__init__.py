@@ -1,0 +1,1 @@
+"""CPU code: a C++ kernel built once per machine, and its torch-facing functions."""

@@ -1,0 +1,64 @@
+"""``detect_device``: reads this machine once and returns it as a value that planning takes."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+from blockscale.planning.device import Device
+
+# Distributions whose presence or version a backend's gate asks about.
+PROVIDERS = (
+    "torch",
+    "triton",
+    "sgl-deep-gemm",
+    "apache-tvm-ffi",
+    "flashinfer-python",
+    "sgl-kernel",
+    "transformers",
+)
+
+
+def detect_device() -> Device:
+    """GPU 0 if torch sees one, else the CPU, with installed providers and their versions.
+
+    Proofs are empty: that a provider is installed does not mean that it computes the right numbers.
+    """
+    import torch
+
+    packages = installed_packages()
+    if not torch.cuda.is_available():
+        name = platform.processor() or platform.machine()
+        return Device(f"cpu ({name})", None, packages=packages)
+    properties = torch.cuda.get_device_properties(0)
+    return Device(
+        properties.name,
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        properties.total_memory,
+        _cuda_version(torch.version.cuda),
+        packages,
+    )
+
+
+def installed_packages() -> tuple[tuple[str, str], ...]:
+    """(distribution, version) of every provider that is installed, and the C++ compiler's path."""
+    from blockscale.kernels.cpu.build import find_compiler
+
+    found = []
+    for name in PROVIDERS:
+        try:
+            found.append((name, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            continue
+    compiler = find_compiler()
+    if compiler is not None:
+        found.append(("c++", compiler))
+    return tuple(found)
+
+
+def _cuda_version(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)

