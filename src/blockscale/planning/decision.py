@@ -31,9 +31,16 @@ class Obstacle(Enum):
     UNVERIFIED_SCALES = "unverified_scales"
     LOSSY_CONVERSION = "lossy_conversion"
     NOT_DETERMINISTIC = "not_deterministic"
+    NOT_PROVEN = "not_proven"
+    """The policy wants proven backends only, and the probe never ran this one."""
     M_RANGE = "m_range"
+    """It serves some token counts only, and nothing serves the others."""
     WEIGHT_FORM = "weight_form"
+    """It would need a second prepared copy of the weight."""
     NO_RUN = "no_run"
+    """The machine is here, but blockscale cannot run this provider yet."""
+    OUTRANKED = "outranked"
+    """It would serve the layer; another backend comes earlier in the order of preference."""
     EXCLUDED_BY_POLICY = "excluded_by_policy"
 
 
@@ -81,6 +88,11 @@ class MRange:
     def contains(self, m: int) -> bool:
         """Whether this range serves ``m`` tokens."""
         return self.min_m <= m and (self.max_m is None or m <= self.max_m)
+
+    @property
+    def is_unbounded(self) -> bool:
+        """Whether it serves every M that launches anything (M = 0 launches nothing)."""
+        return self.min_m <= 1 and self.max_m is None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,13 @@ class Determinism(Enum):
     REQUIRED = "required"
 
 
+class Proving(Enum):
+    """Whether a backend must have passed the numeric probe on this very device."""
+
+    ANY = "any"
+    REQUIRED = "required"
+
+
 class Strictness(Enum):
     """What happens to a layer that no backend can serve."""
 
@@ -47,3 +54,4 @@ class PlanPolicy:
     max_relative_error: float = DEFAULT_MAX_RELATIVE_ERROR
     determinism: Determinism = Determinism.ANY
     strictness: Strictness = Strictness.REPORT
+    proving: Proving = Proving.ANY

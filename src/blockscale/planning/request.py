@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from blockscale.errors import FormatError
-from blockscale.formats import BlockFormat, DType, PowerOfTwo
+from blockscale.formats import BlockFormat, BlockShape, DType, PowerOfTwo
 
 
 class ShardStyle(Enum):
@@ -25,12 +25,15 @@ class Shard:
     """The piece of a layer that one rank holds.
 
     ``split_blocks`` lists, in words, every scale block that the cut goes through; empty means that
-    the shard's own scales are a slice of the checkpoint's.
+    the shard's own scales are a slice of the checkpoint's. ``unsplit_block``: where some block is
+    split, the largest block that divides it and that no cut goes through. Repeating each scale for
+    these smaller blocks would be exact, so a backend that takes them could serve the shard.
     """
 
     style: ShardStyle = ShardStyle.WHOLE
     degree: int = 1
     split_blocks: tuple[str, ...] = ()
+    unsplit_block: BlockShape | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,10 @@ checkpoint's scales cannot be sliced that way.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import gcd
 
 from blockscale.errors import SettingsError
+from blockscale.formats import BlockShape
 from blockscale.planning.plan import Finding, Severity
 from blockscale.planning.request import LinearRequest, Shard, ShardStyle
 
@@ -30,7 +32,7 @@ class Parallelism:
         if self.tensor < 1 or self.expert < 1:
             msg = f"parallel degrees are at least 1, not tp={self.tensor}, ep={self.expert}"
             raise SettingsError(msg)
-        if self.expert > 1 and self.tensor % self.expert:
+        if self.tensor % self.expert:
             msg = (
                 f"expert parallel degree {self.expert} does not divide the tensor parallel degree "
                 f"{self.tensor}; give a divisor, for example --ep {self.tensor}"
@@ -40,7 +42,7 @@ class Parallelism:
     @property
     def expert_tensor(self) -> int:
         """Ways in which one expert's matrices are cut."""
-        return max(1, self.tensor // self.expert)
+        return self.tensor // self.expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,77 +60,103 @@ class WholeLayer:
     part_units: tuple[int | None, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One merged weight on one rank. ``pieces``: the different shards it is cut into."""
+
+    label: str
+    rows: int
+    pieces: int = 1
+
+
 def cut(layer: WholeLayer, parallelism: Parallelism) -> LinearRequest | Finding:
     """What one rank holds of ``layer``, or why it cannot be divided evenly.
 
-    The request's ``shard.split_blocks`` says which scale blocks the cut goes through. All ranks
-    hold shards of the same shape, so one request stands for all of them.
+    The request's ``shard.split_blocks`` says which scale blocks the cut goes through, on any rank.
+    All ranks hold shards of the same shape, so one request stands for all of them.
     """
     request = layer.request
     degree = parallelism.tensor
     if request.experts is not None:
         if request.experts % parallelism.expert:
-            return _indivisible(
-                request, f"{request.experts} experts", "expert", parallelism.expert
-            )
+            what = f"{request.experts} experts"
+            return _indivisible(request, what, "expert", parallelism.expert)
         request = replace(request, experts=request.experts // parallelism.expert)
         degree = parallelism.expert_tensor
     if layer.style is ShardStyle.COLUMN and degree > 1:
         return _cut_rows(layer, request, degree)
     if layer.style is ShardStyle.ROW and degree > 1:
         return _cut_columns(request, degree)
-    return replace(request, shard=Shard(split_blocks=_parts_off_grid(layer, request.parts)))
+    parts = [
+        _Part(label, rows) for label, rows in zip(_labels(layer), request.parts, strict=True)
+    ]
+    return replace(request, shard=_row_shard(request, ShardStyle.WHOLE, 1, parts))
 
 
 def _cut_rows(layer: WholeLayer, request: LinearRequest, degree: int) -> LinearRequest | Finding:
     units = layer.part_units or (None,) * len(request.parts)
-    names = _part_names(layer)
-    parts: list[int] = []
-    split: list[str] = []
-    block = request.format.block.mn
-    for name, rows, heads in zip(names, request.parts, units, strict=True):
+    parts: list[_Part] = []
+    for label, rows, heads in zip(_labels(layer), request.parts, units, strict=True):
         pieces = degree if heads is None else min(degree, heads)
         if rows % pieces or (heads is not None and (degree % pieces or heads % pieces)):
-            what = f"{rows} rows of {name}" if heads is None else f"{heads} heads of {name}"
+            what = f"{label}: {rows} rows" if heads is None else f"{label}: {heads} heads"
             return _indivisible(request, what, "tensor", degree)
-        share = rows // pieces
-        parts.append(share)
-        if pieces > 1 and share % block:
-            split.append(
-                f"{name}: {share} rows per rank are {share / block:g} blocks of {block} rows"
-            )
-    if not split:
-        split += _parts_off_grid(layer, tuple(parts))
-    shard = Shard(ShardStyle.COLUMN, degree, tuple(split))
-    return replace(request, n=sum(parts), parts=tuple(parts), shard=shard)
+        parts.append(_Part(label, rows // pieces, pieces))
+    sizes = tuple(part.rows for part in parts)
+    shard = _row_shard(request, ShardStyle.COLUMN, degree, parts)
+    return replace(request, n=sum(sizes), parts=sizes, shard=shard)
 
 
 def _cut_columns(request: LinearRequest, degree: int) -> LinearRequest | Finding:
     if request.k % degree:
         return _indivisible(request, f"K={request.k}", "tensor", degree)
-    share, block = request.k // degree, request.format.block.k
-    split = ()
-    if share % block:
-        split = (f"{share} columns per rank are {share / block:g} blocks of {block} columns",)
-    return replace(request, k=share, shard=Shard(ShardStyle.ROW, degree, split))
+    share, block = request.k // degree, request.format.block
+    shard = Shard(ShardStyle.ROW, degree)
+    if share % block.k:
+        words = f"{share} columns per rank are {_ratio(share, block.k)} blocks of {block.k}"
+        unsplit = BlockShape(block.mn, gcd(share, block.k))
+        shard = replace(shard, split_blocks=(words,), unsplit_block=unsplit)
+    return replace(request, k=share, shard=shard)
 
 
-def _parts_off_grid(layer: WholeLayer, parts: tuple[int, ...]) -> tuple[str, ...]:
-    """Merged parts that end inside a block while another part follows."""
-    block = layer.request.format.block.mn
-    return tuple(
-        f"{name}: {rows} rows end inside a block of {block} rows and another part follows"
-        for name, rows in zip(_part_names(layer)[:-1], parts[:-1], strict=True)
-        if rows % block
-    )
+def _row_shard(
+    request: LinearRequest, style: ShardStyle, degree: int, parts: list[_Part]
+) -> Shard:
+    """Every part is a matrix of its own on disk, with a scale grid of its own.
+
+    Cuts of one part lie at multiples of its share, so the first one tells about all. A part that
+    is not cut may end inside a block, unless another part follows it in the merged weight.
+    """
+    block = request.format.block
+    words: list[str] = []
+    unsplit = block.mn
+    for index, part in enumerate(parts):
+        is_last = index == len(parts) - 1
+        if part.rows % block.mn == 0 or (part.pieces == 1 and is_last):
+            continue
+        size = f"are {_ratio(part.rows, block.mn)} blocks of {block.mn}"
+        if part.pieces > 1:
+            words.append(f"{part.label}: {part.rows} rows per rank {size}")
+        else:
+            words.append(f"{part.label}: {part.rows} rows {size} and another part follows")
+        unsplit = gcd(unsplit, part.rows)
+    if not words:
+        return Shard(style, degree)
+    return Shard(style, degree, tuple(words), BlockShape(unsplit, block.k))
 
 
-def _part_names(layer: WholeLayer) -> tuple[str, ...]:
-    if layer.part_names:
-        return layer.part_names
-    if len(layer.request.parts) == 1:
+def _labels(layer: WholeLayer) -> tuple[str, ...]:
+    count = len(layer.request.parts)
+    if count == 1:
         return ("the layer",)
-    return tuple(f"part {index}" for index in range(len(layer.request.parts)))
+    if layer.part_names:
+        return tuple(f"part {name}" for name in layer.part_names)
+    return tuple(f"part {index}" for index in range(count))
+
+
+def _ratio(size: int, block: int) -> str:
+    """``1.5``, with as many digits as the fraction has."""
+    return f"{size / block:.10g}"
 
 
 def _indivisible(request: LinearRequest, what: str, kind: str, degree: int) -> Finding:
