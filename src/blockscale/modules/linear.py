@@ -13,7 +13,7 @@ from blockscale.backends.registry import runnable_backend_named
 from blockscale.errors import ModelError
 from blockscale.modules.prepare import prepare_weight
 from blockscale.planning.policy import PlanPolicy
-from blockscale.tensor import BlockScaledTensor
+from blockscale.tensor import BlockScaledTensor, torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +50,8 @@ class BlockScaledLinear(nn.Module):
         self._policy = policy or PlanPolicy()
         self._backends = tuple(runnable_backend_named(name) for name in plan.backends)
         prepared = prepare_weight(plan, weight, self._backends, self._policy)
-        self.register_buffer("bias", bias)
+        self._out_dtype = torch_dtype(plan.request.out_dtype)
+        self.register_buffer("bias", None if bias is None else self._checked_bias(bias))
         self._handle = self._hold(prepared, None)
         weakref.finalize(self, ops.release, self._handle)
 
@@ -111,5 +112,15 @@ class BlockScaledLinear(nn.Module):
         if device != self._weight.device:
             self._hold(self._weight.to(device), self._handle)
         if self.bias is not None:
-            self.bias = fn(self.bias)
+            # Kernels read the bias in the planned output dtype, whatever model.half() meant.
+            self.bias = fn(self.bias).to(self._out_dtype)
         return self
+
+    def _checked_bias(self, bias: torch.Tensor) -> torch.Tensor:
+        if bias.shape != (self.out_features,):
+            msg = (
+                f"layer {self.plan.name!r}: bias has shape {tuple(bias.shape)}, expected "
+                f"({self.out_features},)"
+            )
+            raise ModelError(msg)
+        return bias.detach().to(self._out_dtype).contiguous()

@@ -1,0 +1,1 @@
+"""Other people's frameworks: their objects in, ours out, nothing decided here."""

@@ -1,0 +1,197 @@
+"""Load a block-FP8 checkpoint into a transformers model, by plan.
+
+``nn.Linear`` modules whose weight is block FP8 on disk become ``BlockScaledLinear``; everything else
+is loaded as it is. No weight passes through bfloat16, and no scale is cast: transformers' own loader
+rounds float32 scales to the nearest power of two when a config declares ``ue8m0`` (facts/peers.md
+0.5), this one reads the bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from blockscale.backends.registry import BACKENDS
+from blockscale.checkpoint.read import Checkpoint, read_checkpoint
+from blockscale.checkpoint.requests import Merging, RequestOptions, dtype_of_config, requests_of
+from blockscale.checkpoint.schema import WEIGHT_SUFFIX, Layers, read_layers
+from blockscale.errors import ModelError
+from blockscale.planning.planner import plan_model
+from blockscale.planning.policy import PlanPolicy, Strictness
+from blockscale.probe import detect_device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from blockscale.formats import DType
+    from blockscale.planning.device import Device
+    from blockscale.planning.plan import LinearPlan, ModelPlan
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A transformers model that runs by ``plan``."""
+
+    model: PreTrainedModel
+    plan: ModelPlan
+
+
+def load_model(
+    path: Path | str,
+    *,
+    dtype: DType | None = None,
+    device: Device | None = None,
+    policy: PlanPolicy | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> LoadedModel:
+    """A causal language model with every block-FP8 linear layer planned and prepared.
+
+    ``dtype``: of activations and of unquantized weights; config.json's by default. ``device``: what
+    to plan for, this machine by default (weights go to GPU 0 if it has one). ``progress`` is called
+    with the number of layers prepared since its last call.
+
+    Raises CheckpointError for unreadable files, PlanError if a layer has no backend, ModelError if
+    the model class does not have the layers that the checkpoint names.
+    """
+    checkpoint = read_checkpoint(path)
+    layers = read_layers(checkpoint)
+    dtype = dtype or dtype_of_config(checkpoint)
+    device = device or detect_device()
+    plan = plan_modules(checkpoint, layers, dtype, device, policy or PlanPolicy())
+    model = _empty_model(checkpoint, dtype)
+    _replace_linears(model, plan, checkpoint, layers, progress)
+    _load_rest(model, checkpoint, layers, dtype)
+    if not device.is_cpu:
+        model.to("cuda")
+    return LoadedModel(model, plan)
+
+
+def plan_modules(
+    checkpoint: Checkpoint, layers: Layers, dtype: DType, device: Device, policy: PlanPolicy
+) -> ModelPlan:
+    """The plan of the layers as transformers' modules have them, unmerged; nothing is loaded.
+
+    Raises PlanError if a layer has no backend: here a model must run, not only be described.
+    """
+    options = RequestOptions(dtype, merging=Merging.MODULE)
+    requests = requests_of(checkpoint, layers, options)
+    strict = PlanPolicy(
+        policy.backends,
+        policy.exactness,
+        policy.max_relative_error,
+        policy.determinism,
+        Strictness.RAISE,
+    )
+    return plan_model(
+        requests.requests,
+        device,
+        strict,
+        BACKENDS,
+        skipped=layers.skipped,
+        findings=(*layers.findings, *requests.findings),
+    )
+
+
+def _empty_model(checkpoint: Checkpoint, dtype: DType) -> PreTrainedModel:
+    """The model class with parameters on the meta device and buffers (rotary tables) made for real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from blockscale.tensor import torch_dtype
+
+    folder = checkpoint.config_path.parent
+    if not checkpoint.config:
+        msg = f"{checkpoint.config_path} is missing; a model cannot be built without it"
+        raise ModelError(msg)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        # The layers are replaced here; transformers must not look for a quantizer of its own.
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype))
+    except (ValueError, KeyError, ImportError, OSError) as error:
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        msg = f"transformers cannot build the model of {checkpoint.config_path}: {first}"
+        raise ModelError(msg) from error
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.eval()
+    return model  # type: ignore[no-any-return]  # transformers is untyped here
+
+
+def _replace_linears(
+    model: PreTrainedModel,
+    plan: ModelPlan,
+    checkpoint: Checkpoint,
+    layers: Layers,
+    progress: Callable[[int], None] | None,
+) -> None:
+    from blockscale.checkpoint.tensors import read_block_scaled, read_tensor
+    from blockscale.modules.linear import BlockScaledLinear
+
+    stored = {layer.name: layer for layer in layers.quantized}
+    for layer_plan in plan.layers:
+        module = _linear_at(model, layer_plan)
+        bias_entry = checkpoint.tensors.get(layer_plan.name + ".bias")
+        if (module.bias is None) != (bias_entry is None):
+            has = "lacks" if bias_entry is None else "has"
+            msg = f"the checkpoint {has} a bias for {layer_plan.name!r}, unlike the model class"
+            raise ModelError(msg)
+        bias = None if bias_entry is None else read_tensor(bias_entry)
+        weight = read_block_scaled(stored[layer_plan.name])
+        model.set_submodule(
+            layer_plan.name, BlockScaledLinear(layer_plan, weight, bias, plan.policy)
+        )
+        if progress is not None:
+            progress(1)
+
+
+def _linear_at(model: PreTrainedModel, plan: LinearPlan) -> Any:
+    from torch import nn
+
+    try:
+        module = model.get_submodule(plan.name)
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Linear):
+        found = "nothing" if module is None else type(module).__name__
+        msg = (
+            f"the checkpoint has an FP8 layer {plan.name!r}, but {type(model).__name__} has "
+            f"{found} there; expert layers and renamed modules cannot be loaded yet"
+        )
+        raise ModelError(msg)
+    if (module.out_features, module.in_features) != (plan.request.n, plan.request.k):
+        msg = (
+            f"module {plan.name!r} is {module.out_features}x{module.in_features}, but the "
+            f"checkpoint's weight is {plan.request.n}x{plan.request.k}; config.json is not its own"
+        )
+        raise ModelError(msg)
+    return module
+
+
+def _load_rest(
+    model: PreTrainedModel, checkpoint: Checkpoint, layers: Layers, dtype: DType
+) -> None:
+    """Every parameter that is not part of a replaced layer, cast to the model's dtype."""
+    from blockscale.checkpoint.tensors import read_tensor
+    from blockscale.tensor import torch_dtype
+
+    taken = {entry.name for layer in layers.quantized for entry in (layer.weight, layer.scale)}
+    taken |= {layer.name + ".bias" for layer in layers.quantized}
+    wanted = dict(model.named_parameters())
+    state = {}
+    for name, entry in checkpoint.tensors.items():
+        if name not in taken and name in wanted:
+            state[name] = read_tensor(entry).to(torch_dtype(dtype))
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    missing = [name for name, value in model.named_parameters() if value.is_meta]
+    if missing:
+        shown = ", ".join(missing[:3])
+        msg = f"{checkpoint.path} lacks {len(missing)} parameters of the model, first {shown}"
+        raise ModelError(msg)
+    model.requires_grad_(requires_grad=False)
