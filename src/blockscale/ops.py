@@ -101,19 +101,14 @@ def release(handle: int) -> None:
 
 
 def _step(backend: Backend, offer: Offer, weight: BlockScaledTensor) -> Step:
+    multiply = backend.bind(weight, offer)
     if offer.activation is None:
-
-        def multiply(
-            activation: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
-        ) -> None:
-            backend.run(activation, weight, out, bias)
-
         return multiply
 
     def quantize_and_multiply(
         activation: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
-        backend.run(backend.quantize_activation(activation, offer), weight, out, bias)
+        multiply(backend.quantize_activation(activation, offer), out, bias)
 
     return quantize_and_multiply
 

@@ -13,6 +13,20 @@ if TYPE_CHECKING:
     from blockscale.tensor import BlockScaledTensor
 
 
+class Multiply(Protocol):
+    """What ``Backend.bind`` returns."""
+
+    def __call__(
+        self,
+        activation: BlockScaledTensor | torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None,
+        /,
+    ) -> None:
+        """Write the product into ``out``."""
+        ...
+
+
 class Backend(PlannableBackend, Protocol):
     """A provider that planning may choose and modules may run. Stateless.
 
@@ -38,16 +52,13 @@ class Backend(PlannableBackend, Protocol):
         """
         ...
 
-    def run(
-        self,
-        activation: BlockScaledTensor | torch.Tensor,
-        weight: BlockScaledTensor,
-        out: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> None:
-        """Write activation x weight^T (+ bias) into ``out``, an (M, n) row-major matrix with M >= 1.
+    def bind(self, weight: BlockScaledTensor, offer: Offer) -> Multiply:
+        """The hot call for a prepared weight: whatever can be looked up once is looked up here.
 
-        ``activation`` is in the form of ``offer.activation``, or a float tensor where that is
-        None. Nothing is decided here: no branch on device, environment or dtype.
+        The result writes activation x weight^T (+ bias) into ``out``, a contiguous (M, n) matrix
+        with M >= 1. Its activation is in the form of ``offer.activation``, or a float (M, k)
+        matrix with stride 1 along k where that is None. It reads the weight's storages, so that
+        new values written into them are served. It decides nothing: no branch on device,
+        environment or dtype.
         """
         ...

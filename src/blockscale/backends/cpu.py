@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from blockscale.backends.base import Multiply
     from blockscale.planning.decision import Rejection
     from blockscale.planning.device import Device
     from blockscale.planning.request import LinearRequest
@@ -84,20 +85,9 @@ class Cpu:
         msg = "the cpu backend takes unquantized activations"
         raise FormatError(msg)
 
-    def run(
-        self,
-        activation: BlockScaledTensor | torch.Tensor,
-        weight: BlockScaledTensor,
-        out: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> None:
+    def bind(self, weight: BlockScaledTensor, offer: Offer) -> Multiply:  # noqa: ARG002 - the protocol's signature
         """Decode on the fly for few tokens, tile by tile for many."""
-        from blockscale.kernels.cpu import product
+        from blockscale.kernels.cpu.product import WeightOnlyProduct
 
         block = weight.format.block
-        multiply = (
-            product.multiply_direct
-            if out.shape[0] <= product.MAX_DIRECT_TOKENS
-            else product.multiply_tiled
-        )
-        multiply(activation, weight.data, weight.scales, (block.mn, block.k), out, bias)
+        return WeightOnlyProduct(weight.data, weight.scales, (block.mn, block.k))

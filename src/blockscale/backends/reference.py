@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from blockscale.backends.base import Multiply
     from blockscale.planning.decision import Rejection
     from blockscale.planning.device import Device
     from blockscale.planning.request import LinearRequest
@@ -59,17 +60,18 @@ class Reference:
         assert offer.activation is not None
         return quantize(activation, offer.activation.format)
 
-    def run(
-        self,
-        activation: BlockScaledTensor | torch.Tensor,
-        weight: BlockScaledTensor,
-        out: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> None:
+    def bind(self, weight: BlockScaledTensor, offer: Offer) -> Multiply:  # noqa: ARG002 - the protocol's signature
         """``reference.block_scaled_matmul`` in float32, then the bias, then one cast."""
         from blockscale.reference import block_scaled_matmul
         from blockscale.tensor import BlockScaledTensor
 
-        assert isinstance(activation, BlockScaledTensor)
-        result = block_scaled_matmul(activation, weight)
-        out.copy_(result if bias is None else result + bias.float())
+        def multiply(
+            activation: BlockScaledTensor | torch.Tensor,
+            out: torch.Tensor,
+            bias: torch.Tensor | None,
+        ) -> None:
+            assert isinstance(activation, BlockScaledTensor)
+            result = block_scaled_matmul(activation, weight)
+            out.copy_(result if bias is None else result + bias.float())
+
+        return multiply

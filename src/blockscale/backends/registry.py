@@ -51,7 +51,7 @@ def backend_named(name: str) -> PlannableBackend:
 def runnable_backend_named(name: str) -> Backend:
     """The backend of that name, if blockscale can run it. Raises BackendError if it cannot."""
     backend = backend_named(name)
-    if not hasattr(backend, "run"):
+    if not hasattr(backend, "bind"):
         msg = f"backend {name!r} can be planned but blockscale has no run for it yet"
         raise BackendError(msg)
     return cast("Backend", backend)

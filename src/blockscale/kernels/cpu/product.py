@@ -16,61 +16,67 @@ MAX_DIRECT_TOKENS = 8
 SCRATCH_ELEMENTS = 4 << 20
 
 
-def multiply_direct(
-    activation: torch.Tensor,
-    data: torch.Tensor,
-    scales: torch.Tensor,
-    block: tuple[int, int],
-    out: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> None:
-    """Write activation (m, k) x weight (n, k)^T + bias into ``out`` (m, n), decoding on the fly.
+class WeightOnlyProduct:
+    """A prepared weight, ready to multiply: out = activation x weight^T + bias.
 
-    ``data``: E4M3 codes, contiguous; ``scales``: float32, contiguous, one for each ``block``.
-    ``activation``, ``bias`` and ``out`` share a dtype of ``DTYPE_CODES``; activation rows may be
-    strided. Sums are float32, rounded once; bits do not depend on the number of threads.
+    ``data``: (n, k) E4M3 codes, contiguous. ``scales``: float32, contiguous, one for each ``block``.
+    Sums are float32, rounded once; the bits do not depend on the number of threads.
     """
-    m, k = activation.shape
-    library().blockscale_product(
-        activation.data_ptr(),
-        data.data_ptr(),
-        scales.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        DTYPE_CODES[out.dtype],
-        m,
-        out.shape[1],
-        k,
-        activation.stride(0),
-        *block,
-        torch.get_num_threads(),
-    )
 
+    def __init__(
+        self, data: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]
+    ) -> None:
+        self._data, self._scales, self._block = data, scales, block
+        self._n, self._k = data.shape
+        self._library = library()
+        # Looked up once: a layer of SmolLM2 takes 20 us, a lookup 1 us.
+        self._pointers = data.data_ptr(), scales.data_ptr()
 
-def multiply_tiled(
-    activation: torch.Tensor,
-    data: torch.Tensor,
-    scales: torch.Tensor,
-    block: tuple[int, int],
-    out: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> None:
-    """As ``multiply_direct``, for many tokens: dequantize a tile of rows, multiply, go on.
+    def __call__(
+        self, activation: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """Write into ``out`` (m, n), contiguous; ``activation`` (m, k) has stride 1 along k.
 
-    Extra memory: ``SCRATCH_ELEMENTS`` float32 values (at least one row) and a float32 copy of the
-    activation, whatever the layer's size.
-    """
-    wide = activation.float()
-    n, k = data.shape
-    rows = max(1, min(n, SCRATCH_ELEMENTS // k))
-    scratch = torch.empty((rows, k))
-    for first in range(0, n, rows):
-        count = min(rows, n - first)
-        tile = dequantize_rows(data, scales, block, first, scratch[:count])
-        product = wide @ tile.T
-        if bias is not None:
-            product += bias[first : first + count].float()
-        out[:, first : first + count] = product
+        ``activation``, ``bias`` and ``out`` share a dtype of ``DTYPE_CODES``.
+        """
+        m = activation.shape[0]
+        if m > MAX_DIRECT_TOKENS:
+            self._multiply_tiled(activation, out, bias)
+            return
+        self._library.blockscale_product(
+            activation.data_ptr(),
+            *self._pointers,
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            DTYPE_CODES[out.dtype],
+            m,
+            self._n,
+            self._k,
+            activation.stride(0),
+            *self._block,
+            torch.get_num_threads(),
+        )
+
+    def _multiply_tiled(
+        self, activation: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """Dequantize a tile of weight rows, multiply, go on.
+
+        Extra memory: ``SCRATCH_ELEMENTS`` float32 values (at least one row) and a float32 copy of
+        the activation, whatever the layer's size.
+        """
+        wide = activation.float()
+        rows = max(1, min(self._n, SCRATCH_ELEMENTS // self._k))
+        scratch = torch.empty((rows, self._k))
+        for first in range(0, self._n, rows):
+            count = min(rows, self._n - first)
+            tile = dequantize_rows(
+                self._data, self._scales, self._block, first, scratch[:count]
+            )
+            product = wide @ tile.T
+            if bias is not None:
+                product += bias[first : first + count].float()
+            out[:, first : first + count] = product
 
 
 def dequantize_rows(
