@@ -1,8 +1,8 @@
 """The main job, end to end, on real weights: `make demo` runs this.
 
-Quantizes SmolLM2-135M-Instruct to block FP8 (FP32 and UE8M0 scales), shows the plan for this machine
-and for GPUs that are not here, verifies the result against the original, lets both models answer,
-and measures decoding beside the bf16 model. Every step is the ordinary command line.
+Quantizes SmolLM2-135M-Instruct to block FP8 (FP32 and UE8M0 scales), shows the plan for this
+machine and for GPUs that are not here, verifies the result against the original, lets both models
+answer, and measures decoding beside the bf16 model. Every step is the ordinary command line.
 """
 
 from __future__ import annotations

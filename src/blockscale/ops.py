@@ -8,7 +8,7 @@ integer that names a bound plan; a handle keeps its meaning for the life of the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 
@@ -18,7 +18,7 @@ from blockscale.tensor import torch_dtype
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from blockscale.backends.base import Backend
+    from blockscale.backends.base import Backend, MultiplyFloat, MultiplyQuantized
     from blockscale.planning.decision import Offer
     from blockscale.planning.plan import LinearPlan
     from blockscale.tensor import BlockScaledTensor
@@ -73,7 +73,7 @@ def bind(
     ``backends``: those of ``plan.choices``, in the same order. ``handle``: an existing one to bind
     anew (the layer moved to another device), None for a fresh one.
     """
-    global _next_handle  # noqa: PLW0603 - handles are unique in the process, like the operator
+    global _next_handle
     if handle is None:
         handle, _next_handle = _next_handle, _next_handle + 1
     steps = tuple(
@@ -103,12 +103,13 @@ def release(handle: int) -> None:
 def _step(backend: Backend, offer: Offer, weight: BlockScaledTensor) -> Step:
     multiply = backend.bind(weight, offer)
     if offer.activation is None:
-        return multiply
+        return cast("MultiplyFloat", multiply)
+    multiply_quantized = cast("MultiplyQuantized", multiply)
 
     def quantize_and_multiply(
         activation: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
-        multiply(backend.quantize_activation(activation, offer), out, bias)
+        multiply_quantized(backend.quantize_activation(activation, offer), out, bias)
 
     return quantize_and_multiply
 
@@ -142,7 +143,7 @@ torch.library.register_fake("blockscale::linear", _linear_fake, lib=_LIBRARY)
 
 
 def linear(activation: torch.Tensor, bias: torch.Tensor | None, handle: int) -> torch.Tensor:
-    """activation (..., k) x weight^T + bias as (..., n) in the planned output dtype.
+    """Multiply: activation (..., k) x weight^T + bias as (..., n) in the planned output dtype.
 
     ``handle`` comes from ``bind``. M = 0 gives an empty result and launches nothing. Raises
     BackendError if the activation has another dtype or K than was planned.

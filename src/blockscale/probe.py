@@ -45,16 +45,18 @@ def installed_packages() -> tuple[tuple[str, str], ...]:
     """(distribution, version) of every provider that is installed, and the C++ compiler's path."""
     from blockscale.kernels.cpu.build import find_compiler
 
-    found = []
-    for name in PROVIDERS:
-        try:
-            found.append((name, metadata.version(name)))
-        except metadata.PackageNotFoundError:
-            continue
+    found = [(name, version) for name in PROVIDERS if (version := _version(name)) is not None]
     compiler = find_compiler()
     if compiler is not None:
         found.append(("c++", compiler))
     return tuple(found)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cuda_version(text: str | None) -> tuple[int, int] | None:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from blockscale.planning.decision import PlannableBackend
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from blockscale.planning.decision import Offer
     from blockscale.tensor import BlockScaledTensor
 
 
-class Multiply(Protocol):
-    """What ``Backend.bind`` returns."""
-
-    def __call__(
-        self,
-        activation: BlockScaledTensor | torch.Tensor,
-        out: torch.Tensor,
-        bias: torch.Tensor | None,
-        /,
-    ) -> None:
-        """Write the product into ``out``."""
-        ...
+# What ``Backend.bind`` returns: (activation, out, bias) -> None, writing the product into ``out``.
+# Which of the two it is follows from ``offer.activation``.
+MultiplyFloat: TypeAlias = "Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]"
+MultiplyQuantized: TypeAlias = (
+    "Callable[[BlockScaledTensor, torch.Tensor, torch.Tensor | None], None]"
+)
+Multiply: TypeAlias = "MultiplyFloat | MultiplyQuantized"
 
 
 class Backend(PlannableBackend, Protocol):

@@ -80,7 +80,7 @@ class Cpu:
             raise FormatError(msg)
         return weight
 
-    def quantize_activation(self, activation: torch.Tensor, offer: Offer) -> BlockScaledTensor:
+    def quantize_activation(self, activation: torch.Tensor, offer: Offer) -> BlockScaledTensor:  # noqa: ARG002 - the protocol's signature
         """Never called: ``Offer.activation`` is None."""
         msg = "the cpu backend takes unquantized activations"
         raise FormatError(msg)

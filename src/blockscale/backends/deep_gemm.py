@@ -22,7 +22,7 @@ from blockscale.formats import (
     BlockShape,
     DType,
 )
-from blockscale.planning.decision import Evidence, Offer, OperandForm
+from blockscale.planning.decision import Offer, OperandForm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "sgl-deep-gemm"
 
-# csrc/apis/layout.hpp: default recipe by architecture (upstream 54e2261). Arch 12 exists in forks
-# only, with differing ABIs ("Unknown SF transformation" upstream), so it is not offered.
+# csrc/apis/layout.hpp: default recipe by architecture (upstream 54e2261).
 _FP32_FORMS = (
     OperandForm(FP8_128X128_FP32, K_MAJOR),
     OperandForm(FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED),
@@ -45,25 +44,33 @@ _PACKED_FORMS = (
 )
 FORMS = {(9, 0): _FP32_FORMS, (10, 0): _PACKED_FORMS, (10, 3): _PACKED_FORMS}
 
+# facts/sglang.md 2.1, 2.4: upstream HEAD dispatches on arch 9 and 10 only.
+MISSING = {
+    (11, 0): "upstream has no kernel for it",
+    (12, 0): "only forks have it, with differing ABIs; upstream raises 'Unknown SF transformation'",
+    (12, 1): "only forks have it, with differing ABIs; upstream raises 'Unknown SF transformation'",
+}
+
 # README: CUDA 12.3 for SM90, 12.9 for SM100.
 CUDA = {(9, 0): (12, 3), (10, 0): (12, 9), (10, 3): (12, 9)}
 
-# SGLang's gate (fp8_utils.py); no host assert for it was found upstream, see docs/backends.md.
+# SGLang's and vLLM's gate. On an H200, 0.1.5 launched N = 192, 200 and K = 1088, 960 without an
+# error, but nobody compared the numbers (baseline/h200.md), so the documented gate stands.
 N_MULTIPLE, K_MULTIPLE = 64, 128
 
 
 class DeepGemm:
-    """The gates and forms of DeepGEMM."""
+    """The gates and forms of DeepGEMM: dense layers, and experts (contiguous and masked)."""
 
     name = "deep_gemm"
 
     def evaluate(self, request: LinearRequest, device: Device) -> Offer | Sequence[Rejection]:
         """An offer, or every reason against one."""
         gates = Gates(self.name, request, device)
-        gates.architectures(tuple(FORMS), "SM120 exists only in forks with differing ABIs")
+        gates.architectures(FORMS, MISSING)
         gates.package(PACKAGE)
         gates.blocks((BlockShape(128, 128),))
-        gates.out_dtypes((DType.BFLOAT16,), f"a {request.out_dtype.value} model cannot use it")
+        gates.out_dtypes((DType.BFLOAT16,), f"a {request.out_dtype.value} model cannot run on it")
         gates.multiples(N_MULTIPLE, K_MULTIPLE)
         gates.whole_blocks()
         if device.capability in CUDA:
@@ -75,6 +82,5 @@ class DeepGemm:
             self.name,
             weight,
             activation,
-            evidence=Evidence.DOCUMENTED,
             notes=("compiles at prepare, once per (N, K)", *bias_notes(request)),
         )

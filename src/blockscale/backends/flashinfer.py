@@ -1,6 +1,6 @@
 """FlashInfer's block-scaled FP8 GEMMs: three kernels that share a package and nothing else.
 
-Architectures: SM90 (swap-AB, small M), SM100/SM103 (TRT-LLM), SM100 to SM121 (CUTLASS).
+Architectures: SM90 (swap-AB, small M), SM100/SM103 (TRT-LLM), SM100/SM103/SM12x (CUTLASS).
 Blocks: weights 128x128, activations 1x128, float32 scales. Output: bfloat16, CUTLASS also float16.
 CUTLASS and TRT-LLM read both operands' scales as (K blocks, MN); SM90 reads them as stored.
 """
@@ -19,6 +19,7 @@ from blockscale.formats import (
     DType,
 )
 from blockscale.planning.decision import MRange, Obstacle, Offer, OperandForm
+from blockscale.planning.device import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +33,9 @@ BLOCKS = (BlockShape(128, 128),)
 
 # gemm_base.py, @supported_compute_capability of gemm_fp8_nt_groupwise (0.7.2).
 TRTLLM_ARCHITECTURES = ((10, 0), (10, 3))
-CUTLASS_ARCHITECTURES = ((10, 0), (10, 3), (11, 0), (12, 0), (12, 1))
+CUTLASS_ARCHITECTURES = ((10, 0), (10, 3), (12, 0), (12, 1))
+# SGLang's own list has it, FlashInfer's decorator does not and would raise.
+CUTLASS_MISSING = {(11, 0): "only its cutile backend lists sm_110"}
 
 # _gemm_fp8_nt_groupwise requirement function (0.7.2).
 TRTLLM_MIN_K = 256
@@ -42,6 +45,19 @@ TRTLLM_MIN_K = 256
 SM90_M_RANGE = MRange(1, 31)
 
 _BLOCKWISE_FORMS = (OperandForm(FP8_128X128_FP32, K_BY_MN), OperandForm(FP8_1X128_FP32, K_BY_MN))
+
+_TRTLLM_DISPUTE = (
+    "unproven here: FlashInfer documents weight scales as (K/128, N/128), SGLang passes them as "
+    "stored (facts/sglang.md 1.3)"
+)
+_CUTLASS_DISPUTE = (
+    "unproven here: documentation and kernel once disagreed about scale order (facts/sglang.md 6, "
+    "item 17)"
+)
+_SM90_DISPUTE = (
+    "unproven here: its own activation quantization was less accurate on some checkpoints "
+    "(SGLang #32843)"
+)
 
 
 class FlashInferTrtllm:
@@ -56,9 +72,13 @@ class FlashInferTrtllm:
         gates.package(PACKAGE)
         gates.cuda_at_least(12, 8)
         gates.blocks(BLOCKS)
+        proven = device.proof(self.name, DType.FLOAT16)
         gates.out_dtypes(
-            (DType.BFLOAT16,),
-            "its API accepts float16, but SGLang measured accuracy 0 with it (PR #22300)",
+            (DType.BFLOAT16, DType.FLOAT16)
+            if proven is not None and proven.verdict is Verdict.PROVEN
+            else (DType.BFLOAT16,),
+            "its API accepts float16, but SGLang measured accuracy 0 with it (PR #22300) and the "
+            "probe has not proven it here",
         )
         gates.multiples(128, 128, "scales of partial blocks are not documented")
         gates.unless(
@@ -69,7 +89,15 @@ class FlashInferTrtllm:
         if gates.rejections:
             return gates.rejections
         weight, activation = _BLOCKWISE_FORMS
-        return Offer(self.name, weight, activation, notes=bias_notes(request))
+        return Offer(
+            self.name,
+            weight,
+            activation,
+            notes=(
+                _TRTLLM_DISPUTE,
+                *bias_notes(request),
+            ),
+        )
 
 
 class FlashInferCutlass:
@@ -80,7 +108,7 @@ class FlashInferCutlass:
     def evaluate(self, request: LinearRequest, device: Device) -> Offer | Sequence[Rejection]:
         """An offer, or every reason against one."""
         gates = Gates(self.name, request, device)
-        gates.architectures(CUTLASS_ARCHITECTURES)
+        gates.architectures(CUTLASS_ARCHITECTURES, CUTLASS_MISSING)
         gates.package(PACKAGE)
         gates.cuda_at_least(12, 8)
         gates.blocks(BLOCKS)
@@ -91,7 +119,16 @@ class FlashInferCutlass:
         if gates.rejections:
             return gates.rejections
         weight, activation = _BLOCKWISE_FORMS
-        return Offer(self.name, weight, activation, notes=bias_notes(request))
+        return Offer(
+            self.name,
+            weight,
+            activation,
+            notes=(
+                _CUTLASS_DISPUTE,
+                "M is padded to a multiple of four",
+                *bias_notes(request),
+            ),
+        )
 
 
 class FlashInferSm90:
@@ -119,8 +156,7 @@ class FlashInferSm90:
             None,
             SM90_M_RANGE,
             notes=(
-                "its own activation quantization was less accurate on some checkpoints "
-                "(SGLang #32843)",
+                _SM90_DISPUTE,
                 *bias_notes(request),
             ),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from blockscale.planning.decision import Obstacle, Rejection
 from blockscale.planning.device import Installed
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from blockscale.formats import BlockShape, DType
     from blockscale.planning.device import Device
@@ -30,13 +31,22 @@ class Gates:
         if not holds:
             self.rejections.append(Rejection(self.backend, obstacle, reason))
 
-    def architectures(self, supported: Sequence[tuple[int, int]], why: str = "") -> None:
-        """The device must be one of these compute capabilities."""
+    def architectures(
+        self,
+        supported: Collection[tuple[int, int]],
+        why_not: Mapping[tuple[int, int], str] | None = None,
+    ) -> None:
+        """The device must have one of these compute capabilities.
+
+        ``why_not``: what is known about some that are missing, for the reason.
+        """
         names = ", ".join(f"sm_{major}{minor}" for major, minor in supported)
+        capability = self.device.capability
+        why = (why_not or {}).get(capability) if capability is not None else None
         self.unless(
-            self.device.capability in supported,
+            capability in supported,
             Obstacle.ARCHITECTURE,
-            f"runs on {names}, not on {self.device.architecture}{'; ' + why if why else ''}",
+            f"runs on {names}, not on {self.device.architecture}" + (f": {why}" if why else ""),
         )
 
     def package(self, distribution: str) -> None:
@@ -47,6 +57,16 @@ class Gates:
             f"package {distribution} is not installed (pip install {distribution})",
         )
 
+    def package_at_least(self, distribution: str, major: int, minor: int) -> None:
+        """An installed distribution must be new enough, where its version is known."""
+        version = self.device.version(distribution)
+        if version is not None:
+            self.unless(
+                _release(version) >= (major, minor),
+                Obstacle.TOOLKIT,
+                f"needs {distribution} {major}.{minor} or newer, found {version}",
+            )
+
     def cuda_at_least(self, major: int, minor: int) -> None:
         """The CUDA release must be new enough, where it is known."""
         cuda = self.device.cuda
@@ -54,7 +74,7 @@ class Gates:
             self.unless(
                 cuda >= (major, minor),
                 Obstacle.TOOLKIT,
-                f"needs CUDA {major}.{minor}, found {cuda[0]}.{cuda[1]}",
+                f"needs CUDA {major}.{minor} or newer, found {cuda[0]}.{cuda[1]}",
             )
 
     def blocks(self, supported: Collection[BlockShape]) -> None:
@@ -97,12 +117,23 @@ class Gates:
         )
 
     def whole_blocks(self) -> None:
-        """The shard must not cut through a scale block, whatever the kernel could do."""
-        split = self.request.shard.split_blocks
+        """Neither a shard's cut nor a merged part may end inside a scale block.
+
+        Whatever the kernel could do: the checkpoint has no scales for such a weight.
+        """
+        request = self.request
+        split, block = request.shard.split_blocks, request.format.block
         self.unless(
             not split,
             Obstacle.SHARD_SPLITS_BLOCK,
             "the shard's scales are no slice of the checkpoint's: " + "; ".join(split),
+        )
+        ragged = [str(rows) for rows in request.parts[:-1] if rows % block.mn]
+        self.unless(
+            split or not ragged,
+            Obstacle.ALIGNMENT,
+            f"merged parts of {', '.join(ragged)} rows end inside a block of {block.mn} rows "
+            "and another part follows",
         )
 
     def dense(self) -> None:
@@ -112,6 +143,12 @@ class Gates:
             Obstacle.GROUPING,
             f"has no grouped kernel for a stack of {self.request.experts} experts",
         )
+
+
+def _release(version: str) -> tuple[int, int]:
+    """Major and minor of ``3.6.0+cu130``; zeros where there are no digits."""
+    major, minor = [*(int(text) for text in re.findall(r"\d+", version)[:2]), 0, 0][:2]
+    return major, minor
 
 
 def bias_notes(request: LinearRequest) -> tuple[str, ...]:

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from blockscale.planning.request import LinearRequest
 
 PACKAGE = "triton"
+# Warpgroup MMA (wgmma) exists on SM90 only (PTX ISA).
 ARCHITECTURES = ((9, 0),)
+# The first release whose Gluon has TMA, mbarriers and warpgroup_mma (baseline/h200.md).
+FIRST_TRITON = (3, 6)
 # TMA: rows of the operands and of the output start on 16 bytes (cuTensorMapEncodeTiled).
 TMA_BYTES = 16
 
@@ -41,8 +44,9 @@ class Gluon:
     def evaluate(self, request: LinearRequest, device: Device) -> Offer | Sequence[Rejection]:
         """An offer, or every reason against one."""
         gates = Gates(self.name, request, device)
-        gates.architectures(ARCHITECTURES, "wgmma exists on Hopper only")
+        gates.architectures(ARCHITECTURES)
         gates.package(PACKAGE)
+        gates.package_at_least(PACKAGE, *FIRST_TRITON)
         gates.blocks((BlockShape(128, 128),))
         gates.out_dtypes((DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32))
         gates.multiples(TMA_BYTES // request.out_dtype.bytes, TMA_BYTES, "TMA rows are 16 bytes")

@@ -63,14 +63,10 @@ class Reference:
     def bind(self, weight: BlockScaledTensor, offer: Offer) -> Multiply:  # noqa: ARG002 - the protocol's signature
         """``reference.block_scaled_matmul`` in float32, then the bias, then one cast."""
         from blockscale.reference import block_scaled_matmul
-        from blockscale.tensor import BlockScaledTensor
 
         def multiply(
-            activation: BlockScaledTensor | torch.Tensor,
-            out: torch.Tensor,
-            bias: torch.Tensor | None,
+            activation: BlockScaledTensor, out: torch.Tensor, bias: torch.Tensor | None
         ) -> None:
-            assert isinstance(activation, BlockScaledTensor)
             result = block_scaled_matmul(activation, weight)
             out.copy_(result if bias is None else result + bias.float())
 

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 PACKAGE = "sgl-kernel"
 ARCHITECTURES = ((12, 0), (12, 1))
+# facts/sglang.md 2.2: the dispatcher raises on them.
+_DEPRECATED = "deprecated there, sgl-kernel raises"
+MISSING = {(9, 0): _DEPRECATED, (10, 0): _DEPRECATED, (10, 3): _DEPRECATED}
 
 
 class SglCutlass:
@@ -39,7 +42,7 @@ class SglCutlass:
     def evaluate(self, request: LinearRequest, device: Device) -> Offer | Sequence[Rejection]:
         """An offer, or every reason against one."""
         gates = Gates(self.name, request, device)
-        gates.architectures(ARCHITECTURES, "deprecated on SM90 and SM100, where it raises")
+        gates.architectures(ARCHITECTURES, MISSING)
         gates.package(PACKAGE)
         gates.cuda_at_least(12, 8)
         gates.blocks((BlockShape(128, 128),))

@@ -26,7 +26,7 @@ FIRST_ARCHITECTURE = (8, 9)
 
 
 class Triton:
-    """The gates and forms of the plain Triton kernel."""
+    """The gates and forms of the plain Triton kernel: dense layers and experts."""
 
     name = "triton"
 

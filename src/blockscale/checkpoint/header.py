@@ -161,9 +161,7 @@ def _entry(path: Path, name: str, claim: object, data_start: int) -> TensorEntry
     dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         known = ", ".join(DTYPE_BITS)
-        raise CheckpointError(
-            path, f"has dtype {_short(dtype)}; known: {known}", tensor=_cut(name)
-        )
+        raise CheckpointError(path, f"has dtype {_short(dtype)}; known: {known}", tensor=_cut(name))
     if not _is_list_of_sizes(shape) or len(shape) > MAX_AXES:
         raise CheckpointError(path, f"has shape {_short(shape)}", tensor=_cut(name))
     if not _is_list_of_sizes(offsets) or len(offsets) != 2:  # noqa: PLR2004 - begin and end
@@ -189,9 +187,7 @@ def _is_list_of_sizes(value: object) -> bool:
     )
 
 
-def _check_tiling(
-    path: Path, entries: list[TensorEntry], data_start: int, data_bytes: int
-) -> None:
+def _check_tiling(path: Path, entries: list[TensorEntry], data_start: int, data_bytes: int) -> None:
     position = data_start
     for entry in entries:
         if entry.offset < position:

@@ -28,7 +28,7 @@ class ShapeGroup:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """The answer of ``blockscale inspect``. ``layers`` is None where a fault stopped the reading."""
+    """The answer of ``blockscale inspect``. ``layers`` is None where a fault stopped reading."""
 
     path: str
     files: int

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
 
+    from typing_extensions import Self
+
 # The safetensors format pads the header with spaces so that the data starts on eight bytes.
 HEADER_ALIGN = 8
 # Room for headers, configs and the file system's own needs, beyond the tensors.
@@ -84,7 +86,7 @@ class ShardWriter:
         self._file: BinaryIO | None = None
         self._header = _header(tensors)
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> Self:
         try:
             self._file = self._path.open("wb")
             self._file.write(self._header)

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 SCALE_SUFFIX = "_scale_inv"
 
-# Path components whose weights stay as they are: tables that are looked up, not multiplied; routers,
-# whose errors move tokens to other experts; the output head.
+# Path components whose weights stay as they are: tables that are looked up, not multiplied;
+# routers, whose errors move tokens to other experts; the output head.
 KEPT_COMPONENTS = (
     "embed_tokens", "embeddings", "wte", "wpe", "embed", "lm_head", "head", "score", "classifier",
     "gate", "router", "shared_expert_gate", "e_score_correction_bias", "eh_proj",
@@ -50,7 +50,17 @@ KEPT_COMPONENTS = (
 MAX_SHARD_BYTES = 5_000_000_000
 COPY_BYTES = 16 << 20
 # Files beside the weights that are copied; other weight files would contradict the result.
-WEIGHT_LIKE = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", INDEX_NAME)
+WEIGHT_LIKE = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    INDEX_NAME,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +168,7 @@ def _scales_after_data(
 ) -> bytes:
     """Write the codes band by band; give back the scales, which follow them in the file."""
     scales = []
-    for first, count in row_bands(*entry.shape, fmt.block.mn):
+    for first, count in row_bands(entry.shape[0], entry.shape[1], fmt.block.mn):
         band = read_rows(entry, first, count)
         quantized = quantize(band, fmt)
         values = scale_values(quantized)

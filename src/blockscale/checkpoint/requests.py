@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -93,7 +93,7 @@ class RequestOptions:
     """
 
     activation_dtype: DType
-    parallelism: Parallelism = Parallelism()
+    parallelism: Parallelism = field(default_factory=Parallelism)
     merging: Merging = Merging.ENGINE
     power_of_two: Mapping[str, PowerOfTwo] | None = None
 
@@ -130,7 +130,10 @@ def requests_of(checkpoint: Checkpoint, layers: Layers, options: RequestOptions)
         if _leaf(members[0].name) not in PROJECTIONS:
             unknown[_leaf(members[0].name)] += 1
         result = cut(whole, options.parallelism)
-        (findings if isinstance(result, Finding) else requests).append(result)  # type: ignore[attr-defined]  # each list takes its own kind
+        if isinstance(result, Finding):
+            findings.append(result)
+        else:
+            requests.append(result)
     if options.parallelism.tensor > 1:
         findings += [
             Finding(
@@ -144,9 +147,7 @@ def requests_of(checkpoint: Checkpoint, layers: Layers, options: RequestOptions)
     return Requests(tuple(requests), tuple(findings))
 
 
-def _grouped(
-    layers: Iterable[QuantizedLayer], merging: Merging
-) -> dict[str, list[QuantizedLayer]]:
+def _grouped(layers: Iterable[QuantizedLayer], merging: Merging) -> dict[str, list[QuantizedLayer]]:
     groups: dict[str, list[QuantizedLayer]] = defaultdict(list)
     for layer in layers:
         groups[layer.name if merging is Merging.MODULE else _merged_name(layer)].append(layer)
@@ -187,9 +188,7 @@ def _whole_layer(
     if projection is None or options.merging is Merging.MODULE:
         return WholeLayer(request)
     units = tuple(_heads(checkpoint, _leaf(part.name), experts) for part in parts)
-    return WholeLayer(
-        request, projection.style, tuple(_leaf(part.name) for part in parts), units
-    )
+    return WholeLayer(request, projection.style, tuple(_leaf(part.name) for part in parts), units)
 
 
 def _parts(members: list[QuantizedLayer]) -> list[QuantizedLayer]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ScaleFacts:
-    """What the scales of one layer are. Counts are of scales, ``smallest``/``largest`` of finite ones.
+    """What the scales of one layer are. ``smallest`` and ``largest`` look at finite ones only.
 
     ``smallest`` and ``largest`` are None if no scale is finite.
     """

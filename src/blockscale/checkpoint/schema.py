@@ -50,8 +50,8 @@ class SchemeKind(Enum):
 class Scheme:
     """What config.json declares. ``block`` is set for BLOCK_FP8 only.
 
-    ``declared_scale`` is the ``scale_fmt`` claim, which data may contradict; ``skipped`` the list of
-    modules said to be unquantized; ``method`` the ``quant_method`` spelling.
+    ``declared_scale`` is the ``scale_fmt`` claim, which data may contradict; ``skipped`` the list
+    of modules said to be unquantized; ``method`` the ``quant_method`` spelling.
     """
 
     kind: SchemeKind
@@ -164,9 +164,7 @@ def read_layers(checkpoint: Checkpoint) -> Layers:
     return Layers(scheme, tuple(quantized), tuple(skipped), tuple(findings))
 
 
-def _quantized_layer(
-    checkpoint: Checkpoint, scheme: Scheme, weight: TensorEntry
-) -> QuantizedLayer:
+def _quantized_layer(checkpoint: Checkpoint, scheme: Scheme, weight: TensorEntry) -> QuantizedLayer:
     name = weight.name.removesuffix(WEIGHT_SUFFIX)
     if scheme.kind in (SchemeKind.PER_CHANNEL_FP8, SchemeKind.PER_TENSOR_FP8):
         raise CheckpointError(
@@ -307,9 +305,7 @@ def _compressed_tensors(checkpoint: Checkpoint, declared: Mapping[str, Any]) -> 
         return Scheme(SchemeKind.OTHER, "compressed-tensors", skipped=skipped)
     if strategy == "block":
         block = _block(path, "block_structure", weights.get("block_structure"))
-        return Scheme(
-            SchemeKind.BLOCK_FP8, "compressed-tensors", block, ScaleFormat.FP32, skipped
-        )
+        return Scheme(SchemeKind.BLOCK_FP8, "compressed-tensors", block, ScaleFormat.FP32, skipped)
     per_channel = SchemeKind.PER_CHANNEL_FP8 if strategy == "channel" else SchemeKind.PER_TENSOR_FP8
     return Scheme(per_channel, "compressed-tensors", skipped=skipped)
 

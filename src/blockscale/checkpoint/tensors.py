@@ -56,7 +56,7 @@ def read_rows(entry: TensorEntry, first: int, count: int) -> torch.Tensor:
 
 
 def row_bands(rows: int, columns: int, block_rows: int) -> Iterator[tuple[int, int]]:
-    """(first, count) of bands that cover ``rows``, each a whole number of blocks except the last."""
+    """(first, count) of bands that cover ``rows``, each whole blocks except the last."""
     per_band = max(1, BAND_ELEMENTS // max(1, columns * block_rows)) * block_rows
     for first in range(0, rows, per_band):
         yield first, min(per_band, rows - first)

@@ -38,7 +38,7 @@ def run() -> None:
         error_line("interrupted; nothing half-written was left behind")
         sys.exit(ExitCode.INTERRUPTED)
     except BrokenPipeError:
-        # The reader closed the pipe (`| head`): not our error, and stdout must not be flushed again.
+        # The reader closed the pipe (`| head`): not our error; stdout must not be flushed again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(ExitCode.FINE)
 

@@ -1,20 +1,20 @@
 """Load a block-FP8 checkpoint into a transformers model, by plan.
 
-``nn.Linear`` modules whose weight is block FP8 on disk become ``BlockScaledLinear``; everything else
-is loaded as it is. No weight passes through bfloat16, and no scale is cast: transformers' own loader
-rounds float32 scales to the nearest power of two when a config declares ``ue8m0`` (facts/peers.md
-0.5), this one reads the bytes.
+``nn.Linear`` modules whose weight is block FP8 on disk become ``BlockScaledLinear``; everything
+else is loaded as it is. No weight passes through bfloat16, and no scale is cast: transformers' own
+loader rounds float32 scales to the nearest power of two when a config declares ``ue8m0``
+(facts/peers.md 0.5), this one reads the bytes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from blockscale.backends.registry import BACKENDS
 from blockscale.checkpoint.read import Checkpoint, read_checkpoint
 from blockscale.checkpoint.requests import Merging, RequestOptions, dtype_of_config, requests_of
-from blockscale.checkpoint.schema import WEIGHT_SUFFIX, Layers, read_layers
+from blockscale.checkpoint.schema import Layers, read_layers
 from blockscale.errors import ModelError
 from blockscale.planning.planner import plan_model
 from blockscale.planning.policy import PlanPolicy, Strictness
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from torch import nn
     from transformers import PreTrainedModel
 
     from blockscale.formats import DType
@@ -56,6 +57,8 @@ def load_model(
     Raises CheckpointError for unreadable files, PlanError if a layer has no backend, ModelError if
     the model class does not have the layers that the checkpoint names.
     """
+    from torch import nn
+
     checkpoint = read_checkpoint(path)
     layers = read_layers(checkpoint)
     dtype = dtype or dtype_of_config(checkpoint)
@@ -65,7 +68,7 @@ def load_model(
     _replace_linears(model, plan, checkpoint, layers, progress)
     _load_rest(model, checkpoint, layers, dtype)
     if not device.is_cpu:
-        model.to("cuda")
+        nn.Module.to(model, "cuda")
     return LoadedModel(model, plan)
 
 
@@ -78,13 +81,7 @@ def plan_modules(
     """
     options = RequestOptions(dtype, merging=Merging.MODULE)
     requests = requests_of(checkpoint, layers, options)
-    strict = PlanPolicy(
-        policy.backends,
-        policy.exactness,
-        policy.max_relative_error,
-        policy.determinism,
-        Strictness.RAISE,
-    )
+    strict = replace(policy, strictness=Strictness.RAISE)
     return plan_model(
         requests.requests,
         device,
@@ -96,7 +93,7 @@ def plan_modules(
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: DType) -> PreTrainedModel:
-    """The model class with parameters on the meta device and buffers (rotary tables) made for real."""
+    """The model class: parameters on the meta device, buffers (rotary tables) made for real."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -150,7 +147,7 @@ def _replace_linears(
             progress(1)
 
 
-def _linear_at(model: PreTrainedModel, plan: LinearPlan) -> Any:
+def _linear_at(model: PreTrainedModel, plan: LinearPlan) -> nn.Linear:
     from torch import nn
 
     try:

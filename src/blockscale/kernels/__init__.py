@@ -1,0 +1,1 @@
+"""Kernels by the machine they run on; they decide nothing."""

@@ -87,9 +87,7 @@ def cut(layer: WholeLayer, parallelism: Parallelism) -> LinearRequest | Finding:
         return _cut_rows(layer, request, degree)
     if layer.style is ShardStyle.ROW and degree > 1:
         return _cut_columns(request, degree)
-    parts = [
-        _Part(label, rows) for label, rows in zip(_labels(layer), request.parts, strict=True)
-    ]
+    parts = [_Part(label, rows) for label, rows in zip(_labels(layer), request.parts, strict=True)]
     return replace(request, shard=_row_shard(request, ShardStyle.WHOLE, 1, parts))
 
 
@@ -119,9 +117,7 @@ def _cut_columns(request: LinearRequest, degree: int) -> LinearRequest | Finding
     return replace(request, k=share, shard=shard)
 
 
-def _row_shard(
-    request: LinearRequest, style: ShardStyle, degree: int, parts: list[_Part]
-) -> Shard:
+def _row_shard(request: LinearRequest, style: ShardStyle, degree: int, parts: list[_Part]) -> Shard:
     """Every part is a matrix of its own on disk, with a scale grid of its own.
 
     Cuts of one part lie at multiples of its share, so the first one tells about all. A part that

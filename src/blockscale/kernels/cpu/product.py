@@ -19,13 +19,11 @@ SCRATCH_ELEMENTS = 4 << 20
 class WeightOnlyProduct:
     """A prepared weight, ready to multiply: out = activation x weight^T + bias.
 
-    ``data``: (n, k) E4M3 codes, contiguous. ``scales``: float32, contiguous, one for each ``block``.
+    ``data``: (n, k) E4M3 codes, contiguous. ``scales``: float32, contiguous, one per ``block``.
     Sums are float32, rounded once; the bits do not depend on the number of threads.
     """
 
-    def __init__(
-        self, data: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]
-    ) -> None:
+    def __init__(self, data: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> None:
         self._data, self._scales, self._block = data, scales, block
         self._n, self._k = data.shape
         self._library = library()
@@ -70,9 +68,7 @@ class WeightOnlyProduct:
         scratch = torch.empty((rows, self._k))
         for first in range(0, self._n, rows):
             count = min(rows, self._n - first)
-            tile = dequantize_rows(
-                self._data, self._scales, self._block, first, scratch[:count]
-            )
+            tile = dequantize_rows(self._data, self._scales, self._block, first, scratch[:count])
             product = wide @ tile.T
             if bias is not None:
                 product += bias[first : first + count].float()

@@ -1,0 +1,134 @@
+"""What a person should know about a whole plan, once for each cause and not once for each layer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from blockscale.planning.decision import Readiness
+from blockscale.planning.plan import Finding, LinearPlan, Severity
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+
+    from blockscale.planning.request import LinearRequest
+
+
+def findings_of(
+    layers: Sequence[LinearPlan], if_powers_of_two: Mapping[LinearRequest, LinearPlan]
+) -> list[Finding]:
+    """Everything worth saying about these plans.
+
+    ``if_powers_of_two``: for each request that unread scales kept from a backend, with an empty
+    name, the plan it would get if its scales were powers of two.
+    """
+    return [
+        *_unservable(layers),
+        *_split_blocks(layers),
+        *_unread_scales(layers, if_powers_of_two),
+        *_plan_only(layers),
+    ]
+
+
+def _unservable(layers: Iterable[LinearPlan]) -> list[Finding]:
+    lost = [plan for plan in layers if not plan.is_servable]
+    return [
+        Finding(
+            Severity.FAULT,
+            "unservable",
+            f"no backend may serve {_described(same)}; plan --explain gives every reason",
+            _single(same),
+        )
+        for same in _grouped(lost, lambda plan: replace(plan.request, name=""))
+    ]
+
+
+def _split_blocks(layers: Iterable[LinearPlan]) -> list[Finding]:
+    split = [plan for plan in layers if plan.request.shard.split_blocks]
+    findings = []
+    for same in _grouped(split, lambda plan: replace(plan.request, name="")):
+        request = same[0].request
+        cure = "a smaller tensor parallel degree keeps blocks whole"
+        if request.experts is not None:
+            cure = "expert parallelism (--ep) keeps experts whole"
+        findings.append(
+            Finding(
+                Severity.WARNING,
+                "shard_splits_block",
+                f"the cut goes through scale blocks of {_described(same)}: "
+                f"{'; '.join(request.shard.split_blocks)}; {cure}",
+                _single(same),
+            )
+        )
+    return findings
+
+
+def _unread_scales(
+    layers: Iterable[LinearPlan], if_powers_of_two: Mapping[LinearRequest, LinearPlan]
+) -> list[Finding]:
+    """What reading the scales would change, for each pair of backends now and then."""
+    counts: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = defaultdict(int)
+    for plan in layers:
+        then = if_powers_of_two.get(replace(plan.request, name=""))
+        if then is not None and then.backends != plan.backends:
+            counts[_unique(plan.backends), _unique(then.backends)] += 1
+    return [
+        Finding(
+            Severity.NOTE,
+            "unread_scales",
+            f"{' and '.join(then)} would serve {_layers(count)} instead of "
+            f"{' and '.join(now) or 'no backend'} if their scales are powers of two: read them "
+            "with plan --read-scales or verify (then lossless), or permit requantizing in any "
+            "case with --allow-lossy",
+        )
+        for (now, then), count in counts.items()
+    ]
+
+
+def _plan_only(layers: Iterable[LinearPlan]) -> list[Finding]:
+    counts: dict[str, int] = defaultdict(int)
+    for plan in layers:
+        for backend in dict.fromkeys(
+            choice.offer.backend
+            for choice in plan.choices
+            if choice.offer.readiness is Readiness.PLAN_ONLY
+        ):
+            counts[backend] += 1
+    return [
+        Finding(
+            Severity.NOTE,
+            "plan_only",
+            f"{backend} is planned for {_layers(count)}, but blockscale cannot run it yet",
+        )
+        for backend, count in counts.items()
+    ]
+
+
+def _grouped(
+    plans: Iterable[LinearPlan], key: Callable[[LinearPlan], Hashable]
+) -> list[list[LinearPlan]]:
+    groups: dict[Hashable, list[LinearPlan]] = defaultdict(list)
+    for plan in plans:
+        groups[key(plan)].append(plan)
+    return list(groups.values())
+
+
+def _described(same: Sequence[LinearPlan]) -> str:
+    request = same[0].request
+    shape = f"(N={request.n}, K={request.k}, {request.format})"
+    if len(same) == 1:
+        return f"this layer {shape}"
+    return f"{len(same)} layers like {request.name} {shape}"
+
+
+def _single(same: Sequence[LinearPlan]) -> str | None:
+    return same[0].name if len(same) == 1 else None
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
+
+
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
