@@ -8,7 +8,7 @@ whole, and a finding says so.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -125,7 +125,17 @@ def requests_of(checkpoint: Checkpoint, layers: Layers, options: RequestOptions)
     requests: list[LinearRequest] = []
     findings: list[Finding] = []
     unknown: dict[str, int] = defaultdict(int)
-    for name, members in _grouped(layers.quantized, options.merging).items():
+    groups, unmerged = _grouped(layers.quantized, options.merging)
+    findings += [
+        Finding(
+            Severity.NOTE,
+            "not_merged",
+            f"engines would merge {count} layers into {leaf}, here their parts are planned one by "
+            f"one: {reason}",
+        )
+        for (leaf, reason), count in unmerged.items()
+    ]
+    for name, members in groups.items():
         whole = _whole_layer(checkpoint, name, members, options)
         if _leaf(members[0].name) not in PROJECTIONS:
             unknown[_leaf(members[0].name)] += 1
@@ -147,11 +157,48 @@ def requests_of(checkpoint: Checkpoint, layers: Layers, options: RequestOptions)
     return Requests(tuple(requests), tuple(findings))
 
 
-def _grouped(layers: Iterable[QuantizedLayer], merging: Merging) -> dict[str, list[QuantizedLayer]]:
-    groups: dict[str, list[QuantizedLayer]] = defaultdict(list)
+def _grouped(
+    layers: Iterable[QuantizedLayer], merging: Merging
+) -> tuple[dict[str, list[QuantizedLayer]], Counter[tuple[str, str]]]:
+    """Layers by the name they are planned under; and which merged names fell apart, and why."""
+    if merging is Merging.MODULE:
+        return {layer.name: [layer] for layer in layers}, Counter()
+    merged: dict[str, list[QuantizedLayer]] = defaultdict(list)
     for layer in layers:
-        groups[layer.name if merging is Merging.MODULE else _merged_name(layer)].append(layer)
-    return groups
+        merged[_merged_name(layer)].append(layer)
+    groups: dict[str, list[QuantizedLayer]] = {}
+    unmerged: Counter[tuple[str, str]] = Counter()
+    for name, members in merged.items():
+        reason = _cannot_merge(members)
+        if reason is None:
+            groups[name] = members
+        else:
+            unmerged[_leaf(name), reason] += 1
+            groups.update((member.name, [member]) for member in members)
+    return groups, unmerged
+
+
+def _cannot_merge(members: list[QuantizedLayer]) -> str | None:
+    """Why stored weights cannot become one weight with one scale grid; None if they can.
+
+    Experts are stacked in any case: there is no kernel that runs their halves apart.
+    """
+    if len(members) == 1 or _EXPERT.match(members[0].name) or members[0].stacked is not None:
+        return None
+    parts = sorted(members, key=lambda part: _position(part.name))
+    for part in parts[1:]:
+        if (part.k, part.format) != (parts[0].k, parts[0].format):
+            return (
+                f"{_leaf(part.name)} has K={part.k} and {part.format}, {_leaf(parts[0].name)} has "
+                f"K={parts[0].k} and {parts[0].format}"
+            )
+    for part in parts[:-1]:
+        if part.n % part.format.block.mn:
+            return (
+                f"the {part.n} rows of {_leaf(part.name)} end inside a block of "
+                f"{part.format.block.mn} rows, so a merged weight would have no scale grid"
+            )
+    return None
 
 
 def _merged_name(layer: QuantizedLayer) -> str:

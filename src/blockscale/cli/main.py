@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
+import blockscale
 from blockscale.cli import doctor, generate, inspect, plan, quantize, verify
 from blockscale.cli.output import ExitCode, error_line
 from blockscale.errors import BlockscaleError
 
 app = typer.Typer(
     name="blockscale",
-    help="Plan, prepare and run block-scaled FP8 linear layers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -27,20 +29,42 @@ app.command("verify")(verify.verify)
 app.command("generate")(generate.generate)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"blockscale {blockscale.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _blockscale(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Plan, prepare and run block-scaled FP8 linear layers."""
+
+
 def run() -> None:
     """Entry point: every expected failure is one line on stderr and an exit code."""
     try:
-        app()
+        status = app(standalone_mode=False)
     except BlockscaleError as error:
         error_line(str(error))
         sys.exit(ExitCode.WRONG_USE)
-    except KeyboardInterrupt:
+    except TyperException as error:
+        error_line(f"{error.format_message().rstrip('.')}; see blockscale --help")
+        sys.exit(ExitCode.WRONG_USE)
+    except (KeyboardInterrupt, typer.Abort):
         error_line("interrupted; nothing half-written was left behind")
         sys.exit(ExitCode.INTERRUPTED)
     except BrokenPipeError:
         # The reader closed the pipe (`| head`): not our error; stdout must not be flushed again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(ExitCode.FINE)
+    sys.exit(status if isinstance(status, int) else ExitCode.FINE)
 
 
 if __name__ == "__main__":

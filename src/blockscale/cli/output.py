@@ -1,18 +1,24 @@
-"""What every command shares: exit codes, JSON on stdout, tables and one-line errors on stderr."""
+"""What every command shares: exit codes, JSON and tables on stdout, one-line errors on stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from rich.console import Console
+    from rich.table import Table
+
+    from blockscale.planning.plan import Finding
 
 SCHEMA = 1
+# Wide enough for a plan's table where stdout is a file or a pipe and has no width of its own.
+PIPE_WIDTH = 120
 
 
 class ExitCode(IntEnum):
@@ -20,7 +26,7 @@ class ExitCode(IntEnum):
 
     FINE = 0
     FINDING = 1
-    """The command worked and found a fault: verify, plan --strict."""
+    """The command worked and found a fault: inspect, verify, plan --strict."""
     WRONG_USE = 2
     """Unreadable input or options without meaning."""
     INTERRUPTED = 130
@@ -31,7 +37,8 @@ def console() -> Console:
     """Where tables go: stdout."""
     from rich.console import Console
 
-    return Console()
+    wide = None if sys.stdout.isatty() else PIPE_WIDTH
+    return Console(width=wide, highlight=False, soft_wrap=False)
 
 
 def error_line(message: str) -> None:
@@ -42,6 +49,78 @@ def error_line(message: str) -> None:
 def print_json(document: Mapping[str, Any]) -> None:
     """The one JSON document of a ``--json`` run, with its schema version first."""
     print(json.dumps({"schema": SCHEMA, **document}, indent=2, allow_nan=False))
+
+
+def table(*columns: str, numbers: Iterable[str] = ()) -> Table:
+    """An empty table in the house style; ``numbers`` names the columns aligned to the right."""
+    from rich import box
+    from rich.table import Table
+
+    right = set(numbers)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return made
+
+
+def print_findings(out: Console, findings: Iterable[Finding]) -> None:
+    """One paragraph for each finding, faults in red and first."""
+    from rich.text import Text
+
+    from blockscale.planning.plan import Severity
+
+    order = {Severity.FAULT: 0, Severity.WARNING: 1, Severity.NOTE: 2}
+    styles = {Severity.FAULT: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
+    for finding in sorted(findings, key=lambda finding: order[finding.severity]):
+        where = f"{finding.layer}: " if finding.layer else ""
+        words = Text(f"{finding.severity.value}: ", style=styles[finding.severity])
+        words.append(f"{where}{finding.message}", style="default not bold")
+        out.print(words)
+
+
+def finding_documents(findings: Iterable[Finding]) -> list[dict[str, str | None]]:
+    """Findings as JSON values, as plan documents spell them."""
+    return [
+        {"severity": f.severity.value, "code": f.code, "message": f.message, "layer": f.layer}
+        for f in findings
+    ]
+
+
+@contextmanager
+def progress(description: str, total: int, *, unit: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, gone when done; the function inside takes units since last time.
+
+    ``unit``: ``"bytes"`` is shown as MB and MB/s, anything else as a count.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    amounts: list[ProgressColumn] = (
+        [DownloadColumn(), TransferSpeedColumn()]
+        if unit == "bytes"
+        else [MofNCompleteColumn(), TextColumn(unit)]
+    )
+    screen = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *amounts,
+        TimeRemainingColumn(),
+        console=screen,
+        transient=True,
+        disable=not screen.is_terminal,
+    ) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda done: bar.advance(task, done)
 
 
 def human_bytes(count: float) -> str:

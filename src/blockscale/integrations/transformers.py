@@ -8,6 +8,7 @@ loader rounds float32 scales to the nearest power of two when a config declares 
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -192,3 +193,43 @@ def _load_rest(
         msg = f"{checkpoint.path} lacks {len(missing)} parameters of the model, first {shown}"
         raise ModelError(msg)
     model.requires_grad_(requires_grad=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """The continuation of a prompt. ``seconds`` cover prefill and decoding, not loading."""
+
+    text: str
+    new_tokens: int
+    seconds: float
+
+
+def generate_text(
+    loaded: LoadedModel, path: Path | str, prompt: str, max_new_tokens: int
+) -> Generated:
+    """Continue ``prompt`` greedily with the tokenizer that lies at ``path``.
+
+    Raises ModelError if there is no tokenizer, or the prompt gives no token.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        msg = f"{path} has no tokenizer that transformers can load: {first}"
+        raise ModelError(msg) from error
+    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.model.device)
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        msg = "the prompt gives no token; write at least one word"
+        raise ModelError(msg)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        tokens = loaded.model.generate(  # type: ignore[operator]  # transformers types it Tensor | Module
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False
+        )
+    seconds = time.perf_counter() - started
+    new = tokens[0, length:]
+    return Generated(str(tokenizer.decode(new, skip_special_tokens=True)), len(new), seconds)

@@ -1,0 +1,121 @@
+"""``blockscale inspect``: what a checkpoint is, from headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from blockscale.cli.options import CheckpointPath, Json
+from blockscale.cli.output import (
+    ExitCode,
+    console,
+    finding_documents,
+    human_bytes,
+    print_findings,
+    print_json,
+    table,
+)
+
+if TYPE_CHECKING:
+    from blockscale.checkpoint.inspect import Inspection
+
+
+def inspect(path: CheckpointPath, as_json: Json = False) -> int:
+    """Show formats, block shapes, skipped layers, and contradictions of config and data."""
+    from blockscale.checkpoint.inspect import inspect_checkpoint
+    from blockscale.checkpoint.read import read_checkpoint
+    from blockscale.planning.plan import Severity
+
+    inspection = inspect_checkpoint(read_checkpoint(path))
+    if as_json:
+        print_json(_document(inspection))
+    else:
+        _print(inspection)
+    faulty = any(finding.severity is Severity.FAULT for finding in inspection.findings)
+    return ExitCode.FINDING if faulty else ExitCode.FINE
+
+
+def _skip_reasons(inspection: Inspection) -> Counter[str]:
+    layers = inspection.layers
+    return Counter(skipped.reason for skipped in layers.skipped) if layers else Counter()
+
+
+def _scheme_words(inspection: Inspection) -> str:
+    scheme = inspection.scheme
+    words = [scheme.method or "not quantized", scheme.kind.value]
+    if scheme.block is not None:
+        words.append(f"blocks {scheme.block}")
+    if scheme.declared_scale is not None:
+        words.append(f"declares {scheme.declared_scale.value} scales")
+    return ", ".join(words)
+
+
+def _print(inspection: Inspection) -> None:
+    out = console()
+    out.print(
+        f"{inspection.path}: {inspection.files} files, {inspection.tensors} tensors, "
+        f"{human_bytes(inspection.tensor_bytes)}"
+    )
+    by_dtype = ", ".join(
+        f"{dtype} {human_bytes(size)}" for dtype, size in inspection.bytes_by_dtype
+    )
+    out.print(f"stored as: {by_dtype}")
+    out.print(f"config:    {_scheme_words(inspection)}\n")
+    if inspection.groups:
+        rows = table(
+            "layers",
+            "N",
+            "K",
+            "format",
+            "scales stored as",
+            "example",
+            numbers=("layers", "N", "K"),
+        )
+        for group in inspection.groups:
+            rows.add_row(
+                str(group.count),
+                str(group.n),
+                str(group.k),
+                group.format,
+                group.scale_dtype,
+                group.example,
+            )
+        out.print(rows)
+    reasons = _skip_reasons(inspection)
+    if reasons:
+        out.print(f"\nnot quantized: {sum(reasons.values())} layers")
+        for reason, count in reasons.most_common():
+            out.print(f"  {count} {reason}")
+    if inspection.findings:
+        out.print()
+        print_findings(out, inspection.findings)
+
+
+def _document(inspection: Inspection) -> dict[str, Any]:
+    scheme, layers = inspection.scheme, inspection.layers
+    return {
+        "path": inspection.path,
+        "files": inspection.files,
+        "tensors": inspection.tensors,
+        "tensor_bytes": inspection.tensor_bytes,
+        "bytes_by_dtype": dict(inspection.bytes_by_dtype),
+        "scheme": {
+            "kind": scheme.kind.value,
+            "method": scheme.method,
+            "block": [scheme.block.mn, scheme.block.k] if scheme.block else None,
+            "declared_scale": scheme.declared_scale.value if scheme.declared_scale else None,
+        },
+        "groups": [
+            {
+                "n": group.n,
+                "k": group.k,
+                "format": group.format,
+                "scale_dtype": group.scale_dtype,
+                "layers": group.count,
+                "example": group.example,
+            }
+            for group in inspection.groups
+        ],
+        "skipped": [{"name": s.name, "reason": s.reason} for s in layers.skipped] if layers else [],
+        "findings": finding_documents(inspection.findings),
+    }

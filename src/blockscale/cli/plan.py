@@ -1,0 +1,182 @@
+"""``blockscale plan``: which backend serves which layer, and why no other does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from blockscale.cli.options import (
+    AllowLossy,
+    Backends,
+    CheckpointPath,
+    DTypeOption,
+    Json,
+    device_from,
+    policy_from,
+)
+from blockscale.cli.output import ExitCode, console, print_findings, print_json, progress, table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import Console
+
+    from blockscale.checkpoint.schema import Layers
+    from blockscale.formats import PowerOfTwo
+    from blockscale.planning.plan import LinearPlan, ModelPlan
+
+# Reasons that the summary leaves to --explain: they say nothing about this checkpoint.
+_OBVIOUS = ("excluded_by_policy", "outranked")
+SHOWN_REASONS = 2
+
+
+def plan(
+    path: CheckpointPath,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, sm_80 ... sm_121; default: this machine.", show_default=False),
+    ] = None,
+    dtype: DTypeOption = None,
+    tp: Annotated[int, typer.Option(help="Tensor parallel degree.")] = 1,
+    ep: Annotated[int, typer.Option(help="Expert parallel degree, a divisor of --tp.")] = 1,
+    backend: Backends = None,
+    allow_lossy: AllowLossy = False,
+    read_scales: Annotated[
+        bool, typer.Option("--read-scales", help="Read all scales: are they powers of two?")
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Every backend's reasons for every kind of layer.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 if a layer has no backend.")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Decide which backend serves each layer, from headers alone."""
+    from blockscale.backends.registry import BACKENDS
+    from blockscale.checkpoint.read import read_checkpoint
+    from blockscale.checkpoint.requests import RequestOptions, dtype_of_config, requests_of
+    from blockscale.checkpoint.schema import read_layers
+    from blockscale.planning.explain import explain_model
+    from blockscale.planning.planner import plan_model
+    from blockscale.planning.sharding import Parallelism
+
+    parallelism = Parallelism(tp, ep)
+    policy = policy_from(backend, allow_lossy=allow_lossy)
+    target = device_from(device)
+    checkpoint = read_checkpoint(path)
+    layers = read_layers(checkpoint)
+    options = RequestOptions(
+        dtype.dtype if dtype else dtype_of_config(checkpoint),
+        parallelism,
+        power_of_two=_read_scales(layers) if read_scales else None,
+    )
+    wanted = requests_of(checkpoint, layers, options)
+    planned = plan_model(
+        wanted.requests,
+        target,
+        policy,
+        BACKENDS,
+        skipped=layers.skipped,
+        findings=(*layers.findings, *wanted.findings),
+    )
+    if as_json:
+        from blockscale.planning.serialize import plan_document
+
+        print_json(plan_document(planned))
+    elif explain:
+        print(explain_model(planned))
+    else:
+        _print_plan(planned, options)
+    return ExitCode.FINDING if strict and _is_unservable(planned) else ExitCode.FINE
+
+
+def _is_unservable(planned: ModelPlan) -> bool:
+    from blockscale.planning.plan import Severity
+
+    return any(finding.severity is Severity.FAULT for finding in planned.findings)
+
+
+def _read_scales(layers: Layers) -> Mapping[str, PowerOfTwo]:
+    from blockscale.checkpoint.scales import read_power_of_two
+
+    with progress("reading scales", len(layers.quantized), unit="layers") as advance:
+        return read_power_of_two(layers.quantized, advance)
+
+
+def _print_plan(planned: ModelPlan, options: object) -> None:
+    from blockscale.checkpoint.requests import RequestOptions
+    from blockscale.planning.explain import conversion_words, layer_groups
+
+    assert isinstance(options, RequestOptions)
+    out = console()
+    parallel = options.parallelism
+    shards = f", one rank of tp={parallel.tensor} ep={parallel.expert}"
+    out.print(
+        f"{_device_words(planned)}, {options.activation_dtype.value} activations"
+        f"{shards if parallel.tensor > 1 else ''}: {len(planned.layers)} layers, "
+        f"{len(planned.skipped)} left unquantized\n"
+    )
+    if planned.layers:
+        rows = table("layers", "name", "N", "K", "backend", "weight", numbers=("layers", "N", "K"))
+        for group in layer_groups(planned.layers):
+            request = group.plan.request
+            shape = f"{request.experts} x {request.n}" if request.experts else str(request.n)
+            rows.add_row(
+                str(len(group.names)),
+                group.pattern,
+                shape,
+                str(request.k),
+                _backend_words(group.plan),
+                conversion_words(group.plan),
+            )
+        out.print(rows)
+        _print_rejections(out, planned)
+    if planned.findings:
+        out.print()
+        print_findings(out, planned.findings)
+
+
+def _device_words(planned: ModelPlan) -> str:
+    device = planned.device
+    if device.name == device.architecture:
+        return device.name
+    return device.name if device.is_cpu else f"{device.name} ({device.architecture})"
+
+
+def _backend_words(layer: LinearPlan) -> str:
+    if not layer.is_servable:
+        return "none"
+    if len(layer.choices) == 1:
+        return layer.choices[0].offer.backend
+    return "\n".join(f"{choice.offer.backend} ({choice.m_range})" for choice in layer.choices)
+
+
+def _print_rejections(out: Console, planned: ModelPlan) -> None:
+    """Each rejected backend with its commonest reasons and for how many layers they hold."""
+    reasons: dict[str, Counter[str]] = {}
+    elsewhere = {
+        rejection.backend
+        for rejection in planned.layers[0].rejected
+        if rejection.obstacle.value == "architecture"
+    }
+    for layer in planned.layers:
+        for rejection in layer.rejected:
+            if rejection.backend not in elsewhere and rejection.obstacle.value not in _OBVIOUS:
+                reasons.setdefault(rejection.backend, Counter())[rejection.reason] += 1
+    out.print()
+    if elsewhere:
+        out.print(f"not for {planned.device.architecture}: {', '.join(sorted(elsewhere))}")
+    if not reasons:
+        return
+    out.print()
+    rows = table("not chosen", "layers", "why", numbers=("layers",))
+    for backend, counts in reasons.items():
+        for reason, count in counts.most_common(SHOWN_REASONS):
+            rows.add_row(backend, str(count), reason)
+        hidden = len(counts) - SHOWN_REASONS
+        if hidden > 0:
+            rows.add_row(backend, "", f"and {hidden} more; see --explain")
+    out.print(rows)

@@ -1,0 +1,100 @@
+"""The environment, read in one place and turned into a policy.
+
+===============================  ==============================  ==============================
+variable                         values                          meaning
+===============================  ==============================  ==============================
+``BLOCKSCALE_BACKENDS``          names, separated by commas      the only backends, in order
+``BLOCKSCALE_EXACTNESS``         ``exact``, ``allow_lossy``      may weights be requantized
+``BLOCKSCALE_MAX_RELATIVE_ERROR``  a number from 0 to 1            limit under ``allow_lossy``
+``BLOCKSCALE_DETERMINISM``       ``any``, ``required``           same bits on every run
+``BLOCKSCALE_PROVING``           ``any``, ``required``           only backends the probe proved
+``BLOCKSCALE_STRICTNESS``        ``report``, ``raise``           what an unservable layer does
+===============================  ==============================  ==============================
+
+A ``BLOCKSCALE_`` variable that is not in this table is an error: a misspelt setting must not be
+silently without effect.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from blockscale.errors import SettingsError
+from blockscale.planning.policy import PlanPolicy
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from enum import Enum
+
+    _E = TypeVar("_E", bound=Enum)
+
+PREFIX = "BLOCKSCALE_"
+BACKENDS = "BLOCKSCALE_BACKENDS"
+EXACTNESS = "BLOCKSCALE_EXACTNESS"
+MAX_RELATIVE_ERROR = "BLOCKSCALE_MAX_RELATIVE_ERROR"
+DETERMINISM = "BLOCKSCALE_DETERMINISM"
+PROVING = "BLOCKSCALE_PROVING"
+STRICTNESS = "BLOCKSCALE_STRICTNESS"
+KNOWN = (BACKENDS, EXACTNESS, MAX_RELATIVE_ERROR, DETERMINISM, PROVING, STRICTNESS)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the environment asks for. Names of backends are checked when something is planned."""
+
+    policy: PlanPolicy = field(default_factory=PlanPolicy)
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """The settings in ``environ`` (usually ``os.environ``); an empty value counts as unset.
+
+    Raises SettingsError, naming variable and value, for a value without meaning or an unknown name.
+    """
+    unknown = sorted(name for name in environ if name.startswith(PREFIX) and name not in KNOWN)
+    if unknown:
+        msg = f"{unknown[0]} is no setting of blockscale; known: {', '.join(KNOWN)}"
+        raise SettingsError(msg)
+    default = PlanPolicy()
+    return Settings(
+        PlanPolicy(
+            backends=_names(environ.get(BACKENDS, "")),
+            exactness=_member(environ, EXACTNESS, default.exactness),
+            max_relative_error=_ratio(environ, default.max_relative_error),
+            determinism=_member(environ, DETERMINISM, default.determinism),
+            strictness=_member(environ, STRICTNESS, default.strictness),
+            proving=_member(environ, PROVING, default.proving),
+        )
+    )
+
+
+def _names(text: str) -> tuple[str, ...] | None:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    return names or None
+
+
+def _member(environ: Mapping[str, str], name: str, default: _E) -> _E:
+    text = environ.get(name, "")
+    if not text:
+        return default
+    kind = type(default)
+    try:
+        return kind(text)
+    except ValueError:
+        allowed = ", ".join(str(member.value) for member in kind)
+        msg = f"{name} is {text!r}; allowed: {allowed}"
+        raise SettingsError(msg) from None
+
+
+def _ratio(environ: Mapping[str, str], default: float) -> float:
+    text = environ.get(MAX_RELATIVE_ERROR, "")
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        msg = f"{MAX_RELATIVE_ERROR} is {text!r}; allowed: a number from 0 to 1"
+        raise SettingsError(msg)
+    return value
