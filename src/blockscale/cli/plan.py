@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from blockscale.formats import PowerOfTwo
     from blockscale.planning.plan import LinearPlan, ModelPlan
 
-# Reasons that the summary leaves to --explain: they say nothing about this checkpoint.
-_OBVIOUS = ("excluded_by_policy", "outranked")
+# Reasons that the summary leaves out: --explain gives them, and findings name every split block.
+_OBVIOUS = ("excluded_by_policy", "outranked", "shard_splits_block")
 SHOWN_REASONS = 2
 
 
@@ -108,7 +108,7 @@ def _read_scales(layers: Layers) -> Mapping[str, PowerOfTwo]:
 
 def _print_plan(planned: ModelPlan, options: object) -> None:
     from blockscale.checkpoint.requests import RequestOptions
-    from blockscale.planning.explain import conversion_words, layer_groups
+    from blockscale.planning.explain import layer_groups
 
     assert isinstance(options, RequestOptions)
     out = console()
@@ -130,7 +130,7 @@ def _print_plan(planned: ModelPlan, options: object) -> None:
                 shape,
                 str(request.k),
                 _backend_words(group.plan),
-                conversion_words(group.plan),
+                _weight_words(group.plan),
             )
         out.print(rows)
         _print_rejections(out, planned)
@@ -152,6 +152,17 @@ def _backend_words(layer: LinearPlan) -> str:
     if len(layer.choices) == 1:
         return layer.choices[0].offer.backend
     return "\n".join(f"{choice.offer.backend} ({choice.m_range})" for choice in layer.choices)
+
+
+def _weight_words(layer: LinearPlan) -> str:
+    """``as stored``, or what prepare does to it and where the scales then lie."""
+    if layer.weight is None:
+        return ""
+    if layer.conversion.value == "none":
+        return "as stored"
+    loss = {True: "lossless", False: "lossy", None: "lossless only if powers of two"}
+    scale, layout = layer.weight.format.scale.value, layer.weight.layout
+    return f"{layer.conversion.value} to {scale} {layout} ({loss[layer.is_lossless]})"
 
 
 def _print_rejections(out: Console, planned: ModelPlan) -> None:

@@ -1,0 +1,1 @@
+"""Material for tests, benchmarks and documentation; nothing in the library imports it."""
