@@ -64,7 +64,7 @@ def write_headers(directory: Path, model: ModelShape) -> None:
 
 
 def minimax_m25() -> ModelShape:
-    """MiniMax-M2.5: 62 layers, 256 experts of 1536, attention 48 heads and 8 for keys and values."""
+    """MiniMax-M2.5: 62 layers, 256 experts of 1536, 48 attention heads, 8 for keys and values."""
     hidden, experts, intermediate = 3072, 256, 1536
     tensors = [TensorShape("model.embed_tokens.weight", "BF16", (200064, hidden))]
     for layer in range(62):
