@@ -1,0 +1,268 @@
+"""Every command as a user meets it: exit code, stdout, stderr, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from blockscale.testing.model_shapes import minimax_m25, qwen3_8b, write_headers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COMMANDS = ("doctor", "inspect", "plan", "quantize", "verify", "generate")
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+
+def blockscale(*arguments: object, environ: dict[str, str] | None = None) -> Result:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("BLOCKSCALE_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "blockscale.cli.main", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**clean, **(environ or {})},
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def assert_one_line_error(result: Result, *words: str) -> None:
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.count("\n") == 1, result.err
+    assert result.err.startswith("blockscale: ")
+    for word in words:
+        assert word in result.err
+
+
+@pytest.fixture(scope="module")
+def minimax(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("minimax")
+    write_headers(folder, minimax_m25())
+    return folder
+
+
+def test_help_names_every_command() -> None:
+    result = blockscale("--help")
+    assert result.code == 0
+    for command in COMMANDS:
+        assert command in result.out
+
+
+def test_version() -> None:
+    assert blockscale("--version").out.startswith("blockscale 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("plan",), ("PATH",)),
+        (("plan", "/nowhere"), ("/nowhere", "does not exist")),
+        (("plan", "x", "--dtype", "int8"), ("int8", "bfloat16")),
+        (("plan", "x", "--device", "sm_42"), ("sm_42", "sm_90")),
+        (("plan", "x", "--tp", "0"), ("tp=0",)),
+        (("plan", "x", "--tp", "8", "--ep", "3"), ("3", "8")),
+        (("quantize", "x", "y", "--block", "128"), ("--block", "128x128")),
+        (("fly",), ("fly",)),
+    ],
+)
+def test_wrong_use_is_one_line_and_code_2(
+    arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    assert_one_line_error(blockscale(*arguments), *words)
+
+
+def test_unknown_setting_in_the_environment_is_refused(fp8_checkpoint: Path) -> None:
+    result = blockscale(
+        "plan", fp8_checkpoint, "--device", "sm_90", environ={"BLOCKSCALE_BACKEND": "triton"}
+    )
+    assert_one_line_error(result, "BLOCKSCALE_BACKEND")
+
+
+def test_settings_narrow_the_plan(fp8_checkpoint: Path) -> None:
+    result = blockscale(
+        "plan",
+        fp8_checkpoint,
+        "--device",
+        "sm_90",
+        "--json",
+        environ={"BLOCKSCALE_BACKENDS": "triton,reference"},
+    )
+    used = {b["backend"] for layer in result.document["layers"] for b in layer["backends"]}
+    assert used == {"triton"}
+
+
+def test_doctor_names_every_backend() -> None:
+    from blockscale.backends.registry import BACKENDS
+
+    document = blockscale("doctor", "--json").document
+    assert document["schema"] == 1
+    assert [answer["backend"] for answer in document["backends"]] == [b.name for b in BACKENDS]
+    for answer in document["backends"]:
+        assert any(answer["dtypes"].values()) or answer["reasons"]
+    assert "reference" in blockscale("doctor").out
+
+
+def test_quantize_inspect_plan_verify_agree(float_checkpoint: Path, fp8_checkpoint: Path) -> None:
+    inspected = blockscale("inspect", fp8_checkpoint, "--json").document
+    assert sum(group["layers"] for group in inspected["groups"]) == 2
+    planned = blockscale("plan", fp8_checkpoint, "--device", "cpu", "--json").document
+    assert {layer["name"] for layer in planned["layers"]} == {
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.0.mlp.down_proj",
+    }
+    verified = blockscale("verify", fp8_checkpoint, "--against", float_checkpoint, "--json")
+    assert verified.code == 0
+    errors = [layer["error"]["relative_error"] for layer in verified.document["layers"]]
+    assert len(errors) == 2
+    assert all(0.02 < error < 0.03 for error in errors)
+
+
+def test_tables_have_no_json_and_json_has_nothing_else(fp8_checkpoint: Path) -> None:
+    for command in ("inspect", "plan", "verify"):
+        text, document = (
+            blockscale(command, fp8_checkpoint),
+            blockscale(command, fp8_checkpoint, "--json"),
+        )
+        assert text.code == document.code == 0
+        assert not text.out.startswith("{")
+        assert document.document["schema"] == 1
+        assert document.err == ""
+
+
+def test_quantize_refuses_an_existing_target(float_checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "taken"
+    target.mkdir()
+    (target / "precious").write_text("keep me")
+    assert_one_line_error(blockscale("quantize", float_checkpoint, target), str(target))
+    assert (target / "precious").read_text() == "keep me"
+
+
+def test_quantize_keeps_what_it_is_told_to(float_checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "kept"
+    result = blockscale("quantize", float_checkpoint, target, "--keep", "o_proj", "--json")
+    assert result.document["quantized"] == 1
+    kept = load_file(target / "model.safetensors")["model.layers.0.self_attn.o_proj.weight"]
+    original = load_file(float_checkpoint / "model.safetensors")
+    assert torch.equal(kept, original["model.layers.0.self_attn.o_proj.weight"])
+
+
+def test_verify_exits_1_and_names_the_layer_of_a_bad_scale(fp8_checkpoint: Path) -> None:
+    file = fp8_checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.down_proj.weight_scale_inv"][0, 0] = float("nan")
+    save_file(tensors, file)
+    result = blockscale("verify", fp8_checkpoint)
+    assert result.code == 1
+    assert "model.layers.0.mlp.down_proj" in result.out
+    assert "NaN" in result.out
+
+
+def test_inspect_exits_1_and_names_a_missing_scale(fp8_checkpoint: Path) -> None:
+    file = fp8_checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.mlp.down_proj.weight_scale_inv"]
+    save_file(tensors, file)
+    result = blockscale("inspect", fp8_checkpoint)
+    assert result.code == 1
+    assert "model.layers.0.mlp.down_proj" in result.out
+
+
+def test_truncated_file_is_one_line(fp8_checkpoint: Path) -> None:
+    file = fp8_checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert_one_line_error(blockscale("plan", fp8_checkpoint, "--device", "cpu"), str(file))
+
+
+def test_fp16_minimax_on_blackwell_converts_nothing_to_ue8m0(minimax: Path) -> None:
+    """The founding case, SGLang PR #22300."""
+    result = blockscale("plan", minimax, "--device", "sm_100", "--dtype", "float16", "--json")
+    for layer in result.document["layers"]:
+        assert "ue8m0" not in layer["weight_format"]
+        reasons = [r for r in layer["rejected"] if r["backend"] == "deep_gemm"]
+        assert "out_dtype" in [reason["obstacle"] for reason in reasons]
+
+
+def test_bf16_minimax_on_blackwell_is_converted_where_the_policy_allows(minimax: Path) -> None:
+    arguments = ("plan", minimax, "--device", "sm_100", "--dtype", "bfloat16", "--json")
+    exact = blockscale(*arguments).document
+    lossy = blockscale(*arguments, "--allow-lossy").document
+    assert all("fp32" in layer["weight_format"] for layer in exact["layers"])
+    assert any(finding["code"] == "unread_scales" for finding in exact["findings"])
+    assert all("ue8m0" in layer["weight_format"] for layer in lossy["layers"])
+    assert {b["backend"] for layer in lossy["layers"] for b in layer["backends"]} == {"deep_gemm"}
+
+
+def test_tp8_splits_scale_blocks_of_minimax_experts(minimax: Path) -> None:
+    arguments = ("plan", minimax, "--device", "sm_100", "--tp", "8")
+    document = blockscale(*arguments, "--json").document
+    split = {
+        layer["name"].rpartition(".")[2]
+        for layer in document["layers"]
+        if layer["shard"]["split_blocks"]
+    }
+    assert split == {"w13", "w2"}
+    assert blockscale(*arguments, "--strict").code == 1
+    assert blockscale(*arguments, "--ep", "8", "--strict").code == 0
+
+
+def test_plan_on_hopper_reads_float32_scales_as_stored(minimax: Path) -> None:
+    document = blockscale("plan", minimax, "--device", "sm_90", "--json").document
+    assert {layer["conversion"] for layer in document["layers"]} == {"none"}
+
+
+def test_explain_gives_every_backend_a_line(tmp_path: Path) -> None:
+    from blockscale.backends.registry import BACKENDS
+
+    write_headers(tmp_path, qwen3_8b())
+    result = blockscale("plan", tmp_path, "--device", "sm_90", "--explain")
+    assert result.code == 0
+    for backend in BACKENDS:
+        assert backend.name in result.out
+
+
+def test_header_commands_do_not_import_torch(fp8_checkpoint: Path) -> None:
+    """700 GB checkpoints are planned on laptops; torch takes two seconds to import."""
+    program = (
+        "import sys\n"
+        "from blockscale.cli import main\n"
+        "try:\n"
+        "    main.run()\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    for arguments in (("inspect",), ("plan", "--device", "sm_90"), ("verify",)):
+        done = subprocess.run(
+            [sys.executable, "-c", program, arguments[0], str(fp8_checkpoint), *arguments[1:]],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_closed_pipe_is_quiet(fp8_checkpoint: Path) -> None:
+    command = f"{sys.executable} -m blockscale.cli.main verify {fp8_checkpoint} --json | head -c 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)  # noqa: S602 - our own words
+    assert done.stderr == ""

@@ -1,0 +1,68 @@
+"""Fixtures that many folders share: a tiny float checkpoint and the real weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from blockscale.checkpoint.quantize import quantize_checkpoint
+from blockscale.checkpoint.read import read_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = ROOT / ".cache" / "weights"
+
+
+@pytest.fixture
+def float_checkpoint(tmp_path: Path) -> Path:
+    """Two small linear layers (one ragged), a norm and an embedding, in bfloat16."""
+    folder = tmp_path / "float"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(torch.bfloat16)
+
+    save_file(
+        {
+            "model.embed_tokens.weight": normal(64, 256),
+            "model.layers.0.self_attn.o_proj.weight": normal(256, 256),
+            "model.layers.0.mlp.down_proj.weight": normal(192, 320),
+            "model.layers.0.mlp.down_proj.bias": normal(192),
+            "model.norm.weight": normal(256),
+        },
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    (folder / "config.json").write_text(json.dumps({"model_type": "tiny", "dtype": "bfloat16"}))
+    return folder
+
+
+@pytest.fixture
+def fp8_checkpoint(float_checkpoint: Path, tmp_path: Path) -> Path:
+    """``float_checkpoint`` quantized to 128x128 blocks with FP32 scales."""
+    target = tmp_path / "fp8"
+    quantize_checkpoint(read_checkpoint(float_checkpoint), target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in bfloat16, as `make test` fetches it."""
+    return _weights("smollm2")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, a BERT encoder, as `make test` fetches it."""
+    return _weights("minilm")
+
+
+def _weights(name: str) -> Path:
+    folder = WEIGHTS / name
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"{folder} is missing; fetch it with `make weights`")
+    return folder
