@@ -1,0 +1,88 @@
+"""Measurement records: one JSON line each, with what is needed to believe it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("blockscale", "torch", "transformers", "triton", "sgl-deep-gemm", "numpy")
+
+
+def machine() -> str:
+    """The GPU's name if torch sees one, else the processor's and how many of it."""
+    try:
+        import torch
+
+        if torch.cuda.is_available():
+            return str(torch.cuda.get_device_name(0))
+    except ImportError:
+        pass
+    import os
+
+    return f"{_processor()}, {os.cpu_count()} CPUs"
+
+
+def record(benchmark: str, **values: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON values
+    """A record with the machine, package versions, commit and date filled in."""
+    import datetime as dt
+
+    return {
+        "benchmark": benchmark,
+        **values,
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
+    }
+
+
+def append(document: dict[str, Any]) -> Path:
+    """Add one record to ``results/<machine>/<benchmark>.jsonl`` and give back its path."""
+    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", document["machine"].lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{document['benchmark']}.jsonl"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(document) + "\n")
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that matter, where installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # noqa: PERF203 - six names
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The short id of the checked-out commit, with ``+`` if files differ; None without git."""
+    folder = Path(__file__).resolve().parent
+    try:
+        out = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"],  # noqa: S607 - git from PATH
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return out.stdout.strip()
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text(encoding="utf-8"))
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
