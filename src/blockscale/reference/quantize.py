@@ -53,6 +53,7 @@ def quantize(values: torch.Tensor, fmt: BlockFormat) -> BlockScaledTensor:
     scale = _spread(restate(codes, fmt.scale, ScaleFormat.FP32), fmt.block, values)
     largest = fmt.element.max
     data = (values.float() / scale).clamp(-largest, largest).to(torch_dtype(fmt.element))
+    data = data.contiguous()  # A transposed input would hand its strides on.
     mn, k = values.shape[-2:]
     return BlockScaledTensor(data, store_codes(codes, mn, k, fmt, K_MAJOR), fmt, K_MAJOR)
 
