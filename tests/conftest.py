@@ -12,6 +12,12 @@ from safetensors.torch import save_file
 from blockscale.checkpoint.quantize import quantize_checkpoint
 from blockscale.checkpoint.read import read_checkpoint
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--update-goldens`` rewrites tests/golden; review what git shows."""
+    parser.addoption("--update-goldens", action="store_true", help="rewrite tests/golden")
+
+
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / ".cache" / "weights"
 

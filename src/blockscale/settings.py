@@ -9,6 +9,7 @@ variable                         values                          meaning
 ``BLOCKSCALE_DETERMINISM``       ``any``, ``required``           same bits on every run
 ``BLOCKSCALE_PROVING``           ``any``, ``required``           only backends the probe proved
 ``BLOCKSCALE_STRICTNESS``        ``report``, ``raise``           what an unservable layer does
+``BLOCKSCALE_CACHE``             an absolute folder path         where built things are kept
 ===============================  ==============================  ==============================
 
 A ``BLOCKSCALE_`` variable that is not in this table is an error: a misspelt setting must not be
@@ -18,6 +19,7 @@ silently without effect.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from blockscale.errors import SettingsError
@@ -36,14 +38,20 @@ MAX_RELATIVE_ERROR = "BLOCKSCALE_MAX_RELATIVE_ERROR"
 DETERMINISM = "BLOCKSCALE_DETERMINISM"
 PROVING = "BLOCKSCALE_PROVING"
 STRICTNESS = "BLOCKSCALE_STRICTNESS"
-KNOWN = (BACKENDS, EXACTNESS, MAX_RELATIVE_ERROR, DETERMINISM, PROVING, STRICTNESS)
+CACHE = "BLOCKSCALE_CACHE"
+KNOWN = (BACKENDS, EXACTNESS, MAX_RELATIVE_ERROR, DETERMINISM, PROVING, STRICTNESS, CACHE)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the environment asks for. Names of backends are checked when something is planned."""
+    """What the environment asks for.
+
+    Names of backends are checked when something is planned. ``cache`` None: wherever the part that
+    builds something keeps it by itself. The folder need not exist.
+    """
 
     policy: PlanPolicy = field(default_factory=PlanPolicy)
+    cache: Path | None = None
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
@@ -64,13 +72,19 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
             determinism=_member(environ, DETERMINISM, default.determinism),
             strictness=_member(environ, STRICTNESS, default.strictness),
             proving=_member(environ, PROVING, default.proving),
-        )
+        ),
+        _folder(environ),
     )
 
 
 def _names(text: str) -> tuple[str, ...] | None:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    return names or None
+    if not text:
+        return None
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        msg = f"{BACKENDS} is {text!r}; allowed: names of backends, separated by commas"
+        raise SettingsError(msg)
+    return names
 
 
 def _member(environ: Mapping[str, str], name: str, default: _E) -> _E:
@@ -98,3 +112,15 @@ def _ratio(environ: Mapping[str, str], default: float) -> float:
         msg = f"{MAX_RELATIVE_ERROR} is {text!r}; allowed: a number from 0 to 1"
         raise SettingsError(msg)
     return value
+
+
+def _folder(environ: Mapping[str, str]) -> Path | None:
+    """A relative path would mean another folder in every process, so it has no meaning."""
+    text = environ.get(CACHE, "")
+    if not text:
+        return None
+    folder = Path(text)
+    if not folder.is_absolute() or "\0" in text:
+        msg = f"{CACHE} is {text!r}; allowed: an absolute folder path"
+        raise SettingsError(msg)
+    return folder

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blockscale.testing.model_shapes import minimax_m25, qwen3_8b, write_headers
+from blockscale.testing.model_shapes import minimax_m25, qwen3_8b, write_model_headers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,7 +57,7 @@ def assert_one_line_error(result: Result, *words: str) -> None:
 @pytest.fixture(scope="module")
 def minimax(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("minimax")
-    write_headers(folder, minimax_m25())
+    write_model_headers(folder, minimax_m25())
     return folder
 
 
@@ -233,7 +233,7 @@ def test_plan_on_hopper_reads_float32_scales_as_stored(minimax: Path) -> None:
 def test_explain_gives_every_backend_a_line(tmp_path: Path) -> None:
     from blockscale.backends.registry import BACKENDS
 
-    write_headers(tmp_path, qwen3_8b())
+    write_model_headers(tmp_path, qwen3_8b())
     result = blockscale("plan", tmp_path, "--device", "sm_90", "--explain")
     assert result.code == 0
     for backend in BACKENDS:

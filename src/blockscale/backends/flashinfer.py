@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blockscale.backends.gates import Gates, bias_notes
+from blockscale.backends.gates import Gates, bias_notes, dispute_notes
 from blockscale.formats import (
     FP8_1X128_FP32,
     FP8_128X128_FP32,
@@ -47,16 +47,14 @@ SM90_M_RANGE = MRange(1, 31)
 _BLOCKWISE_FORMS = (OperandForm(FP8_128X128_FP32, K_BY_MN), OperandForm(FP8_1X128_FP32, K_BY_MN))
 
 _TRTLLM_DISPUTE = (
-    "unproven here: FlashInfer documents weight scales as (K/128, N/128), SGLang passes them as "
+    "FlashInfer documents weight scales as (K/128, N/128), SGLang passes them as "
     "stored (facts/sglang.md 1.3)"
 )
 _CUTLASS_DISPUTE = (
-    "unproven here: documentation and kernel once disagreed about scale order (facts/sglang.md 6, "
-    "item 17)"
+    "documentation and kernel once disagreed about scale order (facts/sglang.md 6, item 17)"
 )
 _SM90_DISPUTE = (
-    "unproven here: its own activation quantization was less accurate on some checkpoints "
-    "(SGLang #32843)"
+    "its own activation quantization was less accurate on some checkpoints (SGLang #32843)"
 )
 
 
@@ -93,10 +91,7 @@ class FlashInferTrtllm:
             self.name,
             weight,
             activation,
-            notes=(
-                _TRTLLM_DISPUTE,
-                *bias_notes(request),
-            ),
+            notes=(*dispute_notes(gates, _TRTLLM_DISPUTE), *bias_notes(request)),
         )
 
 
@@ -124,7 +119,7 @@ class FlashInferCutlass:
             weight,
             activation,
             notes=(
-                _CUTLASS_DISPUTE,
+                *dispute_notes(gates, _CUTLASS_DISPUTE),
                 "M is padded to a multiple of four",
                 *bias_notes(request),
             ),
@@ -155,8 +150,5 @@ class FlashInferSm90:
             OperandForm(FP8_128X128_FP32, K_MAJOR),
             None,
             SM90_M_RANGE,
-            notes=(
-                _SM90_DISPUTE,
-                *bias_notes(request),
-            ),
+            notes=(*dispute_notes(gates, _SM90_DISPUTE), *bias_notes(request)),
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from blockscale.planning.decision import Obstacle, Rejection
-from blockscale.planning.device import Installed
+from blockscale.planning.device import Installed, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -149,6 +149,14 @@ def _release(version: str) -> tuple[int, int]:
     """Major and minor of ``3.6.0+cu130``; zeros where there are no digits."""
     major, minor = [*(int(text) for text in re.findall(r"\d+", version)[:2]), 0, 0][:2]
     return major, minor
+
+
+def dispute_notes(gates: Gates, dispute: str) -> tuple[str, ...]:
+    """What a plan says where sources disagree about a provider, until the probe has settled it."""
+    proof = gates.device.proof(gates.backend, gates.request.out_dtype)
+    if proof is not None and proof.verdict is Verdict.PROVEN:
+        return ()
+    return (f"unproven here: {dispute}",)
 
 
 def bias_notes(request: LinearRequest) -> tuple[str, ...]:

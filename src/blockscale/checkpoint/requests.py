@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from blockscale.planning.request import LinearRequest, ShardStyle
 from blockscale.planning.sharding import Parallelism, WholeLayer, cut
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection
 
     from blockscale.checkpoint.read import Checkpoint
     from blockscale.checkpoint.schema import Layers, QuantizedLayer
@@ -69,6 +69,11 @@ PROJECTIONS: dict[str, Projection] = {
     "kv_b_proj": Projection("kv_b_proj", 0, _COLUMN, _HEADS),
     "wq_b": Projection("wq_b", 0, _WHOLE),
     "wk": Projection("wk", 0, _WHOLE),
+}
+# Weights that lie merged on disk already, with one scale grid. Cutting cuts each part by itself.
+FUSED = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
 }
 # Inside an expert the same roles have the names of the stacked parameters.
 EXPERT_MERGED = {"gate_up_proj": "w13", "down_proj": "w2"}
@@ -120,20 +125,21 @@ def dtype_of_config(checkpoint: Checkpoint) -> DType:
 def requests_of(checkpoint: Checkpoint, layers: Layers, options: RequestOptions) -> Requests:
     """One request for each layer that one rank runs, in checkpoint order.
 
-    Raises CheckpointError, naming the tensors, if experts that should be stacked differ in shape.
+    Raises CheckpointError, naming the tensors, if experts that should be stacked differ in shape or
+    format, or one of them lacks a weight.
     """
     requests: list[LinearRequest] = []
     findings: list[Finding] = []
     unknown: dict[str, int] = defaultdict(int)
-    groups, unmerged = _grouped(layers.quantized, options.merging)
+    groups, unmerged = _grouped(layers, options.merging)
     findings += [
         Finding(
             Severity.NOTE,
             "not_merged",
-            f"engines would merge {count} layers into {leaf}, here their parts are planned one by "
-            f"one: {reason}",
+            f"engines merge the parts of {leaf}, here those of {reasons.total()} layers are "
+            f"planned one by one: {'; '.join(reasons)}",
         )
-        for (leaf, reason), count in unmerged.items()
+        for leaf, reasons in unmerged.items()
     ]
     for name, members in groups.items():
         whole = _whole_layer(checkpoint, name, members, options)
@@ -158,33 +164,45 @@ def requests_of(checkpoint: Checkpoint, layers: Layers, options: RequestOptions)
 
 
 def _grouped(
-    layers: Iterable[QuantizedLayer], merging: Merging
-) -> tuple[dict[str, list[QuantizedLayer]], Counter[tuple[str, str]]]:
-    """Layers by the name they are planned under; and which merged names fell apart, and why."""
+    layers: Layers, merging: Merging
+) -> tuple[dict[str, list[QuantizedLayer]], dict[str, Counter[str]]]:
+    """Layers by the name they are planned under; and which merged leaves fell apart, and why."""
     if merging is Merging.MODULE:
-        return {layer.name: [layer] for layer in layers}, Counter()
+        return {layer.name: [layer] for layer in layers.quantized}, {}
     merged: dict[str, list[QuantizedLayer]] = defaultdict(list)
-    for layer in layers:
+    for layer in layers.quantized:
         merged[_merged_name(layer)].append(layer)
+    unquantized = {layer.name for layer in layers.skipped}
     groups: dict[str, list[QuantizedLayer]] = {}
-    unmerged: Counter[tuple[str, str]] = Counter()
+    unmerged: dict[str, Counter[str]] = defaultdict(Counter)
     for name, members in merged.items():
-        reason = _cannot_merge(members)
-        if reason is None:
+        if _are_experts(members):
+            groups[name] = members
+            continue
+        reason = _cannot_merge(name, members, unquantized)
+        if reason is not None:
+            unmerged[_leaf(name)][reason] += 1
+        if reason is None and len(members) > 1:
             groups[name] = members
         else:
-            unmerged[_leaf(name), reason] += 1
             groups.update((member.name, [member]) for member in members)
     return groups, unmerged
 
 
-def _cannot_merge(members: list[QuantizedLayer]) -> str | None:
-    """Why stored weights cannot become one weight with one scale grid; None if they can.
+def _are_experts(members: list[QuantizedLayer]) -> bool:
+    """Whether these are stacked whatever they look like: no kernel runs their parts one by one."""
+    return members[0].stacked is not None or _EXPERT.match(members[0].name) is not None
 
-    Experts are stacked in any case: there is no kernel that runs their halves apart.
-    """
-    if len(members) == 1 or _EXPERT.match(members[0].name) or members[0].stacked is not None:
-        return None
+
+def _cannot_merge(
+    name: str, members: list[QuantizedLayer], unquantized: Collection[str]
+) -> str | None:
+    """Why stored weights cannot become one weight with one scale grid; None if they can."""
+    prefix, _, merged = name.rpartition(".")
+    siblings = (leaf for leaf, known in PROJECTIONS.items() if known.merged == merged)
+    left_out = [leaf for leaf in siblings if f"{prefix}.{leaf}".lstrip(".") in unquantized]
+    if left_out:
+        return f"{' and '.join(left_out)} stayed unquantized"
     parts = sorted(members, key=lambda part: _position(part.name))
     for part in parts[1:]:
         if (part.k, part.format) != (parts[0].k, parts[0].format):
@@ -209,7 +227,6 @@ def _merged_name(layer: QuantizedLayer) -> str:
     if expert or (layer.stacked and prefix.endswith("experts")):
         prefix = expert["prefix"] if expert else prefix
         merged = EXPERT_MERGED.get(merged, merged)
-    # Merged weights share one scale grid, so only equal formats and K can be merged.
     return f"{prefix}.{merged}" if prefix else merged
 
 
@@ -234,8 +251,27 @@ def _whole_layer(
     projection = PROJECTIONS.get(_leaf(first.name))
     if projection is None or options.merging is Merging.MODULE:
         return WholeLayer(request)
-    units = tuple(_heads(checkpoint, _leaf(part.name), experts) for part in parts)
-    return WholeLayer(request, projection.style, tuple(_leaf(part.name) for part in parts), units)
+    labels = tuple(_leaf(part.name) for part in parts)
+    cuts = options.parallelism.tensor if experts is None else options.parallelism.expert_tensor
+    if cuts > 1 and len(parts) == 1 and labels[0] in FUSED:
+        labels = FUSED[labels[0]]
+        request = replace(request, parts=_fused_parts(checkpoint, first))
+        if len(request.parts) != len(labels):
+            return WholeLayer(request, projection.style)
+    units = tuple(_heads(checkpoint, label, experts) for label in labels)
+    return WholeLayer(request, projection.style, labels, units)
+
+
+def _fused_parts(checkpoint: Checkpoint, layer: QuantizedLayer) -> tuple[int, ...]:
+    """Rows of each weight that was merged before it was stored; all rows if they cannot be told."""
+    leaves = FUSED[_leaf(layer.name)]
+    shares = [_heads(checkpoint, leaf, layer.stacked) for leaf in leaves]
+    if all(PROJECTIONS[leaf].heads_key is None for leaf in leaves):
+        shares = [1] * len(leaves)
+    known = [share for share in shares if share is not None]
+    if len(known) < len(leaves) or layer.n % sum(known):
+        return (layer.n,)
+    return tuple(layer.n // sum(known) * share for share in known)
 
 
 def _parts(members: list[QuantizedLayer]) -> list[QuantizedLayer]:
@@ -263,11 +299,23 @@ def _parts(members: list[QuantizedLayer]) -> list[QuantizedLayer]:
 
 
 def _expert_count(members: list[QuantizedLayer], parts: list[QuantizedLayer]) -> int | None:
+    """Stacked experts, or None for a dense layer. Raises if an expert lacks a part."""
     if members[0].stacked is not None:
         return members[0].stacked
     if _EXPERT.match(members[0].name) is None:
         return None
-    return len(members) // len(parts)
+    leaves = {_leaf(part.name) for part in parts}
+    found: dict[str, set[str]] = defaultdict(set)
+    for member in members:
+        found[member.name.rpartition(".")[0]].add(_leaf(member.name))
+    for expert, has in found.items():
+        if has != leaves:
+            raise CheckpointError(
+                members[0].weight.path.parent,
+                f"lacks FP8 {' and '.join(sorted(leaves - has))}, which the experts beside it have",
+                tensor=expert,
+            )
+    return len(found)
 
 
 def _power_of_two(members: list[QuantizedLayer], options: RequestOptions) -> PowerOfTwo:

@@ -1,8 +1,8 @@
-"""Checkpoints of famous models with every name, dtype and shape, and no data.
+"""Checkpoints shaped like famous models: names, dtypes and shapes, and no data.
 
-``write_headers`` makes sparse safetensors files: headers are real, the bytes behind them are holes
-that take no disk. Names and shapes: the models' config.json and index files, as collected in
-facts/peers.md 3 and 4.
+``write_model_headers`` makes sparse safetensors files: headers are real, the bytes behind them are
+holes that take no disk and read as zeros. Every linear layer is there, norms only in part. Names
+and shapes: the models' config.json and index files, as collected in facts/peers.md 3 and 4.
 """
 
 from __future__ import annotations
@@ -46,8 +46,11 @@ class ModelShape:
     tensors: tuple[TensorShape, ...]
 
 
-def write_headers(directory: Path, model: ModelShape) -> None:
-    """Write config.json, sparse shards of at most ``SHARD_BYTES`` and their index."""
+def write_model_headers(directory: Path, model: ModelShape) -> None:
+    """Write config.json, sparse shards of about ``SHARD_BYTES`` and their index.
+
+    Needs a file system with holes (ext4, xfs, APFS, tmpfs); ``directory`` is made if missing.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(dict(model.config), indent=2))
     shards = list(_shards(model.tensors))
@@ -61,6 +64,10 @@ def write_headers(directory: Path, model: ModelShape) -> None:
         "weight_map": weight_map,
     }
     (directory / "model.safetensors.index.json").write_text(json.dumps(document))
+
+
+# The name that tests/cli still calls it by.
+write_headers = write_model_headers
 
 
 def minimax_m25() -> ModelShape:
