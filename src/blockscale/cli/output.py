@@ -51,15 +51,23 @@ def print_json(document: Mapping[str, Any]) -> None:
     print(json.dumps({"schema": SCHEMA, **document}, indent=2, allow_nan=False))
 
 
-def table(*columns: str, numbers: Iterable[str] = ()) -> Table:
-    """An empty table in the house style; ``numbers`` names the columns aligned to the right."""
+def table(*columns: str, numbers: Iterable[str] = (), unbroken: Iterable[str] = ()) -> Table:
+    """An empty table in the house style.
+
+    ``numbers`` names the columns aligned to the right, ``unbroken`` those that never wrap.
+    """
     from rich import box
     from rich.table import Table
 
-    right = set(numbers)
+    right, whole = set(numbers), set(unbroken)
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        made.add_column(
+            column,
+            justify="right" if column in right else "left",
+            overflow="fold",
+            no_wrap=column in whole,
+        )
     return made
 
 

@@ -120,7 +120,16 @@ def _print_plan(planned: ModelPlan, options: object) -> None:
         f"{len(planned.skipped)} left unquantized\n"
     )
     if planned.layers:
-        rows = table("layers", "name", "N", "K", "backend", "weight", numbers=("layers", "N", "K"))
+        rows = table(
+            "layers",
+            "name",
+            "N",
+            "K",
+            "backend",
+            "weight",
+            numbers=("layers", "N", "K"),
+            unbroken=("layers", "name", "N", "K", "backend"),
+        )
         for group in layer_groups(planned.layers):
             request = group.plan.request
             shape = f"{request.experts} x {request.n}" if request.experts else str(request.n)

@@ -66,10 +66,6 @@ def write_model_headers(directory: Path, model: ModelShape) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(document))
 
 
-# The name that tests/cli still calls it by.
-write_headers = write_model_headers
-
-
 def minimax_m25() -> ModelShape:
     """MiniMax-M2.5: 62 layers, 256 experts of 1536, 48 attention heads, 8 for keys and values."""
     hidden, experts, intermediate = 3072, 256, 1536

@@ -1,0 +1,203 @@
+"""``BlockScaledLinear`` and its operator: what a model sees."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from blockscale import ops
+from blockscale.backends.registry import BACKENDS
+from blockscale.errors import BackendError, ModelError, PlanError
+from blockscale.formats import (
+    FP8_128X128_FP32,
+    FP8_128X128_UE8M0,
+    BlockFormat,
+    DType,
+    PowerOfTwo,
+    ScaleFormat,
+)
+from blockscale.modules.linear import BlockScaledLinear
+from blockscale.planning.device import Device
+from blockscale.planning.planner import plan_linear
+from blockscale.planning.policy import Exactness, PlanPolicy
+from blockscale.planning.request import LinearRequest
+from blockscale.reference import dequantize, quantize
+from blockscale.tensor import BlockScaledTensor, torch_dtype
+
+if TYPE_CHECKING:
+    from blockscale.planning.plan import LinearPlan
+
+N, K = 192, 320
+BACKEND_NAMES = ("cpu", "reference")
+
+
+def plan_for(
+    backend: str = "cpu",
+    dtype: DType = DType.FLOAT32,
+    fmt: BlockFormat = FP8_128X128_FP32,
+    policy: PlanPolicy | None = None,
+) -> LinearPlan:
+    known = PowerOfTwo.YES if fmt.scale is ScaleFormat.UE8M0 else PowerOfTwo.NO
+    request = LinearRequest("layer", N, K, fmt, dtype, dtype, known)
+    policy = replace(policy or PlanPolicy(), backends=(backend,))
+    return plan_linear(request, Device.named("cpu"), policy, BACKENDS)
+
+
+def weight_of(fmt: BlockFormat = FP8_128X128_FP32, seed: int = 0) -> BlockScaledTensor:
+    return quantize(torch.randn(N, K, generator=torch.Generator().manual_seed(seed)), fmt)
+
+
+def activation(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, K, generator=torch.Generator().manual_seed(9)).to(dtype)
+
+
+def close(result: torch.Tensor, x: torch.Tensor, weight: BlockScaledTensor) -> bool:
+    """Within float32 sums for `cpu`; `reference` quantizes activations too, about 3 %."""
+    exact = x.double() @ dequantize(weight).double().T
+    return bool((result.double() - exact).norm() / exact.norm() < 0.04)
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("fmt", [FP8_128X128_FP32, FP8_128X128_UE8M0], ids=str)
+@pytest.mark.parametrize("dtype", list(DType))
+@pytest.mark.parametrize("shape", [(1,), (33,), (2, 5), (2, 1, 3), ()], ids=str)
+def test_forward(backend: str, fmt: BlockFormat, dtype: DType, shape: tuple[int, ...]) -> None:
+    layer = BlockScaledLinear(plan_for(backend, dtype, fmt), weight_of(fmt))
+    x = activation(*shape, dtype=torch_dtype(dtype))
+    result = layer(x)
+    assert result.shape == (*shape, N)
+    assert result.dtype is torch_dtype(dtype)
+    assert close(result, x, weight_of(fmt))
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("shape", [(0,), (2, 0)], ids=str)
+def test_no_tokens_give_an_empty_result(backend: str, shape: tuple[int, ...]) -> None:
+    layer = BlockScaledLinear(plan_for(backend), weight_of())
+    assert layer(activation(*shape)).shape == (*shape, N)
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_bias_is_added_once(backend: str) -> None:
+    bias = torch.arange(float(N))
+    plan = plan_for(backend)
+    plain, biased = BlockScaledLinear(plan, weight_of()), BlockScaledLinear(plan, weight_of(), bias)
+    x = activation(3)
+    assert torch.allclose(biased(x) - plain(x), bias.expand(3, N), atol=1e-3)
+
+
+def test_bias_of_another_shape_is_refused() -> None:
+    with pytest.raises(ModelError, match=rf"\({N},\)"):
+        BlockScaledLinear(plan_for(), weight_of(), torch.zeros(N + 1))
+
+
+def test_strided_activations_are_served() -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of())
+    x = activation(4)
+    turned = torch.stack([x, x]).permute(1, 2, 0).contiguous()[..., 0]
+    assert turned.stride(-1) == 2
+    assert torch.equal(layer(turned), layer(x))
+
+
+@pytest.mark.parametrize(
+    "x", [torch.zeros(1, K - 1), torch.zeros(1, K, dtype=torch.float16)], ids=["K", "dtype"]
+)
+def test_an_activation_that_was_not_planned_is_refused(x: torch.Tensor) -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of())
+    with pytest.raises(BackendError, match=r"planned for \(\.\.\., 320\) torch.float32"):
+        layer(x)
+
+
+def test_update_serves_the_new_weight_from_the_same_storage() -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of(seed=0))
+    places = layer.data.data_ptr(), layer.scales.data_ptr()
+    layer.update(weight_of(seed=1))
+    assert (layer.data.data_ptr(), layer.scales.data_ptr()) == places
+    x = activation(2)
+    assert torch.equal(layer(x), BlockScaledLinear(plan_for(), weight_of(seed=1))(x))
+
+
+def test_update_refuses_a_weight_that_was_not_planned() -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of())
+    with pytest.raises(PlanError, match="plan again"):
+        layer.update(quantize(torch.randn(N, K), FP8_128X128_UE8M0))
+
+
+def test_half_touches_the_bias_alone_and_keeps_its_planned_dtype() -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of(), torch.ones(N)).half()
+    assert layer.data.dtype is torch.float8_e4m3fn
+    assert layer.scales.dtype is torch.float32
+    assert layer.bias is not None
+    assert layer.bias.dtype is torch.float32
+    assert layer(activation(1)).dtype is torch.float32
+
+
+def test_a_plan_without_backend_cannot_become_a_module() -> None:
+    request = LinearRequest("layer", N, K, FP8_128X128_FP32, DType.FLOAT32, DType.FLOAT32)
+    plan = plan_linear(request, Device.named("cpu"), PlanPolicy(backends=("deep_gemm",)), BACKENDS)
+    with pytest.raises(PlanError, match="no backend"):
+        BlockScaledLinear(plan, weight_of())
+
+
+def test_a_weight_of_another_format_cannot_be_handed_in() -> None:
+    with pytest.raises(PlanError, match="plan again"):
+        BlockScaledLinear(plan_for(), weight_of(FP8_128X128_UE8M0))
+
+
+def test_plan_only_backends_refuse_to_be_run() -> None:
+    request = LinearRequest("layer", 128, 128, FP8_128X128_FP32, DType.BFLOAT16, DType.BFLOAT16)
+    plan = plan_linear(
+        request, Device.named("sm_120"), PlanPolicy(backends=("sgl_cutlass",)), BACKENDS
+    )
+    with pytest.raises(BackendError, match="sgl_cutlass"):
+        BlockScaledLinear(plan, quantize(torch.ones(128, 128), FP8_128X128_FP32))
+
+
+def test_requantizing_is_held_to_the_permitted_error() -> None:
+    """A weight that would change by more than the policy says is refused at prepare."""
+    from blockscale.modules.prepare import prepare_weight
+
+    lossy = PlanPolicy(exactness=Exactness.ALLOW_LOSSY, max_relative_error=0.001)
+    request = LinearRequest("layer", 256, 256, FP8_128X128_FP32, DType.BFLOAT16, DType.BFLOAT16)
+    plan = plan_linear(
+        request, Device.named("sm_100"), replace(lossy, backends=("deep_gemm",)), BACKENDS
+    )
+    weight = quantize(torch.randn(256, 256), FP8_128X128_FP32)
+    with pytest.raises(PlanError, match=r"above the limit of 0\.10%"):
+        prepare_weight(plan, weight, (), lossy)
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_compiles_without_graph_breaks(backend: str) -> None:
+    layer = BlockScaledLinear(plan_for(backend), weight_of(), torch.ones(N))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for m in (1, 5, 33):
+        assert torch.equal(compiled(activation(m)), layer(activation(m)))
+
+
+def test_operator_has_a_fake_of_the_same_shape_and_dtype() -> None:
+    layer = BlockScaledLinear(plan_for(dtype=DType.BFLOAT16), weight_of())
+    x = activation(2, 3, dtype=torch.bfloat16)
+    torch.library.opcheck(
+        torch.ops.blockscale.linear.default,
+        (x, None, layer._handle),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_a_dropped_layer_releases_its_weight() -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of())
+    handle = layer._handle
+    assert handle in ops._BOUND
+    del layer
+    gc.collect()
+    assert handle not in ops._BOUND
+
+
+def test_repr_names_shape_format_and_backend() -> None:
+    text = repr(BlockScaledLinear(plan_for(), weight_of()))
+    assert "320, 192, e4m3fn/128x128/fp32, cpu (M >= 0)" in text
