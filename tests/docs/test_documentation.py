@@ -1,0 +1,72 @@
+"""What the documents show is what the program does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from blockscale.backends.registry import BACKENDS
+from blockscale.testing.model_shapes import minimax_m25, write_model_headers
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+
+
+def fenced(document: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_plan_in_the_readme_is_the_plan_that_is_printed(tmp_path: Path) -> None:
+    write_model_headers(tmp_path / "minimax", minimax_m25())
+    command = "blockscale plan minimax --device sm_100 --dtype float16"
+    (block,) = [text for text in fenced(ROOT / "README.md", "") if f"$ {command}\n" in text]
+    shown = block.split(f"$ {command}\n")[1]
+    printed = subprocess.run(
+        [sys.executable, "-m", "blockscale.cli.main", *command.split()[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert [line.rstrip() for line in printed.splitlines()] == shown.splitlines()
+
+
+def python_blocks() -> list[tuple[str, str]]:
+    return [
+        (f"{document.relative_to(ROOT)}:{index}", code)
+        for document in DOCUMENTS
+        for index, code in enumerate(fenced(document, "python"))
+        if "path/to" not in code
+    ]
+
+
+@pytest.mark.parametrize(("place", "code"), python_blocks(), ids=lambda value: value[:40])
+def test_python_in_documents_runs(place: str, code: str) -> None:
+    exec(compile(code, place, "exec"), {})  # noqa: S102 - our own documents
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (document.parent / target).exists(), target
+
+
+def test_every_backend_is_documented() -> None:
+    text = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    for backend in BACKENDS:
+        assert f"`{backend.name}`" in text
+
+
+def test_tables_are_generated_from_the_committed_records() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "tables.py", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout}run python tools/tables.py"
