@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -47,6 +47,11 @@ def _blockscale(
     """Plan, prepare and run block-scaled FP8 linear layers."""
 
 
+def _interrupted() -> NoReturn:
+    error_line("interrupted; nothing half-written was left behind")
+    sys.exit(ExitCode.INTERRUPTED)
+
+
 def run() -> None:
     """Entry point: every expected failure is one line on stderr and an exit code."""
     try:
@@ -58,8 +63,12 @@ def run() -> None:
         error_line(f"{error.format_message().rstrip('.')}; see blockscale --help")
         sys.exit(ExitCode.WRONG_USE)
     except (KeyboardInterrupt, typer.Abort):
-        error_line("interrupted; nothing half-written was left behind")
-        sys.exit(ExitCode.INTERRUPTED)
+        _interrupted()
+    except SystemExit as end:
+        # Typer turns Ctrl-C into a silent exit of its own.
+        if end.code == ExitCode.INTERRUPTED:
+            _interrupted()
+        raise
     except BrokenPipeError:
         # The reader closed the pipe (`| head`): not our error; stdout must not be flushed again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,125 @@
+"""What verify finds in scales and data, and that its numbers are right."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from blockscale.checkpoint.quantize import QuantizeOptions, quantize_checkpoint
+from blockscale.checkpoint.read import read_checkpoint
+from blockscale.checkpoint.scales import read_power_of_two, scale_facts
+from blockscale.checkpoint.schema import read_layers
+from blockscale.checkpoint.verify import Verification, verify_layers
+from blockscale.errors import CheckpointError
+from blockscale.formats import FP8_128X128_UE8M0, PowerOfTwo
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LAYER = "model.layers.0.mlp.down_proj"
+
+
+def verify(folder: Path, against: Path | None = None) -> Verification:
+    original = read_checkpoint(against) if against else None
+    return verify_layers(read_layers(read_checkpoint(folder)), original)
+
+
+def change(folder: Path, name: str, index: tuple[int, int], value: float) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][index] = value
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_a_good_checkpoint_has_no_fault(fp8_checkpoint: Path) -> None:
+    result = verify(fp8_checkpoint)
+    assert not result.has_fault
+    assert {check.scales.power_of_two for check in result.layers} == {PowerOfTwo.NO}
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "word"),
+    [
+        (float("nan"), "nonfinite_scale", "NaN"),
+        (float("inf"), "nonfinite_scale", "Inf"),
+        (0.0, "zero_scale", "zero"),
+        (-1.0, "negative_scale", "negative"),
+    ],
+)
+def test_scale_faults_name_layer_and_tensor(
+    fp8_checkpoint: Path, value: float, code: str, word: str
+) -> None:
+    change(fp8_checkpoint, LAYER + ".weight_scale_inv", (0, 0), value)
+    faults = [f for f in verify(fp8_checkpoint).findings if f.code == code]
+    assert [fault.layer for fault in faults] == [LAYER]
+    assert word in faults[0].message
+    assert LAYER + ".weight_scale_inv" in faults[0].message
+
+
+def test_nan_codes_are_found_when_data_is_read(
+    fp8_checkpoint: Path, float_checkpoint: Path
+) -> None:
+    tensors = load_file(fp8_checkpoint / "model.safetensors")
+    tensors[LAYER + ".weight"].view(torch.uint8)[3, 5] = 0xFF
+    save_file(tensors, fp8_checkpoint / "model.safetensors")
+    result = verify(fp8_checkpoint, float_checkpoint)
+    assert ("nan_codes", LAYER) in {(f.code, f.layer) for f in result.findings}
+    assert result.layers[0].name == LAYER
+
+
+def test_declared_ue8m0_is_checked_against_the_data(float_checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "ue8m0"
+    options = QuantizeOptions(FP8_128X128_UE8M0)
+    quantize_checkpoint(read_checkpoint(float_checkpoint), target, options)
+    honest = verify(target)
+    assert honest.findings == ()
+    assert {check.scales.power_of_two for check in honest.layers} == {PowerOfTwo.YES}
+    change(target, LAYER + ".weight_scale_inv", (0, 0), 1.3229)
+    assert [finding.code for finding in verify(target).findings] == ["declared_ue8m0"]
+
+
+def test_reading_scales_settles_the_unknown(fp8_checkpoint: Path) -> None:
+    found = read_power_of_two(read_layers(read_checkpoint(fp8_checkpoint)).quantized)
+    assert set(found.values()) == {PowerOfTwo.NO}
+    assert LAYER in found
+
+
+def test_errors_agree_with_an_independent_computation(
+    fp8_checkpoint: Path, float_checkpoint: Path
+) -> None:
+    stored = load_file(fp8_checkpoint / "model.safetensors")
+    original = load_file(float_checkpoint / "model.safetensors")
+    for check in verify(fp8_checkpoint, float_checkpoint).layers:
+        codes = stored[check.name + ".weight"].float().double()
+        scales = stored[check.name + ".weight_scale_inv"].double()
+        spread = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        restored = codes * spread[: check.n, : check.k]
+        wanted = original[check.name + ".weight"].double()
+        relative = float((restored - wanted).norm() / wanted.norm())
+        assert check.error is not None
+        assert check.error.relative_error == pytest.approx(relative, rel=1e-5)
+        assert check.error.snr_db == pytest.approx(-20 * np.log10(relative), abs=1e-3)
+        assert check.error.max_error == pytest.approx(float((restored - wanted).abs().max()))
+
+
+def test_the_worst_layer_comes_first(fp8_checkpoint: Path, float_checkpoint: Path) -> None:
+    change(fp8_checkpoint, LAYER + ".weight_scale_inv", (0, 0), 5.0)
+    assert verify(fp8_checkpoint, float_checkpoint).layers[0].name == LAYER
+
+
+def test_another_model_is_refused(fp8_checkpoint: Path, float_checkpoint: Path) -> None:
+    tensors = load_file(float_checkpoint / "model.safetensors")
+    tensors[LAYER + ".weight"] = torch.ones(192, 321)
+    save_file(tensors, float_checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"\(192, 321\)"):
+        verify(fp8_checkpoint, float_checkpoint)
+
+
+@pytest.mark.parametrize("exponent", [-126, -1, 0, 127])
+def test_powers_of_two_are_recognized(exponent: int) -> None:
+    exact = np.array([np.ldexp(1.0, exponent)], np.float32)
+    assert scale_facts(exact).power_of_two is PowerOfTwo.YES
+    assert scale_facts(np.nextafter(exact, np.float32(0))).power_of_two is PowerOfTwo.NO
