@@ -64,15 +64,12 @@ def run() -> None:
         sys.exit(ExitCode.WRONG_USE)
     except (KeyboardInterrupt, typer.Abort):
         _interrupted()
-    except SystemExit as end:
-        # Typer turns Ctrl-C into a silent exit of its own.
-        if end.code == ExitCode.INTERRUPTED:
-            _interrupted()
-        raise
     except BrokenPipeError:
         # The reader closed the pipe (`| head`): not our error; stdout must not be flushed again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(ExitCode.FINE)
+    if status == ExitCode.INTERRUPTED:  # Typer turns Ctrl-C into this status.
+        _interrupted()
     sys.exit(status if isinstance(status, int) else ExitCode.FINE)
 
 
