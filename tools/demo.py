@@ -37,7 +37,7 @@ def main() -> int:
     for command in commands:
         shown = ["python" if part == sys.executable else part for part in command]
         print(f"\n$ {shlex.join(shown)}", flush=True)
-        program = [str(Path(sys.executable).with_name(command[0])), *command[1:]]
+        program = [str(Path(sys.executable).with_name(Path(command[0]).name)), *command[1:]]
         result = subprocess.run(program, check=False)
         if result.returncode != 0:
             print(f"demo: step failed with exit code {result.returncode}", file=sys.stderr)

@@ -7,11 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blockscale.cli.options import Json, device_from
-from blockscale.cli.output import ExitCode, console, human_bytes, print_json, table
+from blockscale.cli.output import (
+    ExitCode,
+    console,
+    human_bytes,
+    print_json,
+    progress,
+    table,
+)
+from blockscale.formats import DType
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from blockscale.planning.decision import PlannableBackend
-    from blockscale.planning.device import Device
+    from blockscale.planning.device import Device, Proof
 
 # A layer that no shape gate refuses: what is left is about machine, packages and dtypes.
 EXAMPLE_N, EXAMPLE_K = 4096, 4096
@@ -22,15 +32,27 @@ def doctor(
         str | None,
         typer.Option(help="cpu, sm_80 ... sm_121; default: this machine.", show_default=False),
     ] = None,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="Test each backend's numbers here, and keep what was found."),
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Show the device, and for each backend whether it can serve it, or why not."""
     from blockscale.backends.registry import BACKENDS
 
+    if probe:
+        _probe(device)
     target = device_from(device)
     answers = [_answers(backend, target) for backend in BACKENDS]
     if as_json:
-        print_json({"device": _device_document(target), "backends": answers})
+        print_json(
+            {
+                "device": _device_document(target),
+                "backends": answers,
+                "proofs": [_proof_document(proof) for proof in target.proofs],
+            }
+        )
         return ExitCode.FINE
     out = console()
     out.print(_device_words(target))
@@ -49,15 +71,44 @@ def doctor(
             "\n".join(_decisive(answer["reasons"])),
         )
     out.print(rows)
+    _print_proofs(out, target)
     out.print(
         f"\nasked for N={EXAMPLE_N}, K={EXAMPLE_K}, 128x128 blocks; a layer may fail on shape"
     )
     return ExitCode.FINE
 
 
+def _probe(device: str | None) -> None:
+    """Test every runnable backend in a process of its own; the next lines read what was kept."""
+    from blockscale.backends.registry import BACKENDS
+    from blockscale.errors import SettingsError
+    from blockscale.probe.machine import read_machine
+    from blockscale.probe.proving import prove, save_proofs
+
+    if device is not None:
+        msg = f"--probe tests this machine; it cannot test the invented device {device!r}"
+        raise SettingsError(msg)
+    runnable = sum(hasattr(backend, "bind") for backend in BACKENDS)
+    with progress("probing", runnable * len(DType), unit="proofs") as advance:
+        proofs = prove(BACKENDS, report=lambda _: advance(1))
+    save_proofs(read_machine(), proofs)
+
+
+def _print_proofs(out: Console, device: Device) -> None:
+    if not device.proofs:
+        if device.packages is not None:
+            out.print("\nnothing proven on this machine yet: blockscale doctor --probe")
+        return
+    rows = table("probed", "output", "verdict", "detail")
+    for proof in device.proofs:
+        rows.add_row(proof.backend, proof.out_dtype.value, proof.verdict.value, proof.detail)
+    out.print()
+    out.print(rows)
+
+
 def _answers(backend: PlannableBackend, device: Device) -> dict[str, Any]:
     """For each output dtype whether the backend offers, and the reasons where it never does."""
-    from blockscale.formats import DType, PowerOfTwo
+    from blockscale.formats import PowerOfTwo
     from blockscale.planning.decision import Offer
     from blockscale.planning.explain import offer_words
 
@@ -110,6 +161,15 @@ def _device_words(device: Device) -> str:
     if device.cuda:
         words.append(f"CUDA {device.cuda[0]}.{device.cuda[1]}")
     return ", ".join(words)
+
+
+def _proof_document(proof: Proof) -> dict[str, str]:
+    return {
+        "backend": proof.backend,
+        "out_dtype": proof.out_dtype.value,
+        "verdict": proof.verdict.value,
+        "detail": proof.detail,
+    }
 
 
 def _device_document(device: Device) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``detect_device``: reads this machine once and returns it as a value that planning takes."""
+"""This machine, read once, as a value that planning takes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,18 @@ PROVIDERS = (
 
 
 def detect_device() -> Device:
-    """GPU 0 if torch sees one, else the CPU, with installed providers and their versions.
+    """This machine, with the proofs that an earlier ``doctor --probe`` kept for it.
 
-    Proofs are empty: that a provider is installed does not mean that it computes the right numbers.
+    Without them ``proofs`` is empty: that a provider is installed does not mean that it computes
+    the right numbers.
     """
+    from blockscale.probe.proving import load_proofs
+
+    return load_proofs(read_machine())
+
+
+def read_machine() -> Device:
+    """GPU 0 if torch sees one, else the CPU, with installed providers and their versions."""
     import torch
 
     packages = installed_packages()
@@ -37,8 +45,22 @@ def detect_device() -> Device:
         properties.multi_processor_count,
         properties.total_memory,
         _cuda_version(torch.version.cuda),
-        packages,
+        (*packages, *_driver()),
     )
+
+
+def _driver() -> tuple[tuple[str, str], ...]:
+    """The NVIDIA driver's version as a package, empty if it cannot be asked."""
+    try:
+        import ctypes
+
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        text = ctypes.create_string_buffer(96)
+        if nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(text, 96) == 0:
+            return (("nvidia driver", text.value.decode()),)
+    except OSError:
+        pass
+    return ()
 
 
 def installed_packages() -> tuple[tuple[str, str], ...]:

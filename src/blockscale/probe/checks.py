@@ -1,0 +1,176 @@
+"""One backend, one output dtype, on this machine, against the float64 reference.
+
+Exact claims first (scale fingerprints, integers, quantized codes and scales bit for bit), then the
+kernel error on normal data. Outputs start as NaN, so that an element nobody wrote is seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from blockscale.formats import FP8_128X128_FP32, FP8_128X128_UE8M0, DType, PowerOfTwo
+from blockscale.modules.prepare import prepare_weight
+from blockscale.planning.planner import plan_linear
+from blockscale.planning.policy import PlanPolicy
+from blockscale.planning.request import LinearRequest
+from blockscale.probe import cases
+from blockscale.reference import dequantize, quantize, relayout
+from blockscale.tensor import BlockScaledTensor, torch_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from blockscale.backends.base import Backend, Multiply
+    from blockscale.planning.decision import Offer
+    from blockscale.planning.device import Device
+    from blockscale.planning.plan import LinearPlan
+
+# Relative Frobenius error on normal data: half an ulp of the output dtype, plus what Hopper's
+# tensor cores drop inside a block of 128 products (facts/kernels.md: about 14 bits are kept).
+MAX_RELATIVE_ERROR = {DType.BFLOAT16: 4e-3, DType.FLOAT16: 1.5e-3, DType.FLOAT32: 1.5e-3}
+
+
+class WrongNumbersError(Exception):
+    """A backend's result differs from the reference; the message says where and by how much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was checked. ``shapes`` is 0 if the backend's gates let no shape of the probe pass."""
+
+    shapes: int
+    max_relative_error: float
+
+    def __str__(self) -> str:
+        """For people, and for ``Proof.detail``."""
+        return f"{self.shapes} shapes, relative error up to {self.max_relative_error:.1e}"
+
+
+def check_backend(
+    backend: Backend, device: Device, dtype: DType, started: Callable[[str], None]
+) -> Outcome:
+    """Run every check that the backend's own gates let pass.
+
+    ``started`` is called with a description before each step, so that a parent process knows what
+    a crash interrupted. Raises WrongNumbersError; whatever the provider raises passes through.
+    """
+    errors = [0.0]
+    shapes = 0
+    for plan in _plans(backend, device, dtype):
+        shapes += 1
+        request = plan.request
+        started(f"{dtype.value} N={request.n} K={request.k}")
+        _check_quantization(backend, plan)
+        _check_exact(backend, plan)
+        errors.append(_check_normal(backend, plan))
+    return Outcome(shapes, max(errors))
+
+
+def _plans(backend: Backend, device: Device, dtype: DType) -> Iterator[LinearPlan]:
+    policy = PlanPolicy(backends=(backend.name,))
+    for n, k in cases.SHAPES:
+        for fmt in (FP8_128X128_FP32, FP8_128X128_UE8M0):
+            request = LinearRequest(f"probe {n}x{k}", n, k, fmt, dtype, dtype, PowerOfTwo.YES)
+            plan = plan_linear(request, device, policy, [backend])
+            if plan.is_servable:
+                yield plan
+                break
+
+
+def _place(plan: LinearPlan) -> tuple[Offer, str]:
+    return plan.choices[0].offer, "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check_quantization(backend: Backend, plan: LinearPlan) -> None:
+    """The backend's own activation quantizer, bit for bit."""
+    offer, device = _place(plan)
+    if offer.activation is None:
+        return
+    form = offer.activation
+    for m in cases.TOKENS[1:]:
+        values = cases.normal_activation(
+            m, plan.request.k, torch_dtype(plan.request.activation_dtype), device
+        )
+        found = backend.quantize_activation(values, offer)
+        wanted = relayout(quantize(values, form.format), form.layout)
+        codes = found.data[:m].view(torch.uint8)
+        _same(codes, wanted.data.view(torch.uint8), f"codes of {m} quantized tokens")
+        _same(dequantize(found)[:m], dequantize(wanted), f"values of {m} quantized tokens")
+
+
+def _check_exact(backend: Backend, plan: LinearPlan) -> None:
+    offer, device = _place(plan)
+    request = plan.request
+    for make in (cases.fingerprint_weight, cases.integer_weight):
+        weight = make(request.n, request.k, request.format, device)
+        multiply = _bound(backend, plan, weight)
+        for m in cases.TOKENS[1:]:
+            activation = cases.exact_activation(
+                m, request.k, offer.activation, torch_dtype(request.activation_dtype), device
+            )
+            out = _run(multiply, activation, m, plan, device)
+            exact = _values(activation).double() @ dequantize(weight).double().T
+            wanted = exact.to(out.dtype)
+            _same(out, wanted, f"{make.__name__.replace('_', ' ')}, M={m}")
+
+
+def _check_normal(backend: Backend, plan: LinearPlan) -> float:
+    offer, device = _place(plan)
+    request = plan.request
+    weight = cases.normal_weight(request.n, request.k, request.format, device)
+    multiply = _bound(backend, plan, weight)
+    worst = 0.0
+    for m in cases.TOKENS[1:]:
+        values = cases.normal_activation(
+            m, request.k, torch_dtype(request.activation_dtype), device
+        )
+        activation: BlockScaledTensor | torch.Tensor = values
+        if offer.activation is not None:
+            activation = backend.quantize_activation(values, offer)
+        out = _run(multiply, activation, m, plan, device)
+        exact = _values(activation)[:m].double() @ dequantize(weight).double().T
+        error = float((out.double() - exact).norm() / exact.norm())
+        if not error <= MAX_RELATIVE_ERROR[request.out_dtype]:
+            limit = MAX_RELATIVE_ERROR[request.out_dtype]
+            msg = f"relative error {error:.2e} at M={m}, limit {limit:.1e}"
+            raise WrongNumbersError(msg)
+        worst = max(worst, error)
+    return worst
+
+
+def _bound(backend: Backend, plan: LinearPlan, weight: BlockScaledTensor) -> Multiply:
+    prepared = prepare_weight(plan, weight, [backend] * len(plan.choices), PlanPolicy())
+    return backend.bind(prepared, plan.choices[0].offer)
+
+
+def _run(
+    multiply: Multiply,
+    activation: BlockScaledTensor | torch.Tensor,
+    m: int,
+    plan: LinearPlan,
+    device: str,
+) -> torch.Tensor:
+    out = torch.full(
+        (m, plan.request.n), float("nan"), dtype=torch_dtype(plan.request.out_dtype), device=device
+    )
+    # The union of two calls: which one it is follows from the offer, as the activation does.
+    cast("Callable[[object, torch.Tensor, None], None]", multiply)(activation, out, None)
+    return out
+
+
+def _values(activation: BlockScaledTensor | torch.Tensor) -> torch.Tensor:
+    return dequantize(activation) if isinstance(activation, BlockScaledTensor) else activation
+
+
+def _same(found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
+    differs = (found != wanted).nonzero()
+    if len(differs):
+        row, column = (int(index) for index in differs[0][:2])
+        msg = (
+            f"{what}: {len(differs)} of {found.numel()} elements differ, the first at ({row}, "
+            f"{column}): {float(found[row, column])!r} instead of {float(wanted[row, column])!r}"
+        )
+        raise WrongNumbersError(msg)

@@ -1,0 +1,110 @@
+"""The probe proves what is right and excludes what lies, crashes, hangs or raises."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from blockscale.backends.cpu import Cpu
+from blockscale.backends.reference import Reference
+from blockscale.backends.registry import BACKENDS
+from blockscale.formats import FP8_128X128_FP32, DType
+from blockscale.planning.decision import Evidence, Obstacle
+from blockscale.planning.device import Device, Proof, Verdict
+from blockscale.planning.planner import plan_linear
+from blockscale.planning.policy import PlanPolicy
+from blockscale.planning.request import LinearRequest
+from blockscale.probe.proving import load_proofs, proofs_path, prove, save_proofs
+
+HERE = str(Path(__file__).parent)
+FP32 = (DType.FLOAT32,)
+
+
+@pytest.fixture
+def bad_backends(monkeypatch: pytest.MonkeyPatch) -> object:
+    """The module of bad backends, importable here and in child processes."""
+    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.setenv("PYTHONPATH", HERE)
+    import bad_backends
+
+    yield bad_backends
+    sys.modules.pop("bad_backends", None)
+
+
+def test_good_backends_are_proven() -> None:
+    proofs = prove([Cpu(), Reference()], (DType.BFLOAT16, DType.FLOAT32))
+    assert {proof.backend for proof in proofs} == {"cpu", "reference"}
+    assert {proof.verdict for proof in proofs} == {Verdict.PROVEN}
+    assert all("5 shapes" in proof.detail for proof in proofs)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Lies", "elements differ"),
+        ("Forgets", "nan"),
+        ("MisreadsScales", "differ"),
+        ("Crashes", "SIGSEGV in float32 N=64 K=128"),
+        ("Raises", "OSError: libnothing.so"),
+    ],
+)
+def test_bad_backends_are_excluded_with_their_reason(
+    bad_backends: object, name: str, words: str
+) -> None:
+    (proof,) = prove([getattr(bad_backends, name)()], FP32)
+    assert proof.verdict is Verdict.FAILED
+    assert words in proof.detail
+
+
+def test_a_backend_that_hangs_is_stopped(bad_backends: object) -> None:
+    (proof,) = prove([bad_backends.Hangs()], FP32, time_limit_s=8)
+    assert proof.verdict is Verdict.FAILED
+    assert "no answer within 8 s" in proof.detail
+
+
+def test_a_crash_loses_its_own_dtype_only(bad_backends: object) -> None:
+    """Every dtype gets a verdict of its own, in a process of its own after a crash."""
+    proofs = prove([bad_backends.Crashes()], (DType.BFLOAT16, DType.FLOAT16))
+    assert [proof.out_dtype for proof in proofs] == [DType.BFLOAT16, DType.FLOAT16]
+
+
+def test_backends_without_run_get_no_proof() -> None:
+    plan_only = [backend for backend in BACKENDS if not hasattr(backend, "bind")]
+    assert prove(plan_only) == ()
+
+
+def test_failed_backends_are_not_planned_and_say_why(bad_backends: object) -> None:
+    backends = [bad_backends.Lies(), Reference()]
+    device = replace(Device.named("cpu"), proofs=prove(backends, FP32))
+    request = LinearRequest("x", 64, 128, FP8_128X128_FP32, *FP32, *FP32)
+    plan = plan_linear(request, device, PlanPolicy(), backends)
+    assert plan.backends == ("reference",)
+    assert plan.choices[0].offer.evidence is Evidence.PROVEN
+    (rejection,) = [r for r in plan.rejected if r.backend == "lies"]
+    assert rejection.obstacle is Obstacle.FAILED_PROBE
+    assert "elements differ" in rejection.reason
+
+
+def test_proofs_are_kept_until_a_version_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    device = Device.named("sm_90").with_packages(("triton", "3.6.0"))
+    proofs = (Proof("triton", DType.FLOAT16, Verdict.FAILED, "wrong by 12 %"),)
+    save_proofs(device, proofs)
+    assert load_proofs(device).proofs == proofs
+    newer = device.with_packages(("triton", "3.7.0"))
+    assert load_proofs(newer).proofs == ()
+
+
+def test_a_damaged_file_of_proofs_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    device = Device.named("sm_90")
+    proofs_path(device).parent.mkdir(parents=True)
+    proofs_path(device).write_text("{")
+    assert load_proofs(device) == device
