@@ -72,7 +72,9 @@ def should_deepgemm_weight_requant_ue8m0(
 
     True if and only if ``device`` (this machine by default) is one where DeepGEMM reads UE8M0, it
     is installed, blocks are 128x128, and, where given, ``output_dtype`` is bfloat16 and the (N, K)
-    of ``weight_shape`` are multiples of 64 and 128. Raises FormatError for a dtype that is no float.
+    of ``weight_shape`` are multiples of 64 and 128.
+
+    Raises FormatError for a dtype that is no float.
     """
     from blockscale.tensor import dtype_of
 
@@ -159,7 +161,7 @@ def flashinfer_gemm_w8a8_block_fp8_linear_with_fallback(
 
 
 # One plan for each weight that is alive; a weight that is freed takes its plan along.
-# (Not weakref's own dictionary: it compares keys with ==, which tensors answer element by element.)
+# (Not weakref's own dictionary: it compares keys with ==, which tensors answer by element.)
 _DECIDED: MutableMapping[torch.Tensor, dict[tuple[int, torch.dtype], BlockScaledLinear]] = (
     WeakTensorKeyDictionary()
 )
