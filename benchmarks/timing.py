@@ -1,0 +1,88 @@
+"""Timing on a GPU: CUDA graphs, variants in turns, and the ceilings they are compared with."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+WARM_UP_CALLS = 3
+WARM_UP_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Microseconds of one call: median and the spread between rounds."""
+
+    median_us: float
+    p10_us: float
+    p90_us: float
+
+
+def capture(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """``call`` as a graph; it is run a few times first, so that everything is compiled."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP_CALLS):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], rounds: int = 20, replays: int = 5
+) -> dict[str, Timing]:
+    """Time every call in turns, ``rounds`` times ``replays`` graph replays, L2 as calls leave it.
+
+    Each call must touch more than the L2 cache by itself, or its data is warm: say which.
+    """
+    graphs = {name: capture(call) for name, call in calls.items()}
+    _warm_up(graphs)
+    found: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            graph.replay()
+            start.record()
+            for _ in range(replays):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            found[name].append(start.elapsed_time(end) * 1000 / replays)
+    return {name: _summary(times) for name, times in found.items()}
+
+
+def copy_bandwidth(megabytes: int = 2048) -> float:
+    """Bytes read and written per second by a device-to-device copy, the ceiling of moving data."""
+    source = torch.empty(megabytes << 20, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    timing = interleaved({"copy": lambda: target.copy_(source)}, rounds=10, replays=3)["copy"]
+    return 2 * source.numel() / (timing.median_us * 1e-6)
+
+
+def _warm_up(graphs: Mapping[str, torch.cuda.CUDAGraph]) -> None:
+    """Clocks rise under load: replay everything for a while before the first number."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    elapsed = 0.0
+    while elapsed < WARM_UP_S * 1000:
+        for graph in graphs.values():
+            graph.replay()
+        end.record()
+        end.synchronize()
+        elapsed = start.elapsed_time(end)
+
+
+def _summary(times: list[float]) -> Timing:
+    ordered = sorted(times)
+    tenth = len(ordered) // 10
+    return Timing(statistics.median(ordered), ordered[tenth], ordered[-1 - tenth])
