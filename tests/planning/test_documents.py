@@ -88,6 +88,18 @@ def test_documents_lead_back_through_json() -> None:
     assert plan_of_document(json.loads(text)) == plan
 
 
+def test_what_was_offered_and_what_is_served_are_both_kept() -> None:
+    """A specialist offers 1 to 31 tokens and serves 0 to 31; both come back."""
+    asked = LinearRequest("x", 4096, 4096, FP8_128X128_FP32, DType.BFLOAT16, DType.BFLOAT16)
+    policy = PlanPolicy(backends=("flashinfer_sm90", "triton"))
+    plan = plan_model([asked], Device.named("sm_90"), policy, BACKENDS)
+    few, many = plan_document(plan)["layers"][0]["backends"]
+    assert (few["min_m"], few["max_m"]) == (0, 31)
+    assert (few["offered_min_m"], few["offered_max_m"]) == (1, 31)
+    assert (many["min_m"], many["max_m"]) == (32, None)
+    assert plan_of_document(plan_document(plan)) == plan
+
+
 def test_design_names_are_in_the_document() -> None:
     document = plan_document(full_plan())
     assert document["schema"] == 1

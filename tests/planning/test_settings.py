@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 
 from blockscale.errors import SettingsError
@@ -12,11 +15,36 @@ from blockscale.planning.policy import (
     Proving,
     Strictness,
 )
-from blockscale.settings import read_settings
+from blockscale.settings import KNOWN, Settings, read_settings
 
 
 def test_an_empty_environment_is_the_default_policy() -> None:
     assert read_settings({"PATH": "/bin", "BLOCKSCALE_BACKENDS": ""}).policy == PlanPolicy()
+
+
+def test_settings_are_a_frozen_value_of_the_mapping_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("BLOCKSCALE_EXACTNESS", "allow_lossy")
+    found = read_settings({})
+    assert found == Settings()
+    with pytest.raises(AttributeError):
+        found.cache = Path("/elsewhere")  # type: ignore[misc]  # that it is refused is the claim
+
+
+def test_every_field_of_the_policy_has_a_variable() -> None:
+    assert {f"BLOCKSCALE_{field.name.upper()}" for field in fields(PlanPolicy)} <= set(KNOWN)
+
+
+def test_the_cache_is_an_absolute_folder() -> None:
+    assert read_settings({"BLOCKSCALE_CACHE": "/var/cache/x"}).cache == Path("/var/cache/x")
+    assert read_settings({"BLOCKSCALE_CACHE": ""}).cache is None
+    assert read_settings({}).cache is None
+
+
+def test_backends_keep_their_order() -> None:
+    found = read_settings({"BLOCKSCALE_BACKENDS": "triton,deep_gemm"})
+    assert found.policy.backends == ("triton", "deep_gemm")
 
 
 def test_every_variable_is_read() -> None:
@@ -41,15 +69,48 @@ def test_every_variable_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "allowed"),
     [
-        ("BLOCKSCALE_EXACTNESS", "yes"),
-        ("BLOCKSCALE_MAX_RELATIVE_ERROR", "nan"),
-        ("BLOCKSCALE_MAX_RELATIVE_ERROR", "2"),
-        ("BLOCKSCALE_DETERMINISM", "True"),
-        ("BLOCKSCALE_EXACTNES", "exact"),
+        ("BLOCKSCALE_BACKENDS", ",", "names of backends"),
+        ("BLOCKSCALE_BACKENDS", "triton,,gluon", "names of backends"),
+        ("BLOCKSCALE_BACKENDS", " ", "names of backends"),
+        ("BLOCKSCALE_EXACTNESS", "yes", "exact, allow_lossy"),
+        ("BLOCKSCALE_EXACTNESS", "EXACT", "exact, allow_lossy"),
+        ("BLOCKSCALE_MAX_RELATIVE_ERROR", "nan", "a number from 0 to 1"),
+        ("BLOCKSCALE_MAX_RELATIVE_ERROR", "2", "a number from 0 to 1"),
+        ("BLOCKSCALE_MAX_RELATIVE_ERROR", "-0.1", "a number from 0 to 1"),
+        ("BLOCKSCALE_MAX_RELATIVE_ERROR", "3%", "a number from 0 to 1"),
+        ("BLOCKSCALE_DETERMINISM", "True", "any, required"),
+        ("BLOCKSCALE_STRICTNESS", "1", "report, raise"),
+        ("BLOCKSCALE_PROVING", "no", "any, required"),
+        ("BLOCKSCALE_CACHE", "relative/folder", "an absolute folder path"),
+        ("BLOCKSCALE_CACHE", "~/cache", "an absolute folder path"),
     ],
 )
-def test_values_and_names_without_meaning_are_refused(name: str, value: str) -> None:
-    with pytest.raises(SettingsError, match=name):
+def test_a_value_without_meaning_is_refused_with_what_is_allowed(
+    name: str, value: str, allowed: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
         read_settings({name: value})
+    message = str(caught.value)
+    assert message.startswith(f"{name} is {value!r}; allowed: ")
+    assert allowed in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["BLOCKSCALE_EXACTNES", "BLOCKSCALE_", "BLOCKSCALE_DEBUG"])
+def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read_settings({name: "1"})
+    message = str(caught.value)
+    assert message.startswith(f"{name} is no setting")
+    for known in KNOWN:
+        assert known in message
+
+
+def test_the_module_lists_every_variable() -> None:
+    import blockscale.settings
+
+    assert blockscale.settings.__doc__ is not None
+    for name in KNOWN:
+        assert f"``{name}``" in blockscale.settings.__doc__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -41,12 +41,28 @@ class Proof:
 
 
 @dataclass(frozen=True, slots=True)
+class Measurement:
+    """How long one backend took, activations quantized before, on this kind of device.
+
+    ``time_us``: median microseconds of the matrix product alone.
+    """
+
+    backend: str
+    n: int
+    k: int
+    out_dtype: DType
+    m: int
+    time_us: float
+
+
+@dataclass(frozen=True, slots=True)
 class Device:
     """What a plan may know about a machine.
 
     ``capability``: CUDA compute capability, None for a CPU. ``packages``: installed versions by
     distribution name, None if the device was invented and every provider is assumed installed.
-    ``proofs``: what the probe measured here; empty if it was never run.
+    ``proofs``: what the probe measured here; empty if it was never run. ``measurements``: times
+    that order the backends; no part of a device's identity: a plan carries what came of them.
     """
 
     name: str
@@ -56,6 +72,7 @@ class Device:
     cuda: tuple[int, int] | None = None
     packages: tuple[tuple[str, str], ...] | None = None
     proofs: tuple[Proof, ...] = ()
+    measurements: tuple[Measurement, ...] = field(default=(), compare=False, repr=False)
 
     @staticmethod
     def named(name: str) -> Device:

@@ -107,6 +107,11 @@ def offer_words(offer: Offer) -> str:
     return ", ".join(words)
 
 
+def layer_count(count: int) -> str:
+    """``1 layer``, ``2 layers``."""
+    return "1 layer" if count == 1 else f"{count} layers"
+
+
 def explain_linear(plan: LinearPlan) -> str:
     """The decision for one layer, every rejected backend and its reasons, as lines of text."""
     return "\n".join([plan.name, *_decision_lines(plan)])
@@ -118,7 +123,9 @@ def explain_model(plan: ModelPlan) -> str:
     where = device.name if device.name == device.architecture else f"{device.name}, "
     if device.name != device.architecture:
         where += device.architecture
-    lines = [f"plan for {where}: {len(plan.layers)} layers, {len(plan.unservable)} unservable"]
+    lines = [
+        f"plan for {where}: {layer_count(len(plan.layers))}, {len(plan.unservable)} unservable"
+    ]
     for finding in plan.findings:
         layer = f"{finding.layer}: " if finding.layer else ""
         lines.append(f"{finding.severity.value}: {layer}{finding.message}")
@@ -127,11 +134,11 @@ def explain_model(plan: ModelPlan) -> str:
         title = group.pattern if count == 1 else f"{group.pattern} ({count} layers)"
         lines += ["", title, *_decision_lines(group.plan)]
     if plan.skipped:
-        lines += ["", f"not quantized ({len(plan.skipped)} layers)"]
+        lines += ["", f"not quantized ({layer_count(len(plan.skipped))})"]
         reasons: dict[str, int] = {}
         for skipped in plan.skipped:
             reasons[skipped.reason] = reasons.get(skipped.reason, 0) + 1
-        lines += [f"  {count} layers: {reason}" for reason, count in reasons.items()]
+        lines += [f"  {layer_count(count)}: {reason}" for reason, count in reasons.items()]
     return "\n".join(lines)
 
 

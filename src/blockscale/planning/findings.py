@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from blockscale.planning.decision import Readiness
+from blockscale.planning.explain import layer_count
 from blockscale.planning.plan import Finding, LinearPlan, Severity
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _unread_scales(
         Finding(
             Severity.NOTE,
             "unread_scales",
-            f"{' and '.join(then)} would serve {_layers(count)} instead of "
+            f"{' and '.join(then)} would serve {layer_count(count)} instead of "
             f"{' and '.join(now) or 'no backend'} if their scales are powers of two: read them "
             "with plan --read-scales or verify (then lossless), or permit requantizing in any "
             "case with --allow-lossy",
@@ -99,7 +100,7 @@ def _plan_only(layers: Iterable[LinearPlan]) -> list[Finding]:
         Finding(
             Severity.NOTE,
             "plan_only",
-            f"{backend} is planned for {_layers(count)}, but blockscale cannot run it yet",
+            f"{backend} is planned for {layer_count(count)}, but blockscale cannot run it yet",
         )
         for backend, count in counts.items()
     ]
@@ -124,10 +125,6 @@ def _described(same: Sequence[LinearPlan]) -> str:
 
 def _single(same: Sequence[LinearPlan]) -> str | None:
     return same[0].name if len(same) == 1 else None
-
-
-def _layers(count: int) -> str:
-    return "1 layer" if count == 1 else f"{count} layers"
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:

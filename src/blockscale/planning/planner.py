@@ -25,14 +25,16 @@ from blockscale.planning.decision import (
 from blockscale.planning.device import Verdict
 from blockscale.planning.explain import unservable_message
 from blockscale.planning.findings import findings_of
+from blockscale.planning.measured import measured_ranges
 from blockscale.planning.plan import Choice, Conversion, LinearPlan, ModelPlan
 from blockscale.planning.policy import Determinism, Exactness, PlanPolicy, Proving, Strictness
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from blockscale.planning.decision import PlannableBackend
     from blockscale.planning.device import Device, Proof
+    from blockscale.planning.measured import MeasuredRange
     from blockscale.planning.plan import Finding, SkippedLayer
     from blockscale.planning.request import LinearRequest
 
@@ -78,8 +80,11 @@ def plan_linear(
         if policy.strictness is Strictness.RAISE:
             raise PlanError(unservable_message(plan, device))
         return plan
-    choices = _cover(admissible, anchor)
-    rejected += _not_chosen(admissible, choices, anchor, request)
+    # Who names the backends has also said in which order they are wanted.
+    measurements = device.measurements if policy.backends is None else ()
+    measured = measured_ranges(request, measurements)
+    choices = _cover(admissible, anchor, measured)
+    rejected += _not_chosen(admissible, choices, anchor, _Ranking(request, bool(measured)))
     step = conversion_step(request, anchor.weight)
     return LinearPlan(
         request,
@@ -232,17 +237,22 @@ def _not_exact(offer: Offer, step: ConversionStep, request: LinearRequest) -> Re
     )
 
 
-def _cover(offers: Sequence[Offer], anchor: Offer) -> tuple[Choice, ...]:
-    """Every M from 0 up goes to the most preferred offer that serves it on the anchor's weight."""
+def _cover(
+    offers: Sequence[Offer], anchor: Offer, measured: Sequence[MeasuredRange]
+) -> tuple[Choice, ...]:
+    """Every M from 0 up goes to one of the offers that serve it on the anchor's weight.
+
+    The fastest measured one, where some were measured, else the most preferred.
+    """
     candidates = [offer for offer in offers if offer.weight == anchor.weight]
-    starts = {1}
+    starts = {1, *(one.min_m for one in measured)}
     for offer in candidates:
         starts.add(max(1, offer.m_range.min_m))
         if offer.m_range.max_m is not None:
             starts.add(offer.m_range.max_m + 1)
     served: list[tuple[int, Offer]] = []
     for start in sorted(starts):
-        offer = next(o for o in candidates if o.m_range.contains(start))
+        offer = _best([o for o in candidates if o.m_range.contains(start)], start, measured)
         if not served or served[-1][1] is not offer:
             served.append((start, offer))
     ends = [start - 1 for start, _ in served[1:]]
@@ -253,8 +263,25 @@ def _cover(offers: Sequence[Offer], anchor: Offer) -> tuple[Choice, ...]:
     )
 
 
+def _best(serving: Sequence[Offer], m: int, measured: Sequence[MeasuredRange]) -> Offer:
+    times: Mapping[str, float] = {}
+    for one in measured:
+        if one.min_m <= m:
+            times = one.time_us
+    timed = [offer for offer in serving if offer.backend in times]
+    return min(timed, key=lambda offer: times[offer.backend]) if timed else serving[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranking:
+    """What the choice among admissible offers went by."""
+
+    request: LinearRequest
+    is_measured: bool
+
+
 def _not_chosen(
-    offers: Sequence[Offer], choices: Sequence[Choice], anchor: Offer, request: LinearRequest
+    offers: Sequence[Offer], choices: Sequence[Choice], anchor: Offer, ranking: _Ranking
 ) -> list[Rejection]:
     """Why each admissible offer that serves no M was left out."""
     chosen = {choice.offer.backend for choice in choices}
@@ -264,12 +291,14 @@ def _not_chosen(
         if offer.backend in chosen:
             continue
         if offer in ahead_of_anchor and offer.weight != anchor.weight:
-            rejections.append(_second_copy(offer, anchor, request))
+            rejections.append(_second_copy(offer, anchor, ranking.request))
             continue
-        reason = "would serve it too, but "
         names = list(dict.fromkeys(c.offer.backend for c in choices))
         verb = "comes" if len(names) == 1 else "come"
-        reason += f"{' and '.join(names)} {verb} earlier in the order of preference"
+        order = f"{verb} earlier in the order of preference"
+        if ranking.is_measured and offer.weight == anchor.weight:
+            order = "was measured faster" if len(names) == 1 else "were measured faster"
+        reason = f"would serve it too, but {' and '.join(names)} {order}"
         rejections.append(Rejection(offer.backend, Obstacle.OUTRANKED, reason))
     return rejections
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _BLOCK = BlockShape(128, 128)
-_DTYPE_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
+_DTYPE_BYTES = {"F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "BF16": 2, "F16": 2, "F32": 4}
 SHARD_BYTES = 5_000_000_000
 
 

@@ -1,0 +1,109 @@
+"""Measured times choose among backends that read the same prepared weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from blockscale.formats import FP8_128X128_FP32, K_MAJOR, MN_MAJOR, DType
+from blockscale.planning.decision import MRange, Obstacle, Offer, OperandForm
+from blockscale.planning.device import Device, Measurement
+from blockscale.planning.measured import measured_ranges
+from blockscale.planning.planner import plan_linear
+from blockscale.planning.policy import PlanPolicy
+from blockscale.planning.request import LinearRequest
+
+BF16 = DType.BFLOAT16
+AS_STORED = OperandForm(FP8_128X128_FP32, K_MAJOR)
+
+
+@dataclass(frozen=True)
+class Invented:
+    """A backend that serves everything it is told to."""
+
+    name: str
+    form: OperandForm = AS_STORED
+    m_range: MRange = field(default_factory=MRange)
+
+    def evaluate(self, request: LinearRequest, device: Device) -> Offer:
+        assert request.n
+        assert device.name
+        return Offer(self.name, self.form, None, self.m_range)
+
+
+def request(n: int = 4096, k: int = 7168) -> LinearRequest:
+    return LinearRequest("layer", n, k, FP8_128X128_FP32, BF16, BF16)
+
+
+def device(*rows: tuple[str, int, float], n: int = 4096, k: int = 7168) -> Device:
+    """Rows are (backend, M, microseconds)."""
+    table = tuple(Measurement(name, n, k, BF16, m, time) for name, m, time in rows)
+    return replace(Device.named("sm_90"), measurements=table)
+
+
+def plan(on: Device, policy: PlanPolicy | None = None) -> list[tuple[str, int, int | None]]:
+    backends = [Invented("first"), Invented("second"), Invented("third")]
+    made = plan_linear(request(), on, policy or PlanPolicy(), backends)
+    return [(c.offer.backend, c.m_range.min_m, c.m_range.max_m) for c in made.choices]
+
+
+TABLE = (
+    ("first", 1, 10.0),
+    ("second", 1, 8.0),
+    ("first", 64, 12.0),
+    ("second", 64, 12.5),
+    ("first", 4096, 300.0),
+    ("second", 4096, 280.0),
+)
+
+
+def test_the_fastest_serves_each_range_up_to_the_geometric_mean() -> None:
+    assert plan(device(*TABLE)) == [("second", 0, 8), ("first", 9, 512), ("second", 513, None)]
+
+
+def test_without_a_table_the_order_of_preference_stands() -> None:
+    assert plan(Device.named("sm_90")) == [("first", 0, None)]
+
+
+def test_unmeasured_backends_are_not_preferred_to_measured_ones() -> None:
+    assert plan(device(("third", 1, 5.0))) == [("third", 0, None)]
+
+
+def test_a_policy_that_names_backends_orders_them_itself() -> None:
+    assert plan(device(*TABLE), PlanPolicy(backends=("first", "second"))) == [("first", 0, None)]
+
+
+def test_who_was_not_chosen_learns_that_it_was_slower() -> None:
+    backends = [Invented("first"), Invented("second"), Invented("third")]
+    made = plan_linear(request(), device(*TABLE), PlanPolicy(), backends)
+    (rejection,) = made.rejected
+    assert (rejection.backend, rejection.obstacle) == ("third", Obstacle.OUTRANKED)
+    assert rejection.reason == "would serve it too, but second and first were measured faster"
+
+
+def test_a_fast_backend_on_another_prepared_weight_costs_no_second_copy() -> None:
+    other = Invented("other", OperandForm(FP8_128X128_FP32, MN_MAJOR))
+    on = device(("first", 1, 10.0), ("other", 1, 1.0))
+    made = plan_linear(request(), on, PlanPolicy(), [Invented("first"), other])
+    assert made.backends == ("first",)
+
+
+def test_bounded_offers_stay_within_their_range() -> None:
+    small = Invented("small", m_range=MRange(1, 16))
+    on = device(("small", 1, 1.0), ("first", 1, 2.0), ("small", 64, 1.0), ("first", 64, 2.0))
+    made = plan_linear(request(), on, PlanPolicy(), [Invented("first"), small])
+    assert [(c.offer.backend, c.m_range.max_m) for c in made.choices] == [
+        ("small", 16),
+        ("first", None),
+    ]
+
+
+def test_near_shapes_speak_for_unmeasured_ones_far_shapes_do_not() -> None:
+    table = device(*TABLE, n=4096, k=7168).measurements
+    assert measured_ranges(request(2112, 7168), table)
+    assert measured_ranges(request(2000, 7168), table) == ()
+    assert measured_ranges(request(4096, 1536), table) == ()
+    assert measured_ranges(replace(request(), out_dtype=DType.FLOAT16), table) == ()
+
+
+def test_measurements_are_no_part_of_a_devices_identity() -> None:
+    assert device(*TABLE) == Device.named("sm_90")
