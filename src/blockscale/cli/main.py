@@ -10,7 +10,7 @@ import typer
 from typer.exceptions import TyperException
 
 import blockscale
-from blockscale.cli import doctor, generate, inspect, plan, quantize, verify
+from blockscale.cli import doctor, generate, inspect, plan, quantize, tune, verify
 from blockscale.cli.output import ExitCode, error_line
 from blockscale.errors import BlockscaleError
 
@@ -27,6 +27,7 @@ app.command("plan")(plan.plan)
 app.command("quantize")(quantize.quantize)
 app.command("verify")(verify.verify)
 app.command("generate")(generate.generate)
+app.command("tune")(tune.tune)
 
 
 def _print_version(asked: bool) -> None:

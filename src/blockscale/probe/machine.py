@@ -20,14 +20,16 @@ PROVIDERS = (
 
 
 def detect_device() -> Device:
-    """This machine, with the proofs that an earlier ``doctor --probe`` kept for it.
+    """This machine, with the proofs of ``doctor --probe`` and the times of ``tune``, where kept.
 
     Without them ``proofs`` is empty: that a provider is installed does not mean that it computes
-    the right numbers.
+    the right numbers. Times come from a table that ships with blockscale, if there is one for this
+    GPU and none was measured here.
     """
+    from blockscale.probe.measured import with_measurements
     from blockscale.probe.proving import load_proofs
 
-    return load_proofs(read_machine())
+    return with_measurements(load_proofs(read_machine()))
 
 
 def read_machine() -> Device:

@@ -1,0 +1,67 @@
+"""Measured tables: made on this machine, kept, read back, used by plans."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from blockscale.backends.registry import BACKENDS
+from blockscale.errors import SettingsError
+from blockscale.formats import FP8_128X128_FP32, DType
+from blockscale.planning.device import Measurement
+from blockscale.planning.request import LinearRequest
+from blockscale.probe.machine import read_machine
+from blockscale.probe.measured import kept_path, read_table, with_measurements
+from blockscale.probe.tuning import save_measurements, tune
+
+BF16 = DType.BFLOAT16
+
+
+def request(name: str, n: int, k: int) -> LinearRequest:
+    return LinearRequest(name, n, k, FP8_128X128_FP32, BF16, BF16)
+
+
+def test_every_runnable_backend_is_timed_once_for_each_shape() -> None:
+    wanted = [request("a", 192, 256), request("b", 192, 256), request("c", 130, 128)]
+    found = tune(wanted, read_machine(), BACKENDS, tokens=(1, 9))
+    keys = [(one.backend, one.n, one.k, one.m) for one in found]
+    assert sorted(keys) == sorted(
+        (backend, n, k, m)
+        for backend in ("cpu", "reference")
+        for n, k in ((192, 256), (130, 128))
+        for m in (1, 9)
+    )
+    assert all(one.time_us > 0 for one in found)
+
+
+def test_a_kept_table_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    device = read_machine()
+    assert with_measurements(device).measurements == ()
+    table = (Measurement("cpu", 192, 256, BF16, 1, 12.5),)
+    save_measurements(kept_path(device), device, table)
+    assert with_measurements(device).measurements == table
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"rows": [[1]]}', '{"rows": [["a",1,1,"int8",1,1]]}'])
+def test_a_damaged_table_is_named(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"here\.json is no table of measured times"):
+        read_table(text, "here.json")
+
+
+def test_the_command_keeps_a_table_for_later_plans(fp8_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "table.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "blockscale.cli.main", "tune", fp8_checkpoint]
+        + ["--tokens", "1", "--out", out, "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = json.loads(done.stdout)["rows"]
+    assert {row["backend"] for row in rows} == {"cpu", "reference"}
+    assert len(read_table(out.read_text(), str(out))) == len(rows)
