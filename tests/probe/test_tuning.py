@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,6 +17,9 @@ from blockscale.planning.request import LinearRequest
 from blockscale.probe.machine import read_machine
 from blockscale.probe.measured import kept_path, read_table, with_measurements
 from blockscale.probe.tuning import save_measurements, tune
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 BF16 = DType.BFLOAT16
 
@@ -55,9 +58,9 @@ def test_a_damaged_table_is_named(text: str) -> None:
 
 def test_the_command_keeps_a_table_for_later_plans(fp8_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "table.json"
+    command = ["tune", fp8_checkpoint, "--tokens", "1", "--out", out, "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "blockscale.cli.main", "tune", fp8_checkpoint]
-        + ["--tokens", "1", "--out", out, "--json"],
+        [sys.executable, "-m", "blockscale.cli.main", *command],
         capture_output=True,
         text=True,
         check=True,
