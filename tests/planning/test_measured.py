@@ -72,11 +72,16 @@ def test_a_policy_that_names_backends_orders_them_itself() -> None:
     assert plan(device(*TABLE), PlanPolicy(backends=("first", "second"))) == [("first", 0, None)]
 
 
-def test_who_was_not_chosen_learns_that_it_was_slower() -> None:
+def test_who_was_not_chosen_learns_that_it_was_slower_or_not_measured() -> None:
     backends = [Invented("first"), Invented("second"), Invented("third")]
     made = plan_linear(request(), device(*TABLE), PlanPolicy(), backends)
     (rejection,) = made.rejected
     assert (rejection.backend, rejection.obstacle) == ("third", Obstacle.OUTRANKED)
+    assert (
+        rejection.reason == "would serve it too, but second and first were measured, and it was not"
+    )
+    slow = device(*TABLE, ("third", 1, 99.0))
+    (rejection,) = plan_linear(request(), slow, PlanPolicy(), backends).rejected
     assert rejection.reason == "would serve it too, but second and first were measured faster"
 
 

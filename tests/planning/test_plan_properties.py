@@ -25,7 +25,7 @@ from blockscale.formats import (
     ScaleFormat,
 )
 from blockscale.planning.decision import Evidence, Obstacle, Offer, Readiness
-from blockscale.planning.device import KNOWN_DEVICES, Device, Proof, Verdict
+from blockscale.planning.device import KNOWN_DEVICES, Device, Measurement, Proof, Verdict
 from blockscale.planning.explain import unservable_message
 from blockscale.planning.plan import Conversion, LinearPlan
 from blockscale.planning.planner import conversion_step, plan_linear, plan_model
@@ -81,7 +81,7 @@ def requests(draw: st.DrawFn) -> LinearRequest:
 
 @st.composite
 def devices(draw: st.DrawFn) -> Device:
-    """An invented device, or a real-looking one: listed packages, a CUDA release, proofs."""
+    """An invented device, or a real-looking one: packages, a CUDA release, proofs, times."""
     device = draw(st.sampled_from(KNOWN_DEVICES))
     if draw(st.booleans()):
         packages = draw(st.sets(st.sampled_from(PROVIDERS)))
@@ -95,7 +95,20 @@ def devices(draw: st.DrawFn) -> Device:
         st.sampled_from(list(Verdict)),
         st.just("detail"),
     )
-    return replace(device, proofs=tuple(draw(st.lists(proofs, max_size=3))))
+    measurements = st.builds(
+        Measurement,
+        st.sampled_from(NAMES),
+        st.sampled_from([4096, 2048]),
+        st.just(4096),
+        st.sampled_from(list(DType)),
+        st.sampled_from([1, 2, 3, 64, 4096]),
+        st.floats(1.0, 1000.0),
+    )
+    return replace(
+        device,
+        proofs=tuple(draw(st.lists(proofs, max_size=3))),
+        measurements=tuple(draw(st.lists(measurements, max_size=6))),
+    )
 
 
 policies = st.builds(

@@ -164,6 +164,15 @@ def staged_directory(target: Path, needed_bytes: int) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def write_json(path: Path, document: dict[str, object]) -> None:
+    """Write and flush to disk, so that a later rename cannot outrun the bytes."""
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(document, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:

@@ -8,8 +8,6 @@ Scales are rounded once, from the float weights.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +21,7 @@ from blockscale.checkpoint.output import (
     ShardWriter,
     plan_shards,
     staged_directory,
+    write_json,
 )
 from blockscale.checkpoint.read import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, read_bytes
 from blockscale.checkpoint.schema import FLOAT_DTYPES, WEIGHT_SUFFIX, SchemeKind, scheme_of
@@ -230,12 +229,3 @@ def _declaration(source: Checkpoint, chosen: set[str], fmt: BlockFormat) -> dict
     if fmt.scale is ScaleFormat.UE8M0:
         declared["scale_fmt"] = "ue8m0"
     return declared
-
-
-def write_json(path: Path, document: dict[str, object]) -> None:
-    """Write and flush to disk, so that a later rename cannot outrun the bytes."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -84,7 +84,7 @@ def plan_linear(
     measurements = device.measurements if policy.backends is None else ()
     measured = measured_ranges(request, measurements)
     choices = _cover(admissible, anchor, measured)
-    rejected += _not_chosen(admissible, choices, anchor, _Ranking(request, bool(measured)))
+    rejected += _not_chosen(admissible, choices, anchor, _Ranking(request, measured))
     step = conversion_step(request, anchor.weight)
     return LinearPlan(
         request,
@@ -277,7 +277,7 @@ class _Ranking:
     """What the choice among admissible offers went by."""
 
     request: LinearRequest
-    is_measured: bool
+    measured: Sequence[MeasuredRange]
 
 
 def _not_chosen(
@@ -296,8 +296,10 @@ def _not_chosen(
         names = list(dict.fromkeys(c.offer.backend for c in choices))
         verb = "comes" if len(names) == 1 else "come"
         order = f"{verb} earlier in the order of preference"
-        if ranking.is_measured and offer.weight == anchor.weight:
-            order = "was measured faster" if len(names) == 1 else "were measured faster"
+        if ranking.measured and offer.weight == anchor.weight:
+            was_measured = any(offer.backend in one.time_us for one in ranking.measured)
+            order = "was measured" if len(names) == 1 else "were measured"
+            order += " faster" if was_measured else ", and it was not"
         reason = f"would serve it too, but {' and '.join(names)} {order}"
         rejections.append(Rejection(offer.backend, Obstacle.OUTRANKED, reason))
     return rejections
