@@ -92,7 +92,10 @@ def round_up_to_ue8m0(scale: torch.Tensor) -> torch.Tensor:
 
 def _scale_codes(amax: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
     # clamp keeps NaN; the floor is the float32 nearest to AMAX_FLOOR.
-    scale = amax.clamp(min=AMAX_FLOOR) / fmt.element.max
+    floored = amax.clamp(min=AMAX_FLOOR)
+    # By a tensor: torch's CUDA kernel turns a division by a number into a multiplication by its
+    # reciprocal, which gives other bits (H200, torch 2.11, 2026-11-23: in one scale of seven).
+    scale = floored / torch.full_like(floored, fmt.element.max)
     return round_up_to_ue8m0(scale) if fmt.scale is ScaleFormat.UE8M0 else scale
 
 
