@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockscale.backends.gates import Gates
+from blockscale.errors import BackendError
 from blockscale.formats import (
     FP8_1X128_FP32,
     FP8_128X128_FP32,
@@ -23,9 +24,13 @@ from blockscale.planning.decision import Offer, OperandForm
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+
+    from blockscale.backends.base import Multiply
     from blockscale.planning.decision import Rejection
     from blockscale.planning.device import Device
     from blockscale.planning.request import LinearRequest
+    from blockscale.tensor import BlockScaledTensor
 
 PACKAGE = "triton"
 # Warpgroup MMA (wgmma) exists on SM90 only (PTX ISA).
@@ -37,7 +42,11 @@ TMA_BYTES = 16
 
 
 class Gluon:
-    """The gates and forms of the Gluon kernels."""
+    """The Gluon kernels.
+
+    A kernel is compiled when the first call needs it, one for each tile and output dtype, some
+    seconds in all; Triton keeps it on disk. Run a layer once before capturing it in a CUDA graph.
+    """
 
     name = "gluon"
 
@@ -59,3 +68,38 @@ class Gluon:
             OperandForm(FP8_128X128_FP32, K_MAJOR),
             OperandForm(FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED),
         )
+
+    def prepare(self, weight: BlockScaledTensor, offer: Offer) -> BlockScaledTensor:
+        """The weight as it is, after making sure that TMA can read it and Gluon can be imported.
+
+        Raises BackendError otherwise.
+        """
+        _import_kernels()
+        if weight.data.stride(-2) % TMA_BYTES or weight.data.data_ptr() % TMA_BYTES:
+            msg = f"TMA reads rows that start on {TMA_BYTES} bytes; copy {weight!r} first"
+            raise BackendError(msg)
+        if (weight.format, weight.layout) != (offer.weight.format, offer.weight.layout):
+            msg = f"planned for {offer.weight.format} in {offer.weight.layout}, got {weight!r}"
+            raise BackendError(msg)
+        return weight
+
+    def quantize_activation(self, activation: torch.Tensor, offer: Offer) -> BlockScaledTensor:
+        """Quantize by blockscale's own Triton kernel, straight into the layout of TMA."""
+        from blockscale.kernels.triton.quantize import quantize_rows
+
+        assert offer.activation is not None
+        return quantize_rows(activation, offer.activation.format, offer.activation.layout)
+
+    def bind(self, weight: BlockScaledTensor, offer: Offer) -> Multiply:  # noqa: ARG002 - the protocol's signature
+        """Which kernel serves a token count is looked up once for each; see ``kernels/gluon``."""
+        from blockscale.kernels.gluon.product import GluonProduct
+
+        return GluonProduct(weight)
+
+
+def _import_kernels() -> None:
+    try:
+        import blockscale.kernels.gluon.product  # noqa: F401 - the import is the test
+    except ImportError as error:
+        msg = f"the gluon backend needs Triton {FIRST_TRITON[0]}.{FIRST_TRITON[1]} ({error})"
+        raise BackendError(msg) from error

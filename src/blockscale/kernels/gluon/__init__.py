@@ -3,15 +3,19 @@
 ===============  ===================================================================================
 module           holds
 ===============  ===================================================================================
-``choice``       which tile and which split serve (M, N, K): pure Python, no Triton
+``choice``       which tile and which split serve (M, N, K): an analytic model
+``work``         what a launch does, as plain values
 ``dialect``      the names that Gluon changed between Triton 3.6 and 3.9
 ``schedule``     device code: which tile comes next, which pipeline slot comes next
 ``split``        device code: adding up the pieces of a split sum, always in the same order
+``waves``        device code: multiplying one tile, scaling as it goes
 ``dense``        the persistent, warp-specialised kernel
 ``small_m``      the kernel for few tokens: weights take the rows of the tensor-core tile
 ``build``        compiling a kernel, with or without a GPU
-``launch``       the hot call: descriptors, grid, launch
+``launch``       a kernel loaded on a device: descriptors, launch
+``product``      torch-facing: a weight ready to multiply
 ===============  ===================================================================================
 
-Only ``choice`` can be imported without Triton.
+Only ``choice`` and ``work`` can be imported without Triton. ``blockscale.testing.gluon_kernels``
+runs the device code on the CPU.
 """

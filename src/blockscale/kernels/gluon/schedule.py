@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 # A narrow tile has half the columns of a full one and takes half its time.
 NARROW_PER_FULL = gl.constexpr(2)
+# Weight rows that share a scale.
+WEIGHT_BLOCK = gl.constexpr(128)
 
 
 @gluon.jit
@@ -14,7 +17,7 @@ def next_slot(slot, phase, STAGES: gl.constexpr):
     """The pipeline slot after ``slot`` and the barrier phase that belongs to it."""
     slot += 1
     wrapped = slot == STAGES
-    return gl.where(wrapped, 0, slot), phase ^ wrapped.to(gl.int32)
+    return gl.where(wrapped, 0, slot), gl.where(wrapped, phase ^ 1, phase)
 
 
 @gluon.jit
@@ -53,3 +56,43 @@ def next_narrow(narrow, head, idle):
     beyond = narrow + idle
     in_head = gl.where(beyond < head, beyond, head + gl.program_id(0))
     return gl.where(narrow < head, in_head, narrow + gl.num_programs(0))
+
+
+@gluon.jit
+def first_weight_scale(b_scales, row, b_scale_stride, block):
+    """Where the scale of weight row ``row`` and K block ``block`` lies."""
+    return b_scales + (row // WEIGHT_BLOCK) * b_scale_stride + block
+
+
+@gluon.jit
+def hand_over_scale(value, scale_slots, full, slot):
+    """Producer warp: put a weight scale into a slot and arrive at its barrier.
+
+    The consumers could load it themselves, but ptxas takes a value that is the same in all lanes to
+    a uniform register (R2UR), or copies it for the next round, right between two wgmmas; the warp
+    then waits there for the load (seen in SASS of ptxas 12.8 and 13.0). A producer may wait.
+    """
+    ONE_WARP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    scale_slots.index(slot).store(gl.full((1,), value, gl.float32, ONE_WARP))
+    mbarrier.arrive(full.index(slot), count=1)
+
+
+@gluon.jit
+def allocate_barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """The barriers of a ring.
+
+    A slot is full after its copies and ``hand_over_scale``, empty after every consumer's arrival.
+    """
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=2)
+        mbarrier.init(empty.index(slot), count=CONSUMERS)
+    return full, empty
+
+
+@gluon.jit
+def allocate_scale_slots(STAGES: gl.constexpr):
+    """One weight scale a slot."""
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return gl.allocate_shared_memory(gl.float32, [STAGES, 1], PLAIN)

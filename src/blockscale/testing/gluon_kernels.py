@@ -1,0 +1,288 @@
+"""Runs the Gluon kernels of ``kernels/gluon`` on the CPU, without Triton and without a GPU.
+
+The kernels' own source is executed, with stand-ins for the Gluon language: partitions are threads,
+mbarriers count arrivals and bytes, TMA copies run later and in any order, clip at the edges and
+fill with zeros. What hardware would let pass in silence raises here: a slot that is filled while
+it is read, a staging buffer that is overwritten before it was stored, shared memory that is stored
+without a fence, a wait that never ends.
+
+It says nothing about layouts, registers or speed: that is for the compiler's tests and a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+
+from blockscale.kernels import gluon as kernels
+from blockscale.kernels.gluon.work import TMA_SHARED_BYTES
+from blockscale.testing import gluon_machine as machine
+from blockscale.testing.gluon_machine import (
+    Barrier,
+    Box,
+    ElementType,
+    EmulationError,
+    Pointer,
+    Shared,
+    Unfinished,
+    Value,
+    bits,
+    thread,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+MODULES = ("dialect", "schedule", "split", "waves", "dense", "small_m")
+
+
+def load_kernels(edit: tuple[str, str] = ("", "")) -> SimpleNamespace:
+    """``dense_kernel``, ``small_m_kernel`` and the functions of ``schedule``.
+
+    Made of the kernels' source and the stand-ins. ``edit``: text to replace in the source and its
+    replacement, to see that a broken kernel is found out.
+    """
+    folder = Path(str(kernels.__file__)).parent
+    with patch.dict(sys.modules, _stand_in_modules()):
+        loaded = {}
+        for name in MODULES:
+            module = ModuleType(f"{kernels.__name__}.{name}")
+            sys.modules[module.__name__] = module
+            path = folder / f"{name}.py"
+            source = path.read_text(encoding="utf-8")
+            code = compile(source.replace(*edit) if edit[0] else source, str(path), "exec")
+            exec(code, module.__dict__)  # noqa: S102 - this package's own source
+            loaded[name] = module.__dict__
+    return SimpleNamespace(
+        dense_kernel=loaded["dense"]["dense_kernel"],
+        small_m_kernel=loaded["small_m"]["small_m_kernel"],
+        schedule=SimpleNamespace(**loaded["schedule"]),
+    )
+
+
+def _stand_in_modules() -> dict[str, ModuleType]:
+    gluon = _module("triton.experimental.gluon", jit=_as_it_is, language=_language())
+    gluon.GluonASTSource = object  # type: ignore[attr-defined]
+    hopper = _module(
+        "triton.experimental.gluon.language.nvidia.hopper",
+        fence_async_shared=_fence,
+        mbarrier=SimpleNamespace(
+            MBarrierLayout=lambda: "mbarrier",
+            init=_init_barrier,
+            expect=lambda barrier, count: barrier.arrive(1, count),
+            arrive=lambda barrier, count: barrier.arrive(count),
+            wait=lambda barrier, phase: barrier.wait(int(machine.plain(phase))),
+        ),
+        tma=SimpleNamespace(
+            async_load=_load_box, async_store=_store_box, store_wait=_wait_for_stores
+        ),
+        warpgroup_mma=_start_product,
+        warpgroup_mma_wait=_finish_products,
+    )
+    cuda = _module(
+        "triton.language.extra.cuda",
+        gdc_wait=lambda: None,
+        gdc_launch_dependents=lambda: None,
+    )
+    experimental = _module("triton.experimental", gluon=gluon)
+    modules = [_module("triton"), experimental, gluon, gluon.language, hopper, cuda]
+    return {module.__name__: module for module in modules}
+
+
+def _module(name: str, **contents: Any) -> ModuleType:  # noqa: ANN401 - stand-ins of any kind
+    module = ModuleType(name)
+    module.__path__ = []
+    module.__dict__.update(contents)
+    return module
+
+
+def _as_it_is(value: Any) -> Any:  # noqa: ANN401 - a function or a constant
+    return value
+
+
+def _language() -> ModuleType:
+    return _module(
+        "triton.experimental.gluon.language",
+        constexpr=_as_it_is,
+        int32=machine.INT32,
+        int64=machine.INT64,
+        float32=machine.FLOAT32,
+        NVMMADistributedLayout=_some_layout,
+        BlockedLayout=_some_layout,
+        SliceLayout=_some_layout,
+        SwizzledSharedLayout=_some_layout,
+        static_assert=_check,
+        static_range=range,
+        warp_specialize=_specialize,
+        program_id=lambda axis: thread().program.ids[axis],
+        num_programs=lambda axis: thread().program.grid[axis],
+        barrier=lambda: None,
+        allocate_shared_memory=_allocate,
+        arange=lambda start, end, layout: Value(torch.arange(start, end)),  # noqa: ARG005
+        zeros=lambda shape, dtype, layout: _full(shape, 0, dtype, layout),
+        full=_full,
+        expand_dims=lambda value, axis: Value(value.data.unsqueeze(axis)),
+        convert_layout=lambda value, layout: value,  # noqa: ARG005 - layouts mean nothing here
+        where=_where,
+        minimum=lambda one, other: _where(one < other, one, other),
+        load=_load,
+        store=_store,
+        atomic_add=_atomic_add,
+    )
+
+
+def _some_layout(*parts: Any, **named: Any) -> str:  # noqa: ANN401 - layouts mean nothing here
+    return f"{parts}{named}"
+
+
+def _check(holds: object, message: str) -> None:
+    if not holds:
+        raise EmulationError(message)
+
+
+def _specialize(
+    partitions: Sequence[tuple[Callable[..., None], tuple[Any, ...]]],
+    warps: Sequence[int],
+    registers: Sequence[int],
+) -> None:
+    _check(len(partitions) == len(warps) + 1 == len(registers) + 1, "one entry a worker")
+    program = thread().program
+
+    def work(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        machine.enter(program)
+        program.guard(partial(function, *arguments))
+
+    workers = [threading.Thread(target=work, args=partition) for partition in partitions[1:]]
+    for worker in workers:
+        worker.start()
+    function, arguments = partitions[0]
+    program.guard(partial(function, *arguments))
+    for worker in workers:
+        worker.join()
+
+
+def _allocate(dtype: ElementType, shape: Sequence[int], layout: str) -> Any:  # noqa: ANN401 - either kind
+    program = thread().program
+    if layout == "mbarrier":
+        barriers = [Barrier(program) for _ in range(shape[0])]
+        return SimpleNamespace(index=lambda number: barriers[int(machine.plain(number))])
+    data = torch.empty(tuple(shape), dtype=dtype.torch)
+    data.view(torch.uint8).fill_(machine.NAN_BYTE)
+    return Shared(data)
+
+
+def _init_barrier(barrier: Barrier, count: int) -> None:
+    barrier.count = barrier.pending = count
+
+
+def _full(shape: Sequence[int], value: Any, dtype: ElementType, layout: Any) -> Value:  # noqa: ANN401, ARG001 - Gluon's signature
+    return Value(torch.full(tuple(shape), float(machine.plain(value)), dtype=dtype.torch))
+
+
+def _where(condition: Any, one: Any, other: Any) -> Any:  # noqa: ANN401 - Values or numbers
+    if isinstance(condition, Value):
+        return Value(torch.where(condition.data, machine.plain(one), machine.plain(other)))
+    return one if condition else other
+
+
+def _elements(pointer: Pointer, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 - Value or None
+    """Offsets, and which of them are wanted. Raises if a wanted one is outside the buffer."""
+    offsets = torch.as_tensor(pointer.offset)
+    wanted = torch.ones((), dtype=torch.bool) if mask is None else mask.data
+    wanted = wanted & torch.ones_like(offsets, dtype=torch.bool)
+    offsets = offsets.expand(wanted.shape)
+    outside = wanted & ((offsets < 0) | (offsets >= pointer.buffer.numel()))
+    _check(not outside.any(), "an access outside the buffer")
+    return offsets, wanted
+
+
+def _load(
+    pointer: Pointer,
+    mask: Value | None = None,
+    other: float = 0.0,
+    cache_modifier: str = "",  # noqa: ARG001 - Gluon's signature
+) -> Value:
+    offsets, wanted = _elements(pointer, mask)
+    with machine.ATOMIC:
+        found = pointer.buffer[torch.where(wanted, offsets, 0)]
+    return Value(torch.where(wanted, found, torch.as_tensor(other, dtype=found.dtype)))
+
+
+def _store(pointer: Pointer, value: Any, mask: Value | None = None) -> None:  # noqa: ANN401 - Value or number
+    offsets, wanted = _elements(pointer, mask)
+    data = torch.as_tensor(machine.plain(value), dtype=pointer.buffer.dtype)
+    with machine.ATOMIC:
+        pointer.buffer[offsets[wanted]] = data.broadcast_to(offsets.shape)[wanted]
+
+
+def _atomic_add(pointer: Pointer, value: int, sem: str, scope: str) -> int:
+    _check(sem == "acq_rel" and scope == "gpu", "tickets order what other programs wrote")
+    with machine.ATOMIC:
+        before = int(pointer.buffer[int(pointer.offset)])
+        pointer.buffer[int(pointer.offset)] = before + value
+    return before
+
+
+def _fence() -> None:
+    thread().is_fenced = True
+
+
+def _load_box(box: Box, coordinates: Sequence[int], barrier: Barrier, target: Shared) -> None:
+    _check(target.shape == box.block_type.shape, "box and slot differ in shape")
+    _check(target.offset % TMA_SHARED_BYTES == 0, "a slot that TMA cannot write to")
+    source, where = box.clip(coordinates)
+    target.data.view(torch.uint8).fill_(machine.NAN_BYTE)
+
+    def copy() -> None:
+        filled = torch.zeros_like(target.data)
+        filled[where] = source
+        target.data.copy_(filled)
+        barrier.complete_bytes(box.block_type.nbytes)
+
+    barrier.program.submit(copy)
+
+
+def _store_box(box: Box, coordinates: Sequence[int], source: Shared) -> None:
+    state = thread()
+    _check(state.is_fenced, "shared memory was written and not fenced before a store")
+    _check(source.shape == box.block_type.shape, "box and buffer differ in shape")
+    _check(source.offset % TMA_SHARED_BYTES == 0, "a buffer that TMA cannot read")
+    target, where = box.clip(coordinates)
+    before = bits(source.data)
+    done = threading.Event()
+    state.stores.append(done)
+
+    def copy() -> None:
+        _check(torch.equal(before, bits(source.data)), "a buffer changed before it was stored")
+        target.copy_(source.data[where])
+        with state.program.condition:
+            done.set()
+            state.program.condition.notify_all()
+
+    state.program.submit(copy)
+
+
+def _wait_for_stores(pending: int) -> None:
+    state = thread()
+    older = state.stores[: len(state.stores) - pending]
+    state.program.wait_for(lambda: all(done.is_set() for done in older), "stores")
+
+
+def _start_product(a: Shared, b: Shared, acc: Any, *, use_acc: bool, is_async: bool) -> Unfinished:  # noqa: ANN401 - Value or Unfinished
+    _check(not use_acc and is_async, "every wave starts from zero and is waited for")
+    shape = tuple(acc.data.shape)
+    _check(shape == (a.data.shape[0], b.data.shape[1]), "the accumulator has another shape")
+    return Unfinished(a.data, b.data, (bits(a.data), bits(b.data)))
+
+
+def _finish_products(outstanding: int, deps: tuple[Any, ...]) -> Any:  # noqa: ANN401 - as many as deps
+    _check(outstanding == 0, "the kernels keep no wave in flight")
+    found = [dep.finish() if isinstance(dep, Unfinished) else dep for dep in deps]
+    return found[0] if len(found) == 1 else tuple(found)

@@ -1,0 +1,326 @@
+"""A pretend Hopper: what the Gluon kernels need of a GPU, on threads. See ``gluon_kernels``."""
+
+from __future__ import annotations
+
+import operator
+import random
+import threading
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+WAIT_SECONDS = 30.0
+LONGEST_DELAY_SECONDS = 2e-4
+NAN_BYTE = 0xFF
+
+
+class EmulationError(AssertionError):
+    """The kernel did what the hardware forbids."""
+
+
+@dataclass(frozen=True, slots=True)
+class ElementType:
+    """A Gluon dtype."""
+
+    torch: torch.dtype
+
+    @property
+    def primitive_bitwidth(self) -> int:
+        """Bits of an element."""
+        return self.torch.itemsize * 8
+
+
+FLOAT8 = ElementType(torch.float8_e4m3fn)
+FLOAT16 = ElementType(torch.float16)
+BFLOAT16 = ElementType(torch.bfloat16)
+FLOAT32 = ElementType(torch.float32)
+INT32 = ElementType(torch.int32)
+INT64 = ElementType(torch.int64)
+ELEMENT_TYPES = {t.torch: t for t in (FLOAT8, FLOAT16, BFLOAT16, FLOAT32, INT32, INT64)}
+
+
+class Value:
+    """A tensor in registers; like Gluon's, it never changes."""
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data = data
+
+    def __bool__(self) -> bool:
+        return bool(self.data)
+
+    def to(self, dtype: ElementType) -> Value:
+        """Convert, rounding to nearest even."""
+        return Value(self.data.to(dtype.torch))
+
+
+def plain(value: Any) -> Any:  # noqa: ANN401 - a Value or a number
+    """The tensor or number behind a value."""
+    return value.data if isinstance(value, Value) else value
+
+
+def _binary(function: Callable[[Any, Any], Any]) -> Callable[[Value, Any], Value]:
+    def apply(self: Value, other: Any) -> Value:  # noqa: ANN401 - a Value or a number
+        return Value(function(self.data, plain(other)))
+
+    return apply
+
+
+def _reflected(function: Callable[[Any, Any], Any]) -> Callable[[Value, Any], Value]:
+    def apply(self: Value, other: Any) -> Value:  # noqa: ANN401 - a Value or a number
+        return Value(function(plain(other), self.data))
+
+    return apply
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "lt", "le", "gt", "ge", "eq", "ne"):
+    _function = getattr(operator, {"and": "and_"}.get(_name, _name))
+    setattr(Value, f"__{_name}__", _binary(_function))
+    setattr(Value, f"__r{_name}__", _reflected(_function))
+
+
+class Pointer:
+    """A buffer and an offset, or a tensor of offsets."""
+
+    def __init__(self, buffer: torch.Tensor, offset: Any = 0) -> None:  # noqa: ANN401 - number or tensor
+        self.buffer = buffer
+        self.offset = offset
+        self.dtype = SimpleNamespace(element_ty=ELEMENT_TYPES[buffer.dtype])
+
+    def __add__(self, other: Any) -> Pointer:  # noqa: ANN401 - a Value or a number
+        return Pointer(self.buffer, self.offset + plain(other))
+
+
+class Box:
+    """A tensor descriptor: a matrix and the shape of the boxes that TMA copies."""
+
+    def __init__(self, matrix: torch.Tensor, shape: Sequence[int]) -> None:
+        self.matrix = matrix
+        self.dtype = ELEMENT_TYPES[matrix.dtype]
+        self.layout = "box"
+        nbytes = shape[0] * shape[1] * matrix.itemsize
+        self.block_type = SimpleNamespace(shape=tuple(shape), nbytes=nbytes)
+
+    def clip(self, coordinates: Sequence[int]) -> tuple[torch.Tensor, tuple[slice, slice]]:
+        """The part of the matrix under a box, and where it lies in the box."""
+        starts = [int(plain(c)) for c in coordinates]
+        if min(starts) < 0:
+            msg = f"negative TMA coordinates {starts}"
+            raise EmulationError(msg)
+        lengths = [
+            max(0, min(size, total - start))
+            for size, total, start in zip(
+                self.block_type.shape, self.matrix.shape, starts, strict=True
+            )
+        ]
+        part = self.matrix[starts[0] : starts[0] + lengths[0], starts[1] : starts[1] + lengths[1]]
+        return part, (slice(0, lengths[0]), slice(0, lengths[1]))
+
+
+class Shared:
+    """A view of shared memory."""
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data = data
+        self.dtype = ELEMENT_TYPES[data.dtype]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As Gluon tells it."""
+        return tuple(self.data.shape)
+
+    @property
+    def offset(self) -> int:
+        """Bytes from the start of the allocation."""
+        return int(self.data.storage_offset()) * self.data.itemsize
+
+    def index(self, number: int) -> Shared:
+        """One of several equal parts."""
+        return Shared(self.data[int(plain(number))])
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        """Neighbouring rows or columns."""
+        return Shared(self.data.narrow(dim, start, length))
+
+    def permute(self, order: Sequence[int]) -> Shared:
+        """Axes in another order."""
+        return Shared(self.data.permute(*order))
+
+    def reshape(self, shape: Sequence[int]) -> Shared:
+        """The same elements under another shape."""
+        return Shared(self.data.view(*shape))
+
+    def load(self, layout: Any) -> Value:  # noqa: ANN401, ARG002 - Gluon's signature
+        """A copy in registers."""
+        return Value(self.data.clone())
+
+    def store(self, value: Value) -> None:
+        """Write; the copy engine may read it after a fence."""
+        if value.data.shape != self.data.shape or value.data.dtype != self.data.dtype:
+            msg = f"stored {value.data.shape} {value.data.dtype} into {self.data.shape}"
+            raise EmulationError(msg)
+        self.data.copy_(value.data)
+        thread().is_fenced = False
+
+
+def bits(data: torch.Tensor) -> torch.Tensor:
+    """The bytes, comparable where values hold NaN."""
+    return data.contiguous().view(torch.uint8).clone()
+
+
+@dataclass(slots=True)
+class Barrier:
+    """An mbarrier: a phase ends when all arrivals and all expected bytes have come."""
+
+    program: Program
+    count: int = 0
+    pending: int = 0
+    expected_bytes: int = 0
+    phases: int = 0
+
+    def arrive(self, count: int, expected_bytes: int = 0) -> None:
+        """Count arrivals."""
+        with self.program.condition:
+            self.pending -= count
+            self.expected_bytes += expected_bytes
+            if self.pending < 0:
+                msg = "more arrivals than the barrier was made for"
+                raise EmulationError(msg)
+            self._complete()
+
+    def complete_bytes(self, count: int) -> None:
+        """Count copied bytes."""
+        with self.program.condition:
+            self.expected_bytes -= count
+            self._complete()
+
+    def wait(self, parity: int) -> None:
+        """Until the phase of this parity has ended."""
+        self.program.wait_for(lambda: self.phases % 2 != parity, f"a barrier, parity {parity}")
+
+    def _complete(self) -> None:
+        if self.pending == 0 and self.expected_bytes == 0:
+            self.phases += 1
+            self.pending = self.count
+            self.program.condition.notify_all()
+
+
+@dataclass(slots=True)
+class Unfinished:
+    """A wgmma in flight. Its operands must not change until it has been waited for."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    before: tuple[torch.Tensor, torch.Tensor]
+
+    def finish(self) -> Value:
+        """The product, in float64 and rounded to float32 once."""
+        if not all(map(torch.equal, self.before, (bits(self.a), bits(self.b)))):
+            msg = "an operand changed while the tensor cores read it"
+            raise EmulationError(msg)
+        return Value((self.a.double() @ self.b.double()).float())
+
+
+@dataclass(slots=True)
+class Program:
+    """One thread block: its copy engine, its condition, the first error of any thread."""
+
+    ids: tuple[int, int]
+    grid: tuple[int, int]
+    seed: int
+    condition: threading.Condition = field(default_factory=threading.Condition)
+    jobs: list[Callable[[], None]] = field(default_factory=list)
+    error: BaseException | None = None
+    finished: bool = False
+
+    def wait_for(self, ready: Callable[[], bool], what: str) -> None:
+        """Block until ``ready``, another thread's error, or for too long."""
+        with self.condition:
+            if not self.condition.wait_for(lambda: ready() or self.error, WAIT_SECONDS):
+                msg = f"waited {WAIT_SECONDS:.0f} s for {what}"
+                raise EmulationError(msg)
+            if not ready():
+                msg = "another partition failed"
+                raise EmulationError(msg)
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Give a copy to the engine."""
+        with self.condition:
+            self.jobs.append(job)
+            self.condition.notify_all()
+
+    def copy_engine(self) -> None:
+        """Do copies late and in any order."""
+        chance = random.Random(self.seed)  # noqa: S311 - delays, not secrets
+        while True:
+            with self.condition:
+                self.condition.wait_for(lambda: self.jobs or self.finished or self.error)
+                if self.error or not self.jobs:
+                    return
+                job = self.jobs.pop(chance.randrange(len(self.jobs)))
+            time.sleep(chance.random() * LONGEST_DELAY_SECONDS)
+            self.guard(job)
+
+    def guard(self, job: Callable[[], None]) -> None:
+        """Run, keeping the first error and waking everyone."""
+        try:
+            job()
+        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
+            with self.condition:
+                self.error = self.error or error
+                self.condition.notify_all()
+
+    def run(self, kernel: Callable[..., None], arguments: dict[str, Any]) -> None:
+        """Run the kernel and all its copies to the end. Raises the first error."""
+        engine = threading.Thread(target=self.copy_engine)
+        engine.start()
+        enter(self)
+        self.guard(partial(kernel, **arguments))
+        with self.condition:
+            self.finished = True
+            self.condition.notify_all()
+        engine.join()
+        if self.error:
+            raise self.error
+
+
+_LOCAL = threading.local()
+ATOMIC = threading.Lock()
+
+
+def enter(program: Program) -> None:
+    """Let this thread be one of the program's."""
+    _LOCAL.state = SimpleNamespace(program=program, is_fenced=True, stores=[])
+
+
+def thread() -> Any:  # noqa: ANN401 - a namespace
+    """This thread's program, its stores, and whether it has fenced what it wrote."""
+    return _LOCAL.state
+
+
+def launch(kernel: Callable[..., None], grid: tuple[int, int], arguments: dict[str, Any]) -> None:
+    """Run all programs of a grid at once. Raises the first error of any."""
+    programs = [
+        Program((x, y), grid, seed=17 * x + y) for y in range(grid[1]) for x in range(grid[0])
+    ]
+    errors: list[BaseException] = []
+
+    def run(program: Program) -> None:
+        try:
+            program.run(kernel, arguments)
+        except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(program,)) for program in programs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]

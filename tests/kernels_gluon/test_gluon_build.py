@@ -1,0 +1,133 @@
+"""Every shipped form of the Gluon kernels, compiled for sm_90a: what ptxas made of it.
+
+No GPU is needed, Triton is: ``pip install triton==3.6.0``. About a minute the first time, seconds
+afterwards (Triton's cache).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="pip install triton==3.6.0: it compiles without a GPU")
+
+from triton.backends.compiler import GPUTarget
+
+from blockscale.kernels.gluon.build import Form, compile_form
+from blockscale.kernels.gluon.choice import variants
+from blockscale.kernels.gluon.work import (
+    CONSUMER_REGISTERS,
+    HALF_SHARED_BYTES,
+    PRODUCER_REGISTERS,
+    SHARED_BYTES,
+    DenseVariant,
+    dense_variant,
+)
+from blockscale.testing import sass
+
+if TYPE_CHECKING:
+    from triton.compiler import CompiledKernel
+
+SM90 = GPUTarget("cuda", 90, 32)
+HALVES = [Form(variant, torch.bfloat16) for variant in variants(2)]
+FLOATS = [Form(variant, torch.float32) for variant in variants(4)]
+# What benchmarks/gemm.py --experiments tries beside them.
+PLAIN = dense_variant(256, 128, 2)
+TRIED = [
+    Form(replace(PLAIN, alternate=True), torch.float16),
+    Form(replace(PLAIN, stages=4, buffers=1, scales_by_tma=False), torch.float16),
+    Form(PLAIN, torch.float16, overlap=True),
+]
+FORMS = [*HALVES, *FLOATS, *TRIED]
+# Instructions of one K block, all included; DeepGEMM's 256x128 loop has about 185
+# (facts/kernels.md 2.5). 2026-11-23, ptxas 12.8 and 13.0: 199, 114, 83 and 67.
+MOST_INSTRUCTIONS = {(256, 128): 205, (128, 128): 120, (128, 64): 90, (128, 32): 75}
+# In the loop these mean a stall or a detour through memory.
+NOT_IN_A_LOOP = {"LDG", "LDL", "STL", "STG", "R2UR", "FADD", "MUFU"}
+
+
+@cache
+def compiled(form: Form) -> CompiledKernel:
+    return compile_form(form, SM90)
+
+
+@cache
+def code(form: Form) -> list[str]:
+    return sass.disassemble(compiled(form).asm["cubin"])
+
+
+def loops(form: Form) -> list[list[str]]:
+    """The K loops: of each consumer, and of each width of tile."""
+    return sass.inner_loops(code(form), "QGMMA")
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_nothing_spills_and_shared_memory_fits(form: Form) -> None:
+    found = sass.resources(compiled(form).asm["ptx"])
+    assert (found.spilled_bytes, found.stack_bytes) == (0, 0)
+    is_dense = isinstance(form.variant, DenseVariant)
+    assert compiled(form).metadata.shared <= (SHARED_BYTES if is_dense else HALF_SHARED_BYTES)
+    assert "LDL" not in sass.count(code(form))
+
+
+@pytest.mark.parametrize("form", HALVES, ids=lambda form: form.name)
+def test_the_loop_multiplies_on_fp8_tensor_cores_and_promotes_by_one_ffma(form: Form) -> None:
+    variant = form.variant
+    is_dense = isinstance(variant, DenseVariant)
+    waves = variant.waves if is_dense else variant.weights // 64
+    columns = variant.columns if is_dense else variant.tokens
+    widths = [columns] * (2 if is_dense else 1)
+    if is_dense and variant.narrow:
+        widths = [columns, columns // 2] * 2
+    found = [sass.count(loop) for loop in loops(form)]
+    assert sorted(loop["FFMA"] for loop in found) == sorted(64 * w // 128 * waves for w in widths)
+    # Four wgmmas of 32 along K for each wave.
+    assert {loop["QGMMA"] for loop in found} == {4 * waves}
+    for loop in found:
+        assert not NOT_IN_A_LOOP & set(loop)
+        if is_dense:
+            assert loop.total() <= MOST_INSTRUCTIONS[variant.rows, variant.columns]
+
+
+@pytest.mark.parametrize("form", HALVES, ids=lambda form: form.name)
+def test_barriers_in_the_loop_span_one_consumer(form: Form) -> None:
+    barriers = [line for loop in loops(form) for line in loop if "BAR.SYNC" in line]
+    assert barriers
+    assert all(", 0x80" in line for line in barriers)
+
+
+@pytest.mark.parametrize("form", HALVES, ids=lambda form: form.name)
+def test_copies_are_tma_and_each_partition_keeps_to_its_registers(form: Form) -> None:
+    parts = sass.sections(code(form))
+    producers = [part for part in parts if part.instructions["UTMALDG"]]
+    consumers = [part for part in parts if part.instructions["QGMMA"]]
+    assert [part.allowed_registers for part in producers] == [PRODUCER_REGISTERS]
+    assert all(part.used_registers <= PRODUCER_REGISTERS for part in producers)
+    assert all(part.used_registers <= part.allowed_registers for part in consumers)
+    if isinstance(form.variant, DenseVariant):
+        assert [part.allowed_registers for part in consumers] == [CONSUMER_REGISTERS] * 2
+        assert sass.count(code(form))["UTMASTG"] > 0
+
+
+@pytest.mark.parametrize("form", HALVES, ids=lambda form: form.name)
+def test_tickets_are_drawn_with_release_and_acquire_after_a_barrier(form: Form) -> None:
+    lines = [line.strip() for line in compiled(form).asm["ptx"].splitlines()]
+    tickets = [at for at, line in enumerate(lines) if "atom.global" in line]
+    drawing = 2 if isinstance(form.variant, DenseVariant) else 1
+    assert len(tickets) == (drawing if form.variant.split else 0)
+    for at in tickets:
+        assert "atom.global.gpu.acq_rel.add" in lines[at]
+        # The stores of all threads come before the barrier, the one thread's ticket after it.
+        before = [line for line in lines[:at] if line.startswith(("bar.sync", "st.global"))]
+        assert before[-1].startswith("bar.sync")
+
+
+def test_overlapping_launches_wait_for_the_kernel_ahead() -> None:
+    ptx = compiled(TRIED[-1]).asm["ptx"]
+    assert ptx.index("griddepcontrol.wait") < ptx.index("mbarrier.init")
+    assert compiled(TRIED[-1]).metadata.launch_pdl
+    assert "griddepcontrol" not in compiled(HALVES[0]).asm["ptx"]

@@ -1,0 +1,177 @@
+"""The choice of tile and split: every choice is complete, fits, and is known beforehand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from math import ceil
+
+import pytest
+
+from blockscale.kernels.gluon.choice import (
+    DENSE_TILES,
+    MIN_PIECE_BLOCKS,
+    MAX_SMALL_M,
+    SMALL_M,
+    candidates,
+    choose,
+    clocks,
+    variants,
+)
+from blockscale.kernels.gluon.work import (
+    HALF_SHARED_BYTES,
+    K_BLOCK,
+    SHARED_BYTES,
+    DenseVariant,
+    DenseWork,
+    SmallWork,
+    aligned_scale_stride,
+    dense_variant,
+    dense_work,
+)
+
+PROCESSORS = 132
+# baseline/h200.md, and the edges of the contract.
+SHAPES = (
+    (4096, 7168),
+    (2112, 7168),
+    (576, 7168),
+    (24576, 1536),
+    (32768, 512),
+    (7168, 16384),
+    (8, 16),
+    (200, 1088),
+    (129, 128),
+)
+TOKENS = (1, 8, 9, 17, 64, 65, 127, 128, 129, 257, 512, 1000, 4096, 8192)
+
+
+def pieces_of(work: DenseWork) -> dict[int, list[tuple[int, int]]]:
+    """(first K block, K blocks) of every piece by tile, as ``dense`` reads its items."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for part in range(work.items - work.whole_tiles):
+        first = part % work.pieces * work.piece_blocks
+        tile = work.whole_tiles + part // work.pieces
+        count = min(work.piece_blocks, work.k_blocks - first)
+        found.setdefault(tile, []).append((first, count))
+    return found
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("m", TOKENS)
+def test_every_candidate_covers_each_k_block_of_each_tile_once(
+    m: int, shape: tuple[int, int]
+) -> None:
+    n, k = shape
+    for work in candidates(m, n, k, 2, PROCESSORS):
+        if isinstance(work, SmallWork):
+            assert work.token_tiles * work.variant.tokens >= m
+            # Boxes of scales are 32 wide or more, so narrower tiles cannot follow one another.
+            assert work.token_tiles == 1 or work.variant.tokens >= 32
+            assert work.tiles * work.variant.weights >= n
+            blocks = [work.piece_blocks] * (work.pieces - 1)
+            assert 0 < work.k_blocks - sum(blocks) <= work.piece_blocks
+            continue
+        split = pieces_of(work)
+        tiles = work.row_tiles * work.column_tiles
+        assert list(split) == list(range(work.whole_tiles, tiles))
+        for parts in split.values():
+            ends = [first + count for first, count in parts]
+            assert [first for first, _ in parts] == [0, *ends[:-1]]
+            assert ends[-1] == ceil(k / K_BLOCK)
+        columns = work.column_tiles * work.variant.columns
+        assert n <= columns + (work.variant.columns // 2 if work.narrow_tiles else 0)
+        assert work.row_tiles * work.variant.rows >= m
+        assert 1 <= work.programs <= PROCESSORS
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("m", TOKENS)
+@pytest.mark.parametrize("out_bytes", [2, 4])
+def test_the_choice_is_the_best_candidate_and_a_known_variant(
+    m: int, shape: tuple[int, int], out_bytes: int
+) -> None:
+    n, k = shape
+    chosen = choose(m, n, k, out_bytes, PROCESSORS)
+    times = [
+        clocks(work, m, n, out_bytes, PROCESSORS)
+        for work in candidates(m, n, k, out_bytes, PROCESSORS)
+    ]
+    assert clocks(chosen, m, n, out_bytes, PROCESSORS) == min(times)
+    assert chosen.variant in variants(out_bytes)
+    if m <= SMALL_M or m > MAX_SMALL_M:
+        assert isinstance(chosen, SmallWork) == (m <= SMALL_M)
+
+
+@pytest.mark.parametrize("m", [1, 16, 64])
+def test_decode_of_a_large_weight_occupies_most_of_the_gpu(m: int) -> None:
+    for n, k in ((4096, 7168), (2112, 7168), (7168, 2048), (24576, 1536), (7168, 16384)):
+        work = choose(m, n, k, 2, PROCESSORS)
+        tiles, pieces = work.grid
+        assert tiles * pieces >= 0.7 * PROCESSORS
+
+
+def test_pieces_are_no_shorter_than_the_least() -> None:
+    for n, k in SHAPES:
+        for m in TOKENS:
+            work = choose(m, n, k, 2, PROCESSORS)
+            if work.pieces > 1:
+                assert work.piece_blocks >= MIN_PIECE_BLOCKS
+
+
+def test_a_ragged_last_column_of_half_a_tile_is_narrow() -> None:
+    """N = 2112 is 16.5 columns: 17 would take a third round for a quarter of a tile's work."""
+    work = choose(4096, 2112, 7168, 2, PROCESSORS)
+    assert isinstance(work, DenseWork)
+    rows = 4096 // work.variant.rows
+    columns = 2112 // work.variant.columns
+    assert (work.items, work.narrow_tiles) == (rows * columns, rows)
+
+
+@pytest.mark.parametrize("out_bytes", [2, 4])
+@pytest.mark.parametrize("tile", DENSE_TILES, ids=str)
+def test_ring_and_staging_fit_shared_memory_with_three_slots_or_more(
+    tile: tuple[int, int], out_bytes: int
+) -> None:
+    rows, columns = tile
+    variant = dense_variant(rows, columns, out_bytes)
+    ring = variant.stages * ((rows + columns) * K_BLOCK + rows * 4)
+    staging = 2 * variant.buffers * 64 * columns * out_bytes
+    assert variant.stages >= 3
+    assert ring + staging < SHARED_BYTES
+
+
+@pytest.mark.parametrize("out_bytes", [2, 4])
+def test_two_small_programs_fit_one_multiprocessor(out_bytes: int) -> None:
+    for variant in variants(out_bytes):
+        if not isinstance(variant, DenseVariant):
+            slot = (variant.weights + variant.tokens) * K_BLOCK + max(variant.tokens, 32) * 4
+            assert variant.stages * slot < HALF_SHARED_BYTES
+            assert variant.stages >= 3
+
+
+def test_whole_tiles_fill_rounds_when_the_rest_is_split() -> None:
+    variant = dense_variant(128, 128, 2, split=True)
+    work = dense_work(variant, 1024, 2176, 7168, PROCESSORS, pieces=4)
+    assert (work.whole_tiles, work.split_tiles, work.pieces) == (132, 4, 4)
+    assert work.workspace_elements == 4 * 4 * 128 * 128
+    assert work.tickets == 8
+
+
+def test_names_of_all_variants_differ() -> None:
+    names = [variant.name for variant in variants(2)]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(("m", "stride"), [(1, 4), (4, 4), (5, 8), (4096, 4096)])
+def test_scale_columns_start_on_16_bytes(m: int, stride: int) -> None:
+    assert aligned_scale_stride(m) == stride
+
+
+def test_choosing_needs_neither_torch_nor_triton() -> None:
+    program = (
+        "import sys; from blockscale.kernels.gluon.choice import choose; "
+        "choose(128, 4096, 7168, 2, 132); "
+        "sys.exit(bool({'torch', 'triton'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,260 @@
+"""The Gluon kernels' own source on a pretend GPU: exact results, and no hazard on the way.
+
+``blockscale.testing.gluon_kernels`` raises where a slot or a buffer is used out of turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from blockscale.kernels.gluon.work import (
+    DenseVariant,
+    Work,
+    aligned_scale_stride,
+    dense_variant,
+    dense_work,
+    scale_box,
+    small_variant,
+    small_work,
+)
+from blockscale.testing import gluon_machine
+from blockscale.testing.gluon_kernels import load_kernels
+from blockscale.testing.gluon_machine import Box, EmulationError, Pointer, Program, launch
+
+if TYPE_CHECKING:
+    from types import SimpleNamespace
+
+KERNELS = load_kernels()
+TILES = ((256, 128), (128, 128), (128, 64), (128, 32))
+PROCESSORS = 3
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Problem:
+    """Operands in the kernels' layouts, and the product in float64."""
+
+    def __init__(self, m: int, n: int, k: int, *, whole_numbers: bool = True) -> None:
+        generator = torch.Generator().manual_seed(m + 31 * n + 1009 * k)
+        blocks = -(-k // 128)
+        shapes = ((m, k), (n, k))
+        if whole_numbers:
+            a, b = (torch.randint(-4, 5, s, generator=generator).float() for s in shapes)
+            grids = ((m, blocks), (-(-n // 128), blocks))
+            exponents = [torch.randint(-3, 4, s, generator=generator) for s in grids]
+            a_scales, b_scales = (2.0**e for e in exponents)
+        else:
+            a, b = (torch.randn(s, generator=generator) for s in shapes)
+            a_scales = torch.rand((m, blocks), generator=generator) + 0.5
+            b_scales = torch.rand((-(-n // 128), blocks), generator=generator) + 0.5
+        self.m, self.n, self.k = m, n, k
+        self.a, self.b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+        self.b_scales = b_scales
+        # Padding is NaN: reading it would show.
+        self.a_scales = torch.full((blocks, aligned_scale_stride(m)), float("nan"))
+        self.a_scales[:, :m] = a_scales.T
+        wide_a = self.a.double() * a_scales.double().repeat_interleave(128, 1)[:, :k]
+        rows = b_scales.double().repeat_interleave(128, 0)[:n]
+        self.product = wide_a @ (self.b.double() * rows.repeat_interleave(128, 1)[:, :k]).T
+
+    def run(
+        self,
+        work: Work,
+        dtype: torch.dtype = torch.float32,
+        bias: torch.Tensor | None = None,
+        kernels: SimpleNamespace = KERNELS,
+    ) -> torch.Tensor:
+        """The kernel's result; NaN where it wrote nothing."""
+        variant = work.variant
+        out = torch.full((self.m, self.n), float("nan"), dtype=dtype)
+        tickets = torch.zeros(max(1, work.tickets), dtype=torch.int32)
+        workspace = torch.full((max(1, work.workspace_elements),), float("nan"))
+        arguments: dict[str, Any] = {
+            **variant.constants(overlap=True),
+            **work.arguments(self.m, self.n, self.b_scales.stride(0)),
+            "has_bias": int(bias is not None),
+            "b_scales": Pointer(self.b_scales.flatten()),
+            "bias": Pointer(torch.empty(0, dtype=dtype) if bias is None else bias),
+            "workspace": Pointer(workspace),
+            "tickets": Pointer(tickets),
+        }
+        scales = self.a_scales[:, : self.m]
+        if isinstance(variant, DenseVariant):
+            kernel, rows, columns = kernels.dense_kernel, variant.rows, variant.columns
+            arguments["a_scales"] = Pointer(self.a_scales.flatten())
+            arguments["out"] = Box(out, (64, columns))
+            arguments["a_scale_boxes"] = Box(scales, (1, rows))
+        else:
+            kernel, rows, columns = kernels.small_m_kernel, variant.tokens, variant.weights
+            arguments["out"] = Pointer(out.view(-1))
+            arguments["a_scale_boxes"] = Box(scales, (1, scale_box(variant.tokens)))
+        arguments["a"] = Box(self.a, (rows, 128))
+        arguments["b"] = Box(self.b, (columns, 128))
+        launch(kernel, work.grid, arguments)
+        if tickets.any():
+            msg = "tickets must be zero again after a launch"
+            raise EmulationError(msg)
+        return out
+
+
+def dense(tile: tuple[int, int], kind: str, m: int, n: int, k: int) -> Work:
+    """Work of a tile on three multiprocessors; ``kind``: what the variant does beyond the plain."""
+    variant = dense_variant(*tile, 2, split=kind == "split", narrow=kind == "narrow")
+    if kind == "alternate":
+        variant = replace(variant, alternate=True)
+    if kind == "loads":
+        variant = replace(variant, scales_by_tma=False)
+    return dense_work(variant, m, n, k, PROCESSORS, pieces=3 if kind == "split" else 1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "split", "narrow", "alternate", "loads"])
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_dense_is_exact_on_whole_numbers_with_ragged_edges(
+    tile: tuple[int, int], kind: str
+) -> None:
+    columns = tile[1]
+    m, n, k = 330, 2 * columns + columns // 2 - 8, 7 * 128 + 48
+    problem = Problem(m, n, k)
+    bias = torch.arange(n).float() - n // 2
+    expected = problem.product + bias.double()
+    assert torch.equal(problem.run(dense(tile, kind, m, n, k), bias=bias).double(), expected)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("tokens", [8, 16, 32, 64])
+@pytest.mark.parametrize("weights", [64, 128])
+def test_small_m_is_exact_on_whole_numbers_with_ragged_edges(
+    weights: int, tokens: int, split: bool
+) -> None:
+    # Wide tiles may be followed by others: three tokens more, in a second tile.
+    m, n, k = tokens + (3 if tokens >= 32 else -3), 200, 9 * 128 + 16
+    problem = Problem(m, n, k)
+    bias = torch.arange(n).float() - n // 2
+    work = small_work(small_variant(weights, tokens, 4, split=split), m, n, k, 3 if split else 1)
+    assert torch.equal(problem.run(work, bias=bias).double(), problem.product + bias.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 65])
+def test_results_are_rounded_once_to_the_output_dtype(m: int, dtype: torch.dtype) -> None:
+    problem = Problem(m, 136, 256)
+    bias = torch.full((136,), 0.5, dtype=dtype)
+    work: Work = small_work(small_variant(64, 8, 2, split=False), min(m, 8), 136, 256, 1)
+    if m > 64:
+        work = dense((128, 64), "plain", m, 136, 256)
+    expected = (problem.product + 0.5).to(dtype)
+    assert torch.equal(problem.run(work, dtype, bias), expected)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 8, 16), (128, 128, 128), (129, 136, 2064)])
+def test_the_smallest_and_just_exceeded_shapes(m: int, n: int, k: int) -> None:
+    problem = Problem(m, n, k)
+    assert torch.equal(problem.run(dense((128, 128), "plain", m, n, k)).double(), problem.product)
+
+
+def test_scale_fingerprint() -> None:
+    """Ones with a power of two of their own in each block: a wrong scale index would show."""
+    problem = Problem(200, 264, 640)
+    problem.a.fill_(1.0)
+    problem.b.fill_(1.0)
+    blocks = torch.arange(5)
+    problem.a_scales[:, :200] = 2.0 ** ((torch.arange(200) % 7) + blocks[:, None])
+    problem.b_scales.copy_(2.0 ** -(blocks + 5.0 * torch.arange(3)[:, None]))
+    a = problem.a_scales[:, :200].T.double()
+    expected = 128 * a @ problem.b_scales.double().repeat_interleave(128, 0)[:264].T
+    for kind in ("plain", "split", "narrow", "loads"):
+        work = dense((128, 128), kind, 200, 264, 640)
+        assert torch.equal(problem.run(work).double(), expected), kind
+    few = Problem(5, 264, 640)
+    few.a.fill_(1.0)
+    few.b.fill_(1.0)
+    few.a_scales[:, :5] = problem.a_scales[:, :5]
+    few.b_scales.copy_(problem.b_scales)
+    work = small_work(small_variant(64, 8, 2, split=True), 5, 264, 640, 2)
+    assert torch.equal(few.run(work).double(), expected[:5])
+
+
+def test_every_unsplit_schedule_gives_the_same_bits() -> None:
+    problem = Problem(330, 320, 900, whole_numbers=False)
+    results = [
+        problem.run(dense(tile, kind, 330, 320, 900))
+        for tile in TILES
+        for kind in ("plain", "narrow", "alternate", "loads")
+    ]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_split_sum_has_the_same_bits_whatever_piece_comes_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = Problem(130, 136, 1920, whole_numbers=False)
+    work = dense((128, 64), "split", 130, 136, 1920)
+    first = problem.run(work)
+    original = Program.__init__
+    for shift in (1000, 2000, 3000):
+
+        def reseeded(self: Program, *args: Any, seed: int, shift: int = shift) -> None:
+            original(self, *args, seed=seed + shift)
+
+        monkeypatch.setattr(Program, "__init__", reseeded)
+        assert torch.equal(problem.run(work), first)
+
+
+BROKEN = {
+    "no fence": ("    fence_async_shared()\n", ""),
+    "no wait for an empty slot": ("mbarrier.wait(empty.index(slot), phase)", "pass"),
+    "no wait for a full slot": ("mbarrier.wait(full.index(slot), phase)", "pass"),
+    "no wait for stores": ("tma.store_wait(BUFFERS - 1)", "pass"),
+    "one consumer empties": ("empty.index(slot), count=CONSUMERS", "empty.index(slot), count=1"),
+    "one buffer": ("return (buffer + 1) % BUFFERS", "return buffer"),
+    "both wait": ("turn_phase = 1 - ME", "turn_phase = 0"),
+    "one piece too few": ("draw_ticket(ticket) == pieces - 1", "draw_ticket(ticket) == pieces - 2"),
+}
+KINDS = {"both wait": "alternate", "one piece too few": "split"}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_the_pretend_gpu_finds_a_broken_kernel(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gluon_machine, "WAIT_SECONDS", 1.0)
+    monkeypatch.setattr(gluon_machine, "LONGEST_DELAY_SECONDS", 5e-3)
+    blocks = 1 if "store" in fault or "buffer" in fault else 6
+    problem = Problem(1200, 392, 128 * blocks)
+    work = dense((256, 128), KINDS.get(fault, "plain"), 1200, 392, 128 * blocks)
+    try:
+        result = problem.run(work, torch.bfloat16, kernels=load_kernels(BROKEN[fault]))
+    except EmulationError:
+        return
+    assert not torch.equal(result, problem.product.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("programs", [1, 2, 7, 132])
+def test_narrow_tiles_are_taken_once_and_by_idle_programs_first(programs: int) -> None:
+    schedule = KERNELS.schedule
+    for full in (0, 1, programs - 1, programs, programs + 1, 3 * programs + 2):
+        for narrow in (0, 1, 2, 5, 2 * programs, 5 * programs + 3):
+            taken: list[list[int]] = []
+            for number in range(programs):
+                gluon_machine.enter(Program((number, 0), (programs, 1), seed=0))
+                tile, head, idle = schedule.first_narrow(full, narrow)
+                own = []
+                while tile < narrow:
+                    own.append(tile)
+                    tile = schedule.next_narrow(tile, head, idle)
+                taken.append(own)
+            assert sorted(chain.from_iterable(taken)) == list(range(narrow))
+            rounds = [len(range(number, full, programs)) for number in range(programs)]
+            halves = [2 * whole + len(own) for whole, own in zip(rounds, taken, strict=True)]
+            assert max(halves) - min(halves) <= 2
+
+
+def test_tiles_are_walked_in_bands_and_each_once() -> None:
+    position = KERNELS.schedule.tile_position
+    for rows, columns in ((1, 1), (8, 3), (9, 2), (20, 5)):
+        walked = [position(tile, rows, columns, 8) for tile in range(rows * columns)]
+        assert sorted(walked) == [(row, column) for row in range(rows) for column in range(columns)]
+        bands = [row // 8 for row, _ in walked]
+        assert bands == sorted(bands)
