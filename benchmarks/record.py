@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -23,8 +24,6 @@ def machine() -> str:
             return str(torch.cuda.get_device_name(0))
     except ImportError:
         pass
-    import os
-
     return f"{_processor()}, {os.cpu_count()} CPUs"
 
 
@@ -65,6 +64,8 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """The short id of the checked-out commit, with ``+`` if files differ; None without git."""
+    if "SOURCE_COMMIT" in os.environ:  # A copy without .git, on the GPU machine.
+        return os.environ["SOURCE_COMMIT"]
     folder = Path(__file__).resolve().parent
     try:
         out = subprocess.run(

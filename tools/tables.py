@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -97,10 +98,79 @@ def quantize_memory() -> str:
     )
 
 
+def fp16_model() -> str:
+    """The founding case: what each way takes."""
+    last = {r["m"]: r for r in records("fp16_model")}
+    return rows(
+        "tokens | a) UE8M0 unpacked on every call, Triton | b) float32 scales, Triton | c) plan | "
+        "c against a | c against b | planned",
+        [
+            [
+                r["m"],
+                f"{r['unpack_us']:.0f} us",
+                f"{r['triton_us']:.0f} us",
+                f"{r['plan_us']:.0f} us",
+                f"{r['speedup_over_unpack']:.2f}x",
+                f"{r['speedup_over_triton']:.2f}x",
+                ", ".join(r["backends"]),
+            ]
+            for r in last.values()
+        ],
+    )
+
+
+M_RANGES = ((1, 16), (32, 64), (128, 512), (1024, 8192))
+
+
+def gemm() -> str:
+    """Speed relative to DeepGEMM's bfloat16 kernel, geometric mean and worst, by range of M."""
+    last = {
+        (r["m"], r["n"], r["k"], r["backend"], r["out_dtype"]): r["time_us"]
+        for r in records("gemm")
+        if not r["detail"].startswith(("overlap", "alternate", "loads"))
+    }
+    variants = list(dict.fromkeys(key[3:] for key in last))
+    body: list[list[object]] = []
+    for backend, dtype in variants:
+        if backend == "deep_gemm":
+            continue
+        row: list[object] = [f"`{backend}`", dtype]
+        for low, high in M_RANGES:
+            ratios = [
+                last[m, n, k, "deep_gemm", "bfloat16"] / time_us
+                for (m, n, k, *variant), time_us in last.items()
+                if variant == [backend, dtype]
+                and low <= m <= high
+                and (m, n, k, "deep_gemm", "bfloat16") in last
+            ]
+            row.append(f"{geometric_mean(ratios):.2f} ({min(ratios):.2f})" if ratios else "not run")
+        body.append(row)
+    ranges = " | ".join(f"M {low}-{high}" for low, high in M_RANGES)
+    return rows(f"backend | output | {ranges}", body)
+
+
+def gate_facts() -> str:
+    """What providers did with sizes and padding that their documents exclude."""
+    body: list[list[object]] = []
+    for r in records("gate_facts"):
+        if r["question"] == "packing":
+            words = f"{r['differing_words']} words differ from DeepGEMM's own packing"
+            body.append(["our packed UE8M0", f"M={r['m']} K={r['k']}", words])
+        else:
+            size = f"M={r['m']} N={r['n']} K={r['k']}" if "n" in r else f"K={r['k']}"
+            what = f"{size}, padding of {r['fill']}" if "fill" in r else size
+            answer = r.get("refused") or f"relative error {r['relative_error']:.1e}"
+            body.append([r["question"], what, answer])
+    return rows("question | asked | answer", body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "decode_cpu": decode_cpu,
     "perplexity": perplexity,
     "quantize_memory": quantize_memory,
+    "fp16_model": fp16_model,
+    "gemm": gemm,
+    "gate_facts": gate_facts,
 }
 
 

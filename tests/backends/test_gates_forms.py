@@ -49,8 +49,8 @@ FORMS = [
     ("flashinfer_sm90", ("sm_90",), WF32, None),
     ("gluon", ("sm_90",), WF32, AF32T),
     ("sgl_cutlass", ("sm_120", "sm_121"), WCT, AF32CP),
-    ("torch_scaled_mm", ("sm_90",), L4, AF32C),
-    ("triton", ("sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121"), WF32, AF32R),
+    ("torch_scaled_mm", ("sm_90",), L4, AF32T),
+    ("triton", ("sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121"), WF32, AF32T),
     ("cpu", ("cpu",), WF32, None),
     ("reference", tuple(device.name for device in KNOWN_DEVICES), WF32, AF32R),
 ]

@@ -10,8 +10,8 @@ import pytest
 
 from blockscale.kernels.gluon.choice import (
     DENSE_TILES,
-    MIN_PIECE_BLOCKS,
     MAX_SMALL_M,
+    MIN_PIECE_BLOCKS,
     SMALL_M,
     candidates,
     choose,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockscale.backends.gates import Gates, bias_notes
+from blockscale.errors import BackendError
 from blockscale.formats import (
     FP8_1X128_FP32,
     FP8_1X128_UE8M0,
@@ -22,14 +23,19 @@ from blockscale.formats import (
     BlockShape,
     DType,
 )
-from blockscale.planning.decision import Offer, OperandForm
+from blockscale.planning.decision import Evidence, Offer, OperandForm, Readiness
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import ModuleType
 
+    import torch
+
+    from blockscale.backends.base import Multiply
     from blockscale.planning.decision import Rejection
     from blockscale.planning.device import Device
     from blockscale.planning.request import LinearRequest
+    from blockscale.tensor import BlockScaledTensor
 
 PACKAGE = "sgl-deep-gemm"
 
@@ -58,9 +64,23 @@ CUDA = {(9, 0): (12, 3), (10, 0): (12, 9), (10, 3): (12, 9)}
 # error, but nobody compared the numbers (baseline/h200.md), so the documented gate stands.
 N_MULTIPLE, K_MULTIPLE = 64, 128
 
+# N and K as constants of the compiled kernel. The wheel's own default leaves them to run time, with
+# less unrolling (facts/kernels.md 1.7).
+COMPILED_DIMS = "nk"
+
+# tests/gpu passed on this one, with dense layers.
+TESTED = (9, 0)
+
+# One kernel serves a range of M whose bounds depend on (N, K) and the GPU (csrc heuristics); these
+# token counts meet the row tiles of 16, 32, 64, 128 and 256 rows and the usual column tiles.
+COMPILED_TOKENS = (16, 32, 64, 128, 256, 1024, 4096)
+
+# (device, n, k) that prepare has compiled for in this process.
+_compiled: set[tuple[torch.device, int, int]] = set()
+
 
 class DeepGemm:
-    """The gates and forms of DeepGEMM: dense layers, and experts (contiguous and masked)."""
+    """DeepGEMM: dense layers run on SM90; experts and Blackwell are planned."""
 
     name = "deep_gemm"
 
@@ -78,9 +98,97 @@ class DeepGemm:
         if gates.rejections or device.capability is None:
             return gates.rejections
         weight, activation = FORMS[device.capability]
+        is_tested = device.capability == TESTED and request.experts is None
         return Offer(
             self.name,
             weight,
             activation,
-            notes=("compiles at prepare, once per (N, K)", *bias_notes(request)),
+            evidence=Evidence.TESTED if is_tested else Evidence.DOCUMENTED,
+            readiness=Readiness.RUNNABLE if is_tested else Readiness.PLAN_ONLY,
+            notes=(
+                f"compiles at prepare, once per (N, K), for M of {_listed(COMPILED_TOKENS)}",
+                "another M may need a kernel that is compiled when it comes",
+                *bias_notes(request),
+            ),
         )
+
+    def prepare(self, weight: BlockScaledTensor, offer: Offer) -> BlockScaledTensor:  # noqa: ARG002 - the protocol's signature
+        """The weight in contiguous memory, after running DeepGEMM once for each row tile.
+
+        Half a minute per (N, K) on a machine that never ran it: DeepGEMM calls nvcc, and keeps what
+        it built in ~/.deep_gemm. Raises BackendError if it cannot be imported or does not build.
+        """
+        from blockscale.tensor import BlockScaledTensor
+
+        provider = _provider()
+        if not weight.data.is_contiguous():
+            data = weight.data.contiguous()
+            weight = BlockScaledTensor(data, weight.scales, weight.format, weight.layout)
+        key = (weight.device, weight.mn, weight.k)
+        if key not in _compiled:
+            try:
+                _compile(provider, weight)
+            except (RuntimeError, AssertionError, OSError) as error:
+                words = " ".join(str(error).split())[:300]
+                msg = f"DeepGEMM failed on a {weight.mn}x{weight.k} weight: {words}"
+                raise BackendError(msg) from error
+            _compiled.add(key)
+        return weight
+
+    def quantize_activation(self, activation: torch.Tensor, offer: Offer) -> BlockScaledTensor:
+        """By one Triton kernel, straight into DeepGEMM's layout: nothing is left to transpose."""
+        from blockscale.kernels.triton.quantize import quantize_rows
+
+        assert offer.activation is not None
+        return quantize_rows(activation, offer.activation.format, offer.activation.layout)
+
+    def bind(self, weight: BlockScaledTensor, offer: Offer) -> Multiply:  # noqa: ARG002 - the protocol's signature
+        """One DeepGEMM call; a bias is added by a second kernel, after rounding."""
+        gemm = _provider().fp8_gemm_nt
+        operand = (weight.data, weight.scales)
+
+        def multiply(
+            activation: BlockScaledTensor, out: torch.Tensor, bias: torch.Tensor | None
+        ) -> None:
+            gemm((activation.data, activation.scales), operand, out, compiled_dims=COMPILED_DIMS)
+            if bias is not None:
+                out.add_(bias)
+
+        return multiply
+
+
+def _compile(provider: ModuleType, weight: BlockScaledTensor) -> None:
+    """Run on zeros for every token count of ``COMPILED_TOKENS``."""
+    import torch
+
+    from blockscale.tensor import empty_scales
+
+    n, k = weight.data.shape
+    _, form = FORMS[TESTED]
+    device = weight.device
+    with torch.cuda.device(device):
+        for m in COMPILED_TOKENS:
+            codes = torch.zeros((m, k), dtype=torch.uint8, device=device)
+            scales = empty_scales(m, k, form.format, form.layout, device)
+            out = torch.empty((m, n), dtype=torch.bfloat16, device=device)
+            provider.fp8_gemm_nt(
+                (codes.view(torch.float8_e4m3fn), scales),
+                (weight.data, weight.scales),
+                out,
+                compiled_dims=COMPILED_DIMS,
+            )
+        torch.cuda.synchronize(device)
+
+
+def _provider() -> ModuleType:
+    try:
+        import deep_gemm
+    except (ImportError, OSError, AssertionError, RuntimeError, AttributeError) as error:
+        msg = f"DeepGEMM cannot be imported (pip install {PACKAGE}==0.1.5): {error}"
+        raise BackendError(msg) from error
+    module: ModuleType = deep_gemm
+    return module
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

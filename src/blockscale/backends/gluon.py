@@ -19,7 +19,7 @@ from blockscale.formats import (
     BlockShape,
     DType,
 )
-from blockscale.planning.decision import Offer, OperandForm
+from blockscale.planning.decision import Evidence, Offer, OperandForm, Readiness
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,6 +67,8 @@ class Gluon:
             self.name,
             OperandForm(FP8_128X128_FP32, K_MAJOR),
             OperandForm(FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED),
+            evidence=Evidence.TESTED,
+            readiness=Readiness.RUNNABLE,
         )
 
     def prepare(self, weight: BlockScaledTensor, offer: Offer) -> BlockScaledTensor:

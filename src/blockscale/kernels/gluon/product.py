@@ -51,7 +51,7 @@ class GluonProduct:
     Deterministic: for one (M, N, K) the same bits on every run.
     """
 
-    def __init__(self, weight: BlockScaledTensor, *, overlap: bool = False) -> None:
+    def __init__(self, weight: BlockScaledTensor, *, overlap: bool = True) -> None:
         self._data = weight.data
         self._scales = weight.scales
         self._n, self._k = weight.data.shape
