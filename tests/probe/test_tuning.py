@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +13,10 @@ import pytest
 from blockscale.backends.registry import BACKENDS
 from blockscale.errors import SettingsError
 from blockscale.formats import FP8_128X128_FP32, DType
-from blockscale.planning.device import Measurement
+from blockscale.planning.device import Device, Measurement
+from blockscale.planning.plan import Conversion
+from blockscale.planning.planner import plan_linear
+from blockscale.planning.policy import PlanPolicy
 from blockscale.planning.request import LinearRequest
 from blockscale.probe.machine import read_machine
 from blockscale.probe.measured import kept_path, read_table, with_measurements
@@ -68,3 +72,16 @@ def test_the_command_keeps_a_table_for_later_plans(fp8_checkpoint: Path, tmp_pat
     rows = json.loads(done.stdout)["rows"]
     assert {row["backend"] for row in rows} == {"cpu", "reference"}
     assert len(read_table(out.read_text(), str(out))) == len(rows)
+
+
+def test_the_shipped_table_chooses_among_backends_on_an_h200(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 layers go to the faster of two kernels that read the same weight, by token count."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    h200 = with_measurements(replace(Device.named("sm_90"), name="NVIDIA H200"))
+    assert {one.backend for one in h200.measurements} >= {"deep_gemm", "gluon", "triton"}
+    plan = plan_linear(request("x", 2112, 7168), h200, PlanPolicy(), BACKENDS)
+    assert set(plan.backends) == {"deep_gemm", "gluon"}
+    assert plan.conversion is Conversion.NONE
+    assert plan.choice_for(1).offer.backend == "gluon"

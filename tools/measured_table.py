@@ -1,0 +1,55 @@
+"""Writes the table of measured times that ships for a GPU, from the records of benchmarks/gemm.py.
+
+    python tools/measured_table.py nvidia-h200
+
+Reads ``benchmarks/results/<machine>/gemm.jsonl`` and writes ``src/blockscale/probe/tables/
+<machine>.json``, which ``blockscale.probe.measured`` loads on a GPU of that name. Experiments and
+backends that planning does not know are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from blockscale.backends.registry import BACKENDS
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPERIMENTS = ("overlap", "alternate", "loads")
+
+
+def main() -> None:
+    """Read, keep the last time of each key, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("machine")
+    machine: str = parser.parse_args().machine
+    source = ROOT / "benchmarks" / "results" / machine / "gemm.jsonl"
+    records = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    known = {backend.name for backend in BACKENDS}
+    times = {
+        (r["backend"], r["n"], r["k"], r["out_dtype"], r["m"]): r["time_us"]
+        for r in records
+        if r["backend"] in known and not r["detail"].startswith(EXPERIMENTS)
+    }
+    last = records[-1]
+    document = {
+        "schema": 1,
+        "device": last["machine"],
+        "packages": last["versions"],
+        "commit": last["commit"],
+        "date": last["date"],
+        "source": str(source.relative_to(ROOT)),
+        "columns": ["backend", "n", "k", "out_dtype", "m", "time_us"],
+        "rows": [[*key, time_us] for key, time_us in times.items()],
+    }
+    target = ROOT / "src" / "blockscale" / "probe" / "tables" / f"{machine}.json"
+    target.parent.mkdir(exist_ok=True)
+    rows = ",\n".join(json.dumps(row) for row in document.pop("rows"))
+    text = json.dumps(document, indent=1)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n'
+    target.write_text(text, encoding="utf-8")
+    print(f"{target.relative_to(ROOT)}: {len(times)} times")
+
+
+if __name__ == "__main__":
+    main()
