@@ -9,7 +9,6 @@ variable                         values                          meaning
 ``BLOCKSCALE_DETERMINISM``       ``any``, ``required``           same bits on every run
 ``BLOCKSCALE_PROVING``           ``any``, ``required``           only backends the probe proved
 ``BLOCKSCALE_STRICTNESS``        ``report``, ``raise``           what an unservable layer does
-``BLOCKSCALE_CACHE``             an absolute folder path         where built things are kept
 ===============================  ==============================  ==============================
 
 A ``BLOCKSCALE_`` variable that is not in this table is an error: a misspelt setting must not be
@@ -19,7 +18,6 @@ silently without effect.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from blockscale.errors import SettingsError
@@ -38,20 +36,17 @@ MAX_RELATIVE_ERROR = "BLOCKSCALE_MAX_RELATIVE_ERROR"
 DETERMINISM = "BLOCKSCALE_DETERMINISM"
 PROVING = "BLOCKSCALE_PROVING"
 STRICTNESS = "BLOCKSCALE_STRICTNESS"
-CACHE = "BLOCKSCALE_CACHE"
-KNOWN = (BACKENDS, EXACTNESS, MAX_RELATIVE_ERROR, DETERMINISM, PROVING, STRICTNESS, CACHE)
+KNOWN = (BACKENDS, EXACTNESS, MAX_RELATIVE_ERROR, DETERMINISM, PROVING, STRICTNESS)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What the environment asks for.
 
-    Names of backends are checked when something is planned. ``cache`` None: wherever the part that
-    builds something keeps it by itself. The folder need not exist.
+    Names of backends are checked when something is planned.
     """
 
     policy: PlanPolicy = field(default_factory=PlanPolicy)
-    cache: Path | None = None
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
@@ -73,7 +68,6 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
             strictness=_member(environ, STRICTNESS, default.strictness),
             proving=_member(environ, PROVING, default.proving),
         ),
-        _folder(environ),
     )
 
 
@@ -112,15 +106,3 @@ def _ratio(environ: Mapping[str, str], default: float) -> float:
         msg = f"{MAX_RELATIVE_ERROR} is {text!r}; allowed: a number from 0 to 1"
         raise SettingsError(msg)
     return value
-
-
-def _folder(environ: Mapping[str, str]) -> Path | None:
-    """A relative path would mean another folder in every process, so it has no meaning."""
-    text = environ.get(CACHE, "")
-    if not text:
-        return None
-    folder = Path(text)
-    if not folder.is_absolute() or "\0" in text:
-        msg = f"{CACHE} is {text!r}; allowed: an absolute folder path"
-        raise SettingsError(msg)
-    return folder

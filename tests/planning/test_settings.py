@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
@@ -29,17 +28,11 @@ def test_settings_are_a_frozen_value_of_the_mapping_and_nothing_else(
     found = read_settings({})
     assert found == Settings()
     with pytest.raises(AttributeError):
-        found.cache = Path("/elsewhere")  # type: ignore[misc]  # that it is refused is the claim
+        found.policy = PlanPolicy()  # type: ignore[misc]  # that it is refused is the claim
 
 
 def test_every_field_of_the_policy_has_a_variable() -> None:
     assert {f"BLOCKSCALE_{field.name.upper()}" for field in fields(PlanPolicy)} <= set(KNOWN)
-
-
-def test_the_cache_is_an_absolute_folder() -> None:
-    assert read_settings({"BLOCKSCALE_CACHE": "/var/cache/x"}).cache == Path("/var/cache/x")
-    assert read_settings({"BLOCKSCALE_CACHE": ""}).cache is None
-    assert read_settings({}).cache is None
 
 
 def test_backends_keep_their_order() -> None:
@@ -83,8 +76,6 @@ def test_every_variable_is_read() -> None:
         ("BLOCKSCALE_DETERMINISM", "True", "any, required"),
         ("BLOCKSCALE_STRICTNESS", "1", "report, raise"),
         ("BLOCKSCALE_PROVING", "no", "any, required"),
-        ("BLOCKSCALE_CACHE", "relative/folder", "an absolute folder path"),
-        ("BLOCKSCALE_CACHE", "~/cache", "an absolute folder path"),
     ],
 )
 def test_a_value_without_meaning_is_refused_with_what_is_allowed(
