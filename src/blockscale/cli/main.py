@@ -10,7 +10,7 @@ import typer
 from typer.exceptions import TyperException
 
 import blockscale
-from blockscale.cli import convert, doctor, generate, inspect, plan, quantize, tune, verify
+from blockscale.cli import advise, convert, doctor, generate, inspect, plan, quantize, tune, verify
 from blockscale.cli.output import ExitCode, error_line
 from blockscale.errors import BlockscaleError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command("doctor")(doctor.doctor)
 app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
+app.command("advise")(advise.advise)
 app.command("quantize")(quantize.quantize)
 app.command("convert")(convert.convert)
 app.command("verify")(verify.verify)
