@@ -5,14 +5,17 @@ VENV    := .venv
 PYTHON  := $(VENV)/bin/python
 WEIGHTS := .cache/weights
 TORCH   := torch==2.13.0
+# Compiles the GPU kernels without a GPU; the library runs and passes its tests without it.
+TRITON  := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install weights demo test check format clean
+.PHONY: help install weights demo test test-kernels check format clean
 
 help:
 	@echo "make demo    install into $(VENV), fetch SmolLM2-135M, quantize, plan, verify, generate"
 	@echo "make test    all CPU tests"
 	@echo "make check   format, lint, types, layers"
+	@echo "make test-kernels  Triton kernels in the interpreter, bit for bit (minutes)"
 	@echo "make format  rewrite files in the project's format"
 
 install: $(VENV)/.installed
@@ -22,6 +25,8 @@ $(VENV)/.installed: pyproject.toml
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(TORCH)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable '.[dev]'
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(TRITON) \
+	  || echo "no $(TRITON) for this machine: tests of the GPU kernels will be skipped"
 	touch $@
 
 weights: install
@@ -32,6 +37,10 @@ demo: weights
 
 test: weights
 	$(PYTHON) -m pytest
+
+# The Triton kernels' arithmetic on the CPU, bit for bit: minutes, so not part of `make test`.
+test-kernels: install
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/kernels_triton -k interpreted
 
 check: install
 	$(VENV)/bin/ruff format --check .
