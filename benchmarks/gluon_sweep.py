@@ -28,6 +28,7 @@ from blockscale.kernels.gluon.product import GluonProduct
 from blockscale.reference import quantize, relayout
 from blockscale.tensor import BlockScaledTensor
 from record import machine, versions
+from timing import replay_in_turns
 
 SHAPES = Path(__file__).resolve().parent.parent / "tests" / "data" / "shapes.csv"
 TOKENS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 768)
@@ -58,7 +59,7 @@ def main() -> int:
         file.write(json.dumps({"machine": machine(), "versions": versions()}) + "\n")
         while time.monotonic() - started < options.seconds:
             n, k = draw.choice(shapes)
-            products = bound(n, k)
+            products = [GluonProduct(weight) for weight in rotated_weights(n, k)]
             for m in draw.sample(TOKENS, 6):
                 file.write(json.dumps({"m": m, "n": n, "k": k, "times": times(products, m)}) + "\n")
                 count += 1
@@ -87,24 +88,28 @@ def real_shapes() -> list[tuple[int, int]]:
     )
 
 
-def bound(n: int, k: int) -> list[GluonProduct]:
+def rotated_weights(n: int, k: int) -> list[BlockScaledTensor]:
     """Copies of one weight, together larger than L2."""
     generator = torch.Generator(device="cuda").manual_seed(n * k)
-    copies = max(1, min(MAX_COPIES, ROTATION_BYTES // (n * k)))
     codes = torch.randn(n, k, generator=generator, device="cuda").mul_(30).to(torch.float8_e4m3fn)
     scales = torch.rand(FP8_128X128_FP32.block.grid(n, k), generator=generator, device="cuda")
+    count = max(1, min(MAX_COPIES, ROTATION_BYTES // (n * k)))
     return [
-        GluonProduct(BlockScaledTensor(codes.clone(), scales, FP8_128X128_FP32, K_MAJOR))
-        for _ in range(copies)
+        BlockScaledTensor(codes.clone(), scales, FP8_128X128_FP32, K_MAJOR) for _ in range(count)
     ]
+
+
+def quantized_tokens(m: int, k: int) -> BlockScaledTensor:
+    """Normal data as both kernels read it."""
+    generator = torch.Generator(device="cuda").manual_seed(m)
+    values = torch.randn(m, k, generator=generator, device="cuda")
+    return relayout(quantize(values, FP8_1X128_FP32), MN_MAJOR_TMA_ALIGNED)
 
 
 def times(products: list[GluonProduct], m: int) -> dict[str, float]:
     """Microseconds of one product by candidate."""
     n, k = products[0]._n, products[0]._k  # noqa: SLF001 - a benchmark of this class
-    generator = torch.Generator(device="cuda").manual_seed(m)
-    values = torch.randn(m, k, generator=generator, device="cuda")
-    activation = relayout(quantize(values, FP8_1X128_FP32), MN_MAJOR_TMA_ALIGNED)
+    activation = quantized_tokens(m, k)
     out = torch.empty((m, n), dtype=torch.float16, device="cuda")
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     graphs = {}
@@ -118,17 +123,8 @@ def times(products: list[GluonProduct], m: int) -> dict[str, float]:
             for product in products:
                 product(activation, out, None)
         graphs[work.name] = graph
-    found: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(ROUNDS):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(REPLAYS):
-                graph.replay()
-            end.record()
-            end.synchronize()
-            found[name].append(start.elapsed_time(end) * 1000 / REPLAYS / len(products))
-    return {name: round(statistics.median(taken), 3) for name, taken in found.items()}
+    taken = replay_in_turns(graphs, ROUNDS, REPLAYS)
+    return {name: round(statistics.median(t) / len(products), 3) for name, t in taken.items()}
 
 
 if __name__ == "__main__":

@@ -47,6 +47,13 @@ def interleaved(
     """
     graphs = {name: capture(call) for name, call in calls.items()}
     _warm_up(graphs)
+    return {name: _summary(t) for name, t in replay_in_turns(graphs, rounds, replays).items()}
+
+
+def replay_in_turns(
+    graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int, replays: int
+) -> dict[str, list[float]]:
+    """Microseconds of a replay, ``rounds`` times for each graph, after an untimed one each."""
     found: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name, graph in graphs.items():
@@ -58,7 +65,7 @@ def interleaved(
             end.record()
             end.synchronize()
             found[name].append(start.elapsed_time(end) * 1000 / replays)
-    return {name: _summary(times) for name, times in found.items()}
+    return found
 
 
 def copy_bandwidth(megabytes: int = 2048) -> float:

@@ -16,16 +16,20 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from blockscale.formats import FP8_1X128_FP32, FP8_128X128_FP32, K_MAJOR, MN_MAJOR_TMA_ALIGNED
+from blockscale.formats import FP8_128X128_FP32
 from blockscale.kernels.triton.product import TritonProduct, gemm_variant
 from blockscale.kernels.triton.tiles import TOKEN_BOUNDS, Product, Tile, tile_for
-from blockscale.reference import quantize, relayout
-from blockscale.tensor import BlockScaledTensor
-from gluon_sweep import MAX_COPIES, ROTATION_BYTES, TOKENS, real_shapes
+from blockscale.reference import quantize
+from gluon_sweep import TOKENS, quantized_tokens, real_shapes, rotated_weights
 from record import machine, versions
+from timing import replay_in_turns
+
+if TYPE_CHECKING:
+    from blockscale.tensor import BlockScaledTensor
 
 ROUNDS, REPLAYS = 5, 2
 TILES = (
@@ -64,7 +68,7 @@ def main() -> int:
         file.write(json.dumps({"machine": machine(), "versions": versions()}) + "\n")
         while time.monotonic() - started < options.seconds:
             n, k = draw.choice(shapes)
-            weights = copies(n, k)
+            weights = rotated_weights(n, k)
             for m in draw.sample(TOKENS, 4):
                 line = {"m": m, "n": n, "k": k, "chosen": name(chosen(m, n, k))}
                 file.write(json.dumps({**line, "times": times(weights, m, tiles)}) + "\n")
@@ -100,22 +104,10 @@ def compiles(tile: Tile) -> bool:
     return True
 
 
-def copies(n: int, k: int) -> list[BlockScaledTensor]:
-    """Copies of one weight, together larger than L2."""
-    generator = torch.Generator(device="cuda").manual_seed(n * k)
-    codes = torch.randn(n, k, generator=generator, device="cuda").mul_(30).to(torch.float8_e4m3fn)
-    scales = torch.rand(FP8_128X128_FP32.block.grid(n, k), generator=generator, device="cuda")
-    count = max(1, min(MAX_COPIES, ROTATION_BYTES // (n * k)))
-    return [
-        BlockScaledTensor(codes.clone(), scales, FP8_128X128_FP32, K_MAJOR) for _ in range(count)
-    ]
-
-
 def times(weights: list[BlockScaledTensor], m: int, tiles: list[Tile]) -> dict[str, float]:
     """Microseconds of one product by tile; tiles of far more or fewer rows than m are left out."""
     n, k = weights[0].data.shape
-    values = torch.randn(m, k, device="cuda")
-    activation = relayout(quantize(values, FP8_1X128_FP32), MN_MAJOR_TMA_ALIGNED)
+    activation = quantized_tokens(m, k)
     out = torch.empty((m, n), dtype=torch.float16, device="cuda")
     graphs = {}
     for tile in tiles:
@@ -128,17 +120,8 @@ def times(weights: list[BlockScaledTensor], m: int, tiles: list[Tile]) -> dict[s
             for product in products:
                 product(activation, out, None)
         graphs[name(tile)] = graph
-    found: dict[str, list[float]] = {tile: [] for tile in graphs}
-    for _ in range(ROUNDS):
-        for tile, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(REPLAYS):
-                graph.replay()
-            end.record()
-            end.synchronize()
-            found[tile].append(start.elapsed_time(end) * 1000 / REPLAYS / len(weights))
-    return {tile: round(statistics.median(taken), 3) for tile, taken in found.items()}
+    taken = replay_in_turns(graphs, ROUNDS, REPLAYS)
+    return {tile: round(statistics.median(t) / len(weights), 3) for tile, t in taken.items()}
 
 
 if __name__ == "__main__":

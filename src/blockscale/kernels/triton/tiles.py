@@ -46,7 +46,8 @@ class Product:
 # By tokens: tiles, and how many of them there must be at least for one to be taken, in
 # multiprocessors; smaller ones keep more of the GPU busy. wgmma has 64 rows, so fewer tokens become
 # its columns (``swaps``); 16 by 16 runs on mma.sync, for matrices with too few columns for that.
-# Measured by benchmarks/triton_sweep.py on an H200, 2026-11-23.
+# From a sweep (benchmarks/triton_sweep.py, H200, 2026-11-23) of this kernel before its scale loads
+# were pipelined; not swept again since.
 _CHOICES: tuple[tuple[int | None, tuple[tuple[Tile, float], ...]], ...] = (
     (
         16,
