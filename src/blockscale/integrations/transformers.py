@@ -132,6 +132,7 @@ def _replace_linears(
     from blockscale.modules.linear import BlockScaledLinear
 
     stored = {layer.name: layer for layer in layers.quantized}
+    place = "cpu" if plan.device.is_cpu else "cuda"
     for layer_plan in plan.layers:
         module = _linear_at(model, layer_plan)
         bias_entry = checkpoint.tensors.get(layer_plan.name + ".bias")
@@ -140,7 +141,8 @@ def _replace_linears(
             msg = f"the checkpoint {has} a bias for {layer_plan.name!r}, unlike the model class"
             raise ModelError(msg)
         bias = None if bias_entry is None else read_tensor(bias_entry)
-        weight = read_block_scaled(stored[layer_plan.name])
+        # Prepared where it will run: providers compile and check on their own device.
+        weight = read_block_scaled(stored[layer_plan.name]).to(place)
         model.set_submodule(
             layer_plan.name, BlockScaledLinear(layer_plan, weight, bias, plan.policy)
         )
