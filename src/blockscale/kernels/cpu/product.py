@@ -9,7 +9,7 @@ from blockscale.kernels.cpu.build import library
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # Above this many tokens a dequantized tile and a float32 matrix product are faster than decoding
-# each weight once for every four tokens (benchmarks/cpu_linear.py).
+# each weight once for every four tokens. No committed benchmark sets this bound yet.
 MAX_DIRECT_TOKENS = 8
 
 # Float32 scratch of the large-M path: 16 MB stays within a server's last-level cache slice.
