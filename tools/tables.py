@@ -149,6 +149,34 @@ def gemm() -> str:
     return rows(f"backend | output | {ranges}", body)
 
 
+def quantize() -> str:
+    """Share of the copy bandwidth by kernel and shape, lowest and highest of dtypes and layouts."""
+    last = {
+        (r["kernel"], r["m"], r["k"], r["dtype"], r["format"], r["layout"]): r["share_of_copy"]
+        for r in records("quantize")
+    }
+    shapes = list(dict.fromkeys(key[1:3] for key in last))
+    body: list[list[object]] = []
+    for kernel in dict.fromkeys(key[0] for key in last):
+        row: list[object] = [f"`{kernel}`"]
+        for shape in shapes:
+            shares = [share for key, share in last.items() if key[:3] == (kernel, *shape)]
+            row.append(f"{min(shares):.0%} to {max(shares):.0%}")
+        body.append(row)
+    return rows(" | ".join(["kernel", *(f"{m} x {k}" for m, k in shapes)]), body)
+
+
+def call_overhead() -> str:
+    """Host time of a planned layer and of its two kernels called directly."""
+    last = {r["backend"]: r for r in records("call_overhead")}
+    columns = ("layer_us", "direct_us", "quantize_us", "multiply_us", "empty_us")
+    return rows(
+        "backend | planned layer | both kernels directly | quantizer alone | GEMM alone | "
+        "empty result",
+        [[f"`{name}`", *(f"{r[column]:.0f} us" for column in columns)] for name, r in last.items()],
+    )
+
+
 def gate_facts() -> str:
     """What providers did with sizes and padding that their documents exclude."""
     body: list[list[object]] = []
@@ -170,6 +198,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantize_memory": quantize_memory,
     "fp16_model": fp16_model,
     "gemm": gemm,
+    "quantize": quantize,
+    "call_overhead": call_overhead,
     "gate_facts": gate_facts,
 }
 
