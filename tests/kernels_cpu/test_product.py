@@ -133,6 +133,21 @@ def test_rows_of_the_activation_may_be_strided() -> None:
     assert torch.equal(out, torch.ones(4, 128) @ dequantize(weight).T)
 
 
+@pytest.mark.parametrize("m", [1, 4, MAX_DIRECT_TOKENS + 1])
+@pytest.mark.parametrize(("n", "k"), [(64, 128), (130, 300), (7, 33)], ids=str)
+def test_rows_of_the_weight_may_have_gaps(m: int, n: int, k: int) -> None:
+    """A view of a wider weight is the same weight; codes in the gaps are 448 and would show."""
+    weight = integers(n, k)
+    wide = torch.full((n, k + 100), 448.0).to(torch.float8_e4m3fn)
+    wide.narrow(1, 50, k).copy_(weight.data)
+    view = BlockScaledTensor(wide.narrow(1, 50, k), weight.scales, weight.format, K_MAJOR)
+    assert not view.data.is_contiguous()
+    activation = torch.randint(-3, 4, (m, k), generator=torch.Generator().manual_seed(m)).float()
+    out = torch.full((m, n), float("nan"))
+    product(view)(activation, out, None)
+    assert torch.equal(out.double(), activation.double() @ dequantize(weight).double().T)
+
+
 def test_nan_codes_are_refused_at_prepare() -> None:
     weight = integers(64, 128)
     weight.data.view(torch.uint8)[3, 3] = 0x7F

@@ -1,8 +1,9 @@
 // Block-scaled E4M3 weights on a CPU: a small-M product and a dequantizer. C ABI, no torch headers
 // (they would take the compiler 20 s; this file takes it about one).
 //
-// Weights: n x k bytes, row-major. Scales: float32, ceil(n / block_n) x ceil(k / block_k), row-major,
-// one for each block. Activations, bias, out: float32 (0), bfloat16 (1) or float16 (2), `dtype`.
+// Weights: n x k bytes, neighbours in a row adjacent, rows `ldw` bytes apart. Scales: float32,
+// ceil(n / block_n) x ceil(k / block_k), row-major, one for each block. Activations, bias, out:
+// float32 (0), bfloat16 (1) or float16 (2), `dtype`.
 // Sums are float32, in an order that does not depend on the number of threads.
 //
 // Decoding: the seven magnitude bits of an E4M3 code, moved to where a float16 has exponent and top
@@ -176,7 +177,9 @@ void write(void* to, int64_t index, int dtype, float value) {
 struct Weight {
   const uint8_t* data;
   const float* scales;
-  int64_t n, k, block_n, block_k, blocks_k;
+  int64_t n, k, ldw, block_n, block_k, blocks_k;
+
+  const uint8_t* row(int64_t index) const { return data + index * ldw; }
 
   const float* scale_row(int64_t row) const { return scales + row / block_n * blocks_k; }
 };
@@ -196,7 +199,7 @@ void dot(const Weight& w, int64_t row, const float* x, float (&result)[Rows][Tok
     int64_t column = begin;
     for (; column + kLanes <= end; column += kLanes) {
       for (int r = 0; r < Rows; ++r) {
-        const Lanes codes = decode(w.data + (row + r) * w.k + column);
+        const Lanes codes = decode(w.row(row + r) + column);
         for (int t = 0; t < Tokens; ++t)
           partial[r][t] = fma(codes, load(x + t * w.k + column), partial[r][t]);
       }
@@ -207,7 +210,7 @@ void dot(const Weight& w, int64_t row, const float* x, float (&result)[Rows][Tok
         total[r][t] = fma(partial[r][t], broadcast(scale), total[r][t]);
         float rest = 0.0f;
         for (int64_t c = column; c < end; ++c)
-          rest += decode_one(w.data[(row + r) * w.k + c]) * x[t * w.k + c];
+          rest += decode_one(w.row(row + r)[c]) * x[t * w.k + c];
         tail[r][t] += rest * scale;
       }
     }
@@ -244,12 +247,14 @@ constexpr int kGroupRows = 4;
 // cold 1536x576 layer from 209 to 112 us (AMD EPYC, 2 vCPU, 2026-11-23).
 constexpr int64_t kCacheLine = 64;
 
-int64_t prefetch_distance(int64_t k) { return std::min<int64_t>(kGroupRows * k, 4096); }
+int64_t prefetch_distance(int64_t ldw) { return std::min<int64_t>(kGroupRows * ldw, 4096); }
 
 void one_group(const Product& p, int64_t row) {
   const int64_t rows = std::min<int64_t>(kGroupRows, p.weight.n - row);
-  const uint8_t* ahead = p.weight.data + row * p.weight.k + prefetch_distance(p.weight.k);
-  for (int64_t byte = 0; byte < rows * p.weight.k; byte += kCacheLine) __builtin_prefetch(ahead + byte);
+  const int64_t ahead = prefetch_distance(p.weight.ldw);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t byte = 0; byte < p.weight.k; byte += kCacheLine)
+      __builtin_prefetch(p.weight.row(row + r) + ahead + byte);
   int64_t token = 0;
   for (; token + 4 <= p.m; token += 4)
     for (int64_t r = 0; r < rows; ++r) rows_by_tokens<1, 4>(p, row + r, token);
@@ -267,16 +272,17 @@ void one_group(const Product& p, int64_t row) {
 extern "C" {
 
 // Changes whenever the functions below change; the loader compares it.
-int blockscale_abi() { return 1; }
+int blockscale_abi() { return 2; }
 
-// out[m, n] = x[m, k] * weight[n, k]^T + bias, all float tensors of `dtype`; x rows are `ldx` apart.
+// out[m, n] = x[m, k] * weight[n, k]^T + bias, all float tensors of `dtype`; x rows are `ldx`
+// elements apart, weight rows `ldw`.
 void blockscale_product(const void* x, const uint8_t* data, const float* scales, const void* bias,
                         void* out, int dtype, int64_t m, int64_t n, int64_t k, int64_t ldx,
-                        int64_t block_n, int64_t block_k, int threads) {
+                        int64_t ldw, int64_t block_n, int64_t block_k, int threads) {
   std::vector<float> wide(static_cast<size_t>(m * k));
   for (int64_t token = 0; token < m; ++token)
     for (int64_t c = 0; c < k; ++c) wide[token * k + c] = read(x, token * ldx + c, dtype);
-  const Weight weight{data, scales, n, k, block_n, block_k, (k + block_k - 1) / block_k};
+  const Weight weight{data, scales, n, k, ldw, block_n, block_k, (k + block_k - 1) / block_k};
   const Product product{weight, wide.data(), bias, out, dtype, m};
   const int64_t groups = (n + kGroupRows - 1) / kGroupRows;
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -285,11 +291,12 @@ void blockscale_product(const void* x, const uint8_t* data, const float* scales,
 
 // out[rows, k] = the float32 values of weight rows [first, first + rows).
 void blockscale_dequantize(const uint8_t* data, const float* scales, float* out, int64_t first,
-                           int64_t rows, int64_t k, int64_t block_n, int64_t block_k, int threads) {
+                           int64_t rows, int64_t k, int64_t ldw, int64_t block_n, int64_t block_k,
+                           int threads) {
   const int64_t blocks_k = (k + block_k - 1) / block_k;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; ++row) {
-    const uint8_t* codes = data + (first + row) * k;
+    const uint8_t* codes = data + (first + row) * ldw;
     const float* scale_row = scales + (first + row) / block_n * blocks_k;
     float* values = out + row * k;
     for (int64_t block = 0; block < blocks_k; ++block) {

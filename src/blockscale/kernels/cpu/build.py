@@ -22,7 +22,7 @@ import torch
 from blockscale.errors import BackendError
 
 SOURCE = Path(__file__).with_name("block_fp8.cpp")
-ABI = 1
+ABI = 2
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-march=native")
 TIME_LIMIT_S = 300
@@ -64,9 +64,9 @@ def library() -> ctypes.CDLL:
 
 def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    loaded.blockscale_product.argtypes = [pointer] * 5 + [number] + [size] * 6 + [number]
+    loaded.blockscale_product.argtypes = [pointer] * 5 + [number] + [size] * 7 + [number]
     loaded.blockscale_product.restype = None
-    loaded.blockscale_dequantize.argtypes = [pointer] * 3 + [size] * 5 + [number]
+    loaded.blockscale_dequantize.argtypes = [pointer] * 3 + [size] * 6 + [number]
     loaded.blockscale_dequantize.restype = None
     return loaded
 

@@ -19,13 +19,15 @@ SCRATCH_ELEMENTS = 4 << 20
 class WeightOnlyProduct:
     """A prepared weight, ready to multiply: out = activation x weight^T + bias.
 
-    ``data``: (n, k) E4M3 codes, contiguous. ``scales``: float32, contiguous, one per ``block``.
+    ``data``: (n, k) E4M3 codes, stride 1 along k; rows may have gaps. ``scales``: float32,
+    contiguous, one per ``block``.
     Sums are float32, rounded once; the bits do not depend on the number of threads.
     """
 
     def __init__(self, data: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> None:
         self._data, self._scales, self._block = data, scales, block
         self._n, self._k = data.shape
+        self._row_stride = data.stride(0)
         self._library = library()
         # Looked up once: a layer of SmolLM2 takes 20 us, a lookup 1 us.
         self._pointers = data.data_ptr(), scales.data_ptr()
@@ -51,6 +53,7 @@ class WeightOnlyProduct:
             self._n,
             self._k,
             activation.stride(0),
+            self._row_stride,
             *self._block,
             torch.get_num_threads(),
         )
@@ -90,6 +93,7 @@ def dequantize_rows(
         first,
         out.shape[0],
         data.shape[1],
+        data.stride(0),
         *block,
         torch.get_num_threads(),
     )
