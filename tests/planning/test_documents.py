@@ -15,11 +15,13 @@ from blockscale.errors import FormatError
 from blockscale.formats import (
     FP8_128X128_FP32,
     FP8_128X128_UE8M0,
+    K_MAJOR,
     MXFP8,
     BlockFormat,
     DType,
     PowerOfTwo,
 )
+from blockscale.planning.decision import Arrangement, GroupedRows, MRange, Offer, OperandForm
 from blockscale.planning.device import KNOWN_DEVICES, Device, Proof, Verdict
 from blockscale.planning.explain import explain_model
 from blockscale.planning.plan import Finding, ModelPlan, Severity, SkippedLayer
@@ -98,6 +100,37 @@ def test_what_was_offered_and_what_is_served_are_both_kept() -> None:
     assert (few["offered_min_m"], few["offered_max_m"]) == (1, 31)
     assert (many["min_m"], many["max_m"]) == (32, None)
     assert plan_of_document(plan_document(plan)) == plan
+
+
+def test_rows_of_a_grouped_layer_come_back() -> None:
+    """And dense layers have no such key: plans of schema 1 from before it stay readable."""
+
+    class Grouped:
+        name = "grouped"
+
+        def evaluate(self, request: LinearRequest, device: Device) -> Offer:  # noqa: ARG002
+            weight = OperandForm(request.format, K_MAJOR)
+            rows = (
+                GroupedRows(MRange(0, 64), Arrangement.MASKED, 64),
+                GroupedRows(MRange(65), Arrangement.CONTIGUOUS, 128),
+            )
+            return Offer(self.name, weight, None, rows=rows if request.experts is not None else ())
+
+    experts = LinearRequest(
+        "w2", 256, 128, FP8_128X128_FP32, DType.BFLOAT16, DType.BFLOAT16, experts=8
+    )
+    asked = [experts, replace(experts, name="o_proj", experts=None)]
+    plan = plan_model(asked, Device.named("sm_90"), PlanPolicy(), [Grouped()])
+    grouped, dense = plan_document(plan)["layers"]
+    assert grouped["backends"][0]["rows"] == [
+        {"min_m": 0, "max_m": 64, "arrangement": "masked", "alignment": 64},
+        {"min_m": 65, "max_m": None, "arrangement": "contiguous", "alignment": 128},
+    ]
+    assert "rows" not in dense["backends"][0]
+    assert plan_of_document(plan_document(plan)) == plan
+    text = explain_model(plan)
+    assert "rows for 0 <= M <= 64: in a slot for each expert, a multiple of 64" in text
+    assert "rows for M >= 65: expert after expert, in row blocks of 128" in text
 
 
 def test_design_names_are_in_the_document() -> None:

@@ -23,6 +23,16 @@ MultiplyQuantized: TypeAlias = (
 )
 Multiply: TypeAlias = "MultiplyFloat | MultiplyQuantized"
 
+# What ``ContiguousBackend.bind_contiguous`` returns: (activation, groups, out) -> None.
+ContiguousFloat: TypeAlias = "Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]"
+ContiguousQuantized: TypeAlias = "Callable[[BlockScaledTensor, torch.Tensor, torch.Tensor], None]"
+MultiplyContiguous: TypeAlias = "ContiguousFloat | ContiguousQuantized"
+
+# What ``MaskedBackend.bind_masked`` returns: (activation, counts, out, expected_rows) -> None.
+MaskedFloat: TypeAlias = "Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]"
+MaskedQuantized: TypeAlias = "Callable[[BlockScaledTensor, torch.Tensor, torch.Tensor, int], None]"
+MultiplyMasked: TypeAlias = "MaskedFloat | MaskedQuantized"
+
 
 class Backend(PlannableBackend, Protocol):
     """A provider that planning may choose and modules may run. Stateless.
@@ -57,5 +67,59 @@ class Backend(PlannableBackend, Protocol):
         matrix with stride 1 along k where that is None. It reads the weight's storages, so that
         new values written into them are served. It decides nothing: no branch on device,
         environment or dtype.
+        """
+        ...
+
+
+class ContiguousBackend(Backend, Protocol):
+    """A backend that multiplies the rows of all experts in one call, expert after expert.
+
+    Needed where an offer lists ``Arrangement.CONTIGUOUS``. ``prepare`` then gets a weight with one
+    leading axis, (experts, n, k).
+    """
+
+    def bind_contiguous(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyContiguous:
+        """The hot call for a prepared (experts, n, k) weight: each row block times one expert.
+
+        The result takes
+
+        - ``activation``: (rows, k), in the form of ``offer.activation``, or float with stride 1
+          along k where that is None. rows = blocks x alignment, the alignment being the one that
+          the offer lists for this number of tokens. rows may be 0.
+        - ``groups``: (blocks,) int32, contiguous, on the weight's device: the expert of each row
+          block, in [0, experts), or -1. Experts ascend; all -1 come last.
+        - ``out``: (rows, n), contiguous.
+
+        Row r of ``out`` becomes row r of ``activation`` x weight[groups[r // alignment]]^T. Blocks
+        of -1, and the padding rows that end an expert's last block, hold any bits, NaN too: what
+        becomes of them in ``out`` is unspecified, and they change no other row. On a GPU the host
+        never learns the contents of ``groups``, so a CUDA graph that was captured for some rows
+        serves every routing of as many. It decides nothing else, as ``bind``.
+        """
+        ...
+
+
+class MaskedBackend(Backend, Protocol):
+    """A backend that multiplies one slot of rows for each expert, of which the first few count.
+
+    Needed where an offer lists ``Arrangement.MASKED``.
+    """
+
+    def bind_masked(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyMasked:
+        """The hot call for a prepared (experts, n, k) weight: each slot times its expert.
+
+        The result takes
+
+        - ``activation``: (experts, slot, k), in the form of ``offer.activation`` with one leading
+          axis, or float, contiguous, where that is None. The slot is a multiple of the alignment
+          that the offer lists, at least one of it.
+        - ``counts``: (experts,) int32, contiguous, on the weight's device, each in [0, slot].
+        - ``out``: (experts, slot, n), contiguous.
+        - ``expected_rows``: what a count is likely to be, known to the host: a hint for the choice
+          of tiles, never for what is computed.
+
+        The first counts[e] rows of ``out[e]`` become those of ``activation[e]`` x weight[e]^T. The
+        other rows of a slot are any bits on the way in and unspecified on the way out; no store
+        reaches another slot's rows that count. As for graphs and decisions: ``bind_contiguous``.
         """
         ...

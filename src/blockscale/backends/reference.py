@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from blockscale.backends.base import Multiply
+    from blockscale.backends.base import Multiply, MultiplyContiguous, MultiplyMasked
     from blockscale.planning.decision import Rejection
     from blockscale.planning.device import Device
     from blockscale.planning.request import LinearRequest
@@ -69,5 +69,30 @@ class Reference:
         ) -> None:
             result = block_scaled_matmul(activation, weight)
             out.copy_(result if bias is None else result + bias.float())
+
+        return multiply
+
+    def bind_contiguous(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyContiguous:  # noqa: ARG002 - the protocol's signature
+        """``reference.contiguous_matmul`` in float32, then one cast. The host reads ``groups``."""
+        from blockscale.reference import contiguous_matmul
+
+        def multiply(
+            activation: BlockScaledTensor, groups: torch.Tensor, out: torch.Tensor
+        ) -> None:
+            out.copy_(contiguous_matmul(activation, weight, groups))
+
+        return multiply
+
+    def bind_masked(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyMasked:  # noqa: ARG002 - the protocol's signature
+        """``reference.masked_matmul`` in float32, then one cast. The host reads ``counts``."""
+        from blockscale.reference import masked_matmul
+
+        def multiply(
+            activation: BlockScaledTensor,
+            counts: torch.Tensor,
+            out: torch.Tensor,
+            expected_rows: int,  # noqa: ARG001 - the protocol's signature
+        ) -> None:
+            out.copy_(masked_matmul(activation, weight, counts))
 
         return multiply

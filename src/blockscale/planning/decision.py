@@ -103,6 +103,28 @@ class OperandForm:
     layout: ScaleLayout
 
 
+class Arrangement(Enum):
+    """How the rows of a grouped product lie; ``backends.base`` says it exactly."""
+
+    CONTIGUOUS = "contiguous"
+    """The rows of each expert follow each other, in whole row blocks that belong to one expert."""
+    MASKED = "masked"
+    """Every expert has a slot of as many rows; how many of them count is known to the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedRows:
+    """How a grouped kernel wants its rows where ``m_range`` tokens come to the experts.
+
+    ``alignment``: rows in a row block of CONTIGUOUS, of which the rows of a slot of MASKED are a
+    multiple.
+    """
+
+    m_range: MRange
+    arrangement: Arrangement
+    alignment: int
+
+
 @dataclass(frozen=True, slots=True)
 class Offer:
     """A backend would serve this layer if its operands come in these forms.
@@ -110,6 +132,8 @@ class Offer:
     ``activation`` is None where the backend takes unquantized activations (weight-only, or it
     quantizes inside). The planner compares ``weight`` with the checkpoint to see what would be
     converted; the backend does not hide it. ``notes`` are facts a reader of the plan should know.
+    ``rows``: for a grouped layer, how rows must lie, covering ``m_range`` in rising order without
+    gaps; empty for a dense one.
     """
 
     backend: str
@@ -120,6 +144,7 @@ class Offer:
     evidence: Evidence = Evidence.DOCUMENTED
     readiness: Readiness = Readiness.PLAN_ONLY
     notes: tuple[str, ...] = ()
+    rows: tuple[GroupedRows, ...] = ()
 
 
 class PlannableBackend(Protocol):

@@ -6,14 +6,14 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from blockscale.planning.decision import Evidence, Readiness
+from blockscale.planning.decision import Arrangement, Evidence, Readiness
 from blockscale.planning.plan import Conversion
 from blockscale.planning.request import ShardStyle
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from blockscale.planning.decision import Offer, Rejection
+    from blockscale.planning.decision import GroupedRows, Offer, Rejection
     from blockscale.planning.device import Device
     from blockscale.planning.plan import LinearPlan, ModelPlan
     from blockscale.planning.request import LinearRequest
@@ -107,6 +107,15 @@ def offer_words(offer: Offer) -> str:
     return ", ".join(words)
 
 
+def rows_words(rows: GroupedRows) -> str:
+    """How the experts' rows lie for some numbers of tokens."""
+    what = {
+        Arrangement.CONTIGUOUS: "expert after expert, in row blocks of",
+        Arrangement.MASKED: "in a slot for each expert, a multiple of",
+    }[rows.arrangement]
+    return f"rows for {rows.m_range}: {what} {rows.alignment}"
+
+
 def layer_count(count: int) -> str:
     """``1 layer``, ``2 layers``."""
     return "1 layer" if count == 1 else f"{count} layers"
@@ -163,6 +172,7 @@ def _decision_lines(plan: LinearPlan) -> list[str]:
         form = offer.activation
         activation = f"{form.format} in {form.layout}" if form else "not quantized beforehand"
         lines.append(f"    activation: {activation}")
+        lines += [f"    {rows_words(rows)}" for rows in offer.rows]
         lines += [f"    {note}" for note in offer.notes]
     if plan.is_servable:
         lines.append(f"  weight: {conversion_words(plan)}")

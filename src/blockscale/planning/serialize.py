@@ -13,7 +13,9 @@ import msgspec
 from blockscale.errors import FormatError
 from blockscale.formats import BlockShape, DType, PowerOfTwo, block_format_named, scale_layout_named
 from blockscale.planning.decision import (
+    Arrangement,
     Evidence,
+    GroupedRows,
     MRange,
     Obstacle,
     Offer,
@@ -82,11 +84,20 @@ class ShardDocument(msgspec.Struct, forbid_unknown_fields=True):
     unsplit_block: tuple[int, int] | None
 
 
-class ChoiceDocument(msgspec.Struct, forbid_unknown_fields=True):
+class RowsDocument(msgspec.Struct, forbid_unknown_fields=True):
+    """How a grouped kernel wants its rows for min_m to max_m tokens; null: no limit."""
+
+    min_m: int
+    max_m: int | None
+    arrangement: Arrangement
+    alignment: int
+
+
+class ChoiceDocument(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """One backend serves min_m to max_m tokens; ``max_m`` null: no limit.
 
     ``offered_min_m`` and ``offered_max_m`` are what it could serve. Activation fields null: it
-    takes unquantized activations.
+    takes unquantized activations. ``rows``: of a grouped layer only.
     """
 
     backend: str
@@ -100,6 +111,7 @@ class ChoiceDocument(msgspec.Struct, forbid_unknown_fields=True):
     evidence: Evidence
     readiness: Readiness
     notes: list[str]
+    rows: list[RowsDocument] = []
 
 
 class RejectionDocument(msgspec.Struct, forbid_unknown_fields=True):
@@ -303,6 +315,10 @@ def _choice_document(choice: Choice) -> ChoiceDocument:
         evidence=offer.evidence,
         readiness=offer.readiness,
         notes=list(offer.notes),
+        rows=[
+            RowsDocument(r.m_range.min_m, r.m_range.max_m, r.arrangement, r.alignment)
+            for r in offer.rows
+        ],
     )
 
 
@@ -346,6 +362,9 @@ def _choice(document: ChoiceDocument, weight: OperandForm) -> Choice:
         document.evidence,
         document.readiness,
         tuple(document.notes),
+        tuple(
+            GroupedRows(MRange(r.min_m, r.max_m), r.arrangement, r.alignment) for r in document.rows
+        ),
     )
     return Choice(MRange(document.min_m, document.max_m), offer)
 

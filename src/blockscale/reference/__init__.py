@@ -6,6 +6,7 @@ memory, exact). ``refine`` repeats scales for smaller blocks: exact too. Nothing
 alone.
 """
 
+from blockscale.reference.grouped import contiguous_matmul, expert_of, masked_matmul
 from blockscale.reference.layout import refine, relayout, scale_values
 from blockscale.reference.matmul import block_scaled_matmul
 from blockscale.reference.quantize import dequantize, quantize
@@ -14,7 +15,10 @@ from blockscale.reference.requantize import Requantized, requantize
 __all__ = [
     "Requantized",
     "block_scaled_matmul",
+    "contiguous_matmul",
     "dequantize",
+    "expert_of",
+    "masked_matmul",
     "quantize",
     "refine",
     "relayout",
