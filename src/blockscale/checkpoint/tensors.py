@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from blockscale.checkpoint.read import read_bytes
-from blockscale.checkpoint.scales import read_scales
 from blockscale.formats import K_MAJOR, ScaleFormat
 from blockscale.tensor import BlockScaledTensor
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 
     from blockscale.checkpoint.header import TensorEntry
     from blockscale.checkpoint.schema import QuantizedLayer
-    from blockscale.formats import BlockFormat
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -63,14 +61,11 @@ def row_bands(rows: int, columns: int, block_rows: int) -> Iterator[tuple[int, i
 
 
 def read_block_scaled(layer: QuantizedLayer) -> BlockScaledTensor:
-    """One layer's weight as stored, scales in ``K_MAJOR``; BF16 scales become FP32, exactly.
+    """One layer's weight exactly as stored, scales in ``K_MAJOR``.
 
     Raises CheckpointError if the files cannot be read.
     """
-    return BlockScaledTensor(read_tensor(layer.weight), *_scales(layer), K_MAJOR)
-
-
-def _scales(layer: QuantizedLayer) -> tuple[torch.Tensor, BlockFormat]:
+    scales = read_tensor(layer.scale)
     if layer.format.scale is ScaleFormat.UE8M0:
-        return read_tensor(layer.scale).view(torch.float8_e8m0fnu), layer.format
-    return torch.from_numpy(read_scales(layer.scale)), layer.format.with_scale(ScaleFormat.FP32)
+        scales = scales.view(torch.float8_e8m0fnu)  # MXFP8 files call the exponent bytes U8.
+    return BlockScaledTensor(read_tensor(layer.weight), scales, layer.format, K_MAJOR)

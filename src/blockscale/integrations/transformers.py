@@ -25,12 +25,31 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from torch import nn
     from transformers import PreTrainedModel
 
     from blockscale.formats import DType
+    from blockscale.integrations.transformers_quantizer import BlockScaleConfig
     from blockscale.planning.device import Device
-    from blockscale.planning.plan import LinearPlan, ModelPlan
+    from blockscale.planning.plan import ModelPlan
+
+__all__ = [
+    "BlockScaleConfig",
+    "Generated",
+    "LoadedModel",
+    "generate_text",
+    "load_model",
+    "plan_modules",
+]
+
+
+def __getattr__(name: str) -> object:
+    """``BlockScaleConfig`` is a class of transformers' kind: it loads transformers when used."""
+    if name == "BlockScaleConfig":
+        from blockscale.integrations.transformers_quantizer import BlockScaleConfig
+
+        return BlockScaleConfig
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +79,16 @@ def load_model(
     """
     from torch import nn
 
+    from blockscale.integrations.transformers_layers import fill, slots_of
+
     checkpoint = read_checkpoint(path)
     layers = read_layers(checkpoint)
     dtype = dtype or dtype_of_config(checkpoint)
     device = device or detect_device()
     plan = plan_modules(checkpoint, layers, dtype, device, policy or PlanPolicy())
     model = _empty_model(checkpoint, dtype)
-    _replace_linears(model, plan, checkpoint, layers, progress)
+    place = "cpu" if device.is_cpu else "cuda"
+    fill(model, slots_of(model, plan, checkpoint, layers), plan, place, progress)
     _load_rest(model, checkpoint, layers, dtype)
     if not device.is_cpu:
         nn.Module.to(model, "cuda")
@@ -119,58 +141,6 @@ def _empty_model(checkpoint: Checkpoint, dtype: DType) -> PreTrainedModel:
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()
     return model  # type: ignore[no-any-return]  # transformers is untyped here
-
-
-def _replace_linears(
-    model: PreTrainedModel,
-    plan: ModelPlan,
-    checkpoint: Checkpoint,
-    layers: Layers,
-    progress: Callable[[int], None] | None,
-) -> None:
-    from blockscale.checkpoint.tensors import read_block_scaled, read_tensor
-    from blockscale.modules.linear import BlockScaledLinear
-
-    stored = {layer.name: layer for layer in layers.quantized}
-    place = "cpu" if plan.device.is_cpu else "cuda"
-    for layer_plan in plan.layers:
-        module = _linear_at(model, layer_plan)
-        bias_entry = checkpoint.tensors.get(layer_plan.name + ".bias")
-        if (module.bias is None) != (bias_entry is None):
-            has = "lacks" if bias_entry is None else "has"
-            msg = f"the checkpoint {has} a bias for {layer_plan.name!r}, unlike the model class"
-            raise ModelError(msg)
-        bias = None if bias_entry is None else read_tensor(bias_entry)
-        # Prepared where it will run: providers compile and check on their own device.
-        weight = read_block_scaled(stored[layer_plan.name]).to(place)
-        model.set_submodule(
-            layer_plan.name, BlockScaledLinear(layer_plan, weight, bias, plan.policy)
-        )
-        if progress is not None:
-            progress(1)
-
-
-def _linear_at(model: PreTrainedModel, plan: LinearPlan) -> nn.Linear:
-    from torch import nn
-
-    try:
-        module = model.get_submodule(plan.name)
-    except AttributeError:
-        module = None
-    if not isinstance(module, nn.Linear):
-        found = "nothing" if module is None else type(module).__name__
-        msg = (
-            f"the checkpoint has an FP8 layer {plan.name!r}, but {type(model).__name__} has "
-            f"{found} there; expert layers and renamed modules cannot be loaded yet"
-        )
-        raise ModelError(msg)
-    if (module.out_features, module.in_features) != (plan.request.n, plan.request.k):
-        msg = (
-            f"module {plan.name!r} is {module.out_features}x{module.in_features}, but the "
-            f"checkpoint's weight is {plan.request.n}x{plan.request.k}; config.json is not its own"
-        )
-        raise ModelError(msg)
-    return module
 
 
 def _load_rest(
