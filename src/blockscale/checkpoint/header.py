@@ -73,46 +73,62 @@ def read_header(path: Path) -> FileHeader:
     Guarantees: every tensor lies inside the file, no two overlap, no byte is unclaimed, and shape
     times dtype is its length. Raises CheckpointError, naming file and tensor, otherwise.
     """
-    raw, data_start, data_bytes = _raw_header(path)
+    raw, size = _raw_header(path)
+    return parse_header(path, raw, size)
+
+
+def parse_header(path: Path, raw: bytes, size: int) -> FileHeader:
+    """The checked header ``raw`` (without the length before it) of a file of ``size`` bytes.
+
+    ``path`` names the file in entries and errors. Guarantees and errors as ``read_header``.
+    """
+    data_start = LENGTH_BYTES + len(raw)
     document = _parsed(path, raw)
     metadata = _metadata(path, document.pop("__metadata__", {}))
     entries = [_entry(path, name, claim, data_start) for name, claim in document.items()]
     entries.sort(key=lambda entry: (entry.offset, entry.length))
-    _check_tiling(path, entries, data_start, data_bytes)
+    _check_tiling(path, entries, data_start, size - data_start)
     return FileHeader(path, tuple(entries), metadata)
 
 
-def _raw_header(path: Path) -> tuple[bytes, int, int]:
+def header_length(path: Path, prefix: bytes, size: int) -> int:
+    """Bytes of the JSON header that a file of ``size`` bytes starting with ``prefix`` claims.
+
+    Raises CheckpointError for a claim that is beyond the limit or the file.
+    """
+    if len(prefix) < LENGTH_BYTES:
+        raise CheckpointError(
+            path, f"holds {size} bytes, too few for a safetensors file; download it again"
+        )
+    length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            path,
+            f"claims a header of {length} bytes, above the limit of {MAX_HEADER_BYTES}; "
+            "it is damaged or not a safetensors file",
+        )
+    if LENGTH_BYTES + length > size:
+        raise CheckpointError(
+            path,
+            f"claims a header of {length} bytes but holds only {size}; "
+            "it is truncated, download it again",
+        )
+    return length
+
+
+def _raw_header(path: Path) -> tuple[bytes, int]:
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(path, "is not a regular file")
-            size = status.st_size
-            prefix = file.read(LENGTH_BYTES)
-            if len(prefix) < LENGTH_BYTES:
-                raise CheckpointError(
-                    path, f"holds {size} bytes, too few for a safetensors file; download it again"
-                )
-            length = int.from_bytes(prefix, "little")
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    path,
-                    f"claims a header of {length} bytes, above the limit of {MAX_HEADER_BYTES}; "
-                    "it is damaged or not a safetensors file",
-                )
-            if LENGTH_BYTES + length > size:
-                raise CheckpointError(
-                    path,
-                    f"claims a header of {length} bytes but holds only {size}; "
-                    "it is truncated, download it again",
-                )
+            length = header_length(path, file.read(LENGTH_BYTES), status.st_size)
             raw = file.read(length)
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
     if len(raw) < length:
         raise CheckpointError(path, "ended inside its header; it is being written or truncated")
-    return raw, LENGTH_BYTES + length, size - LENGTH_BYTES - length
+    return raw, status.st_size
 
 
 def parse_json_object(path: Path, raw: bytes, what: str) -> dict[str, Any]:

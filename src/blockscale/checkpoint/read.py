@@ -14,7 +14,7 @@ from blockscale.checkpoint.header import FileHeader, TensorEntry, parse_json_obj
 from blockscale.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -25,12 +25,17 @@ MAX_JSON_BYTES = 200_000_000
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Tensors by name, the files they lie in, and config.json (empty if there is none)."""
+    """Tensors by name, the files they lie in, and config.json (empty if there is none).
+
+    ``revision``: the commit of a Hub repository whose headers were fetched (``checkpoint.hub``);
+    its data is not on this disk. None for files on this disk.
+    """
 
     path: Path
     tensors: Mapping[str, TensorEntry]
     files: tuple[Path, ...]
     config: Mapping[str, Any]
+    revision: str | None = None
 
     def tensor(self, name: str) -> TensorEntry:
         """The entry of that name. Raises CheckpointError if there is none."""
@@ -42,7 +47,7 @@ class Checkpoint:
     @property
     def config_path(self) -> Path:
         """Where config.json is, or would be."""
-        return (self.path if self.path.is_dir() else self.path.parent) / CONFIG_NAME
+        return (self.path.parent if self.path in self.files else self.path) / CONFIG_NAME
 
     @property
     def tensor_bytes(self) -> int:
@@ -77,6 +82,13 @@ def read_bytes(entry: TensorEntry, begin: int = 0, end: int | None = None) -> by
     try:
         with entry.path.open("rb", buffering=0) as file:
             pieces = list(_pieces(file.fileno(), entry.offset + begin, end - begin))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            entry.path,
+            "is not on this disk; if its header came from the Hub, download the data first "
+            "(`hf download`)",
+            tensor=entry.name,
+        ) from error
     except OSError as error:
         raise CheckpointError(
             entry.path, f"cannot be read: {error.strerror or error}", tensor=entry.name
@@ -114,37 +126,43 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_directory(directory: Path) -> Checkpoint:
     index, single = directory / INDEX_NAME, directory / SINGLE_NAME
     if index.is_file():
-        headers = [read_header(shard) for shard in _shards(directory, index)]
+        weight_map = weight_map_of(index, read_json(index))
+        headers = [read_header(shard) for shard in _shards(directory, index, weight_map)]
+        tensors = merged_tensors(headers)
+        check_index(index, weight_map, tensors)
     elif single.is_file():
         _check_inside(directory, single)
         headers = [read_header(single)]
+        tensors = merged_tensors(headers)
     else:
         raise CheckpointError(directory, f"holds neither {INDEX_NAME} nor {SINGLE_NAME}")
-    tensors = _merged(headers)
-    if index.is_file():
-        _check_index(index, tensors)
     config_path = directory / CONFIG_NAME
     config = read_json(config_path) if config_path.is_file() else {}
     return Checkpoint(directory, tensors, tuple(h.path for h in headers), config)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
+def weight_map_of(index: Path, document: Mapping[str, Any]) -> dict[str, str]:
+    """Shard by tensor name, from an index document.
+
+    Raises CheckpointError, naming ``index``, if it is no such map, or a shard would lie anywhere
+    but beside the index.
+    """
+    weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(index, "has no weight_map that names the shards")
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
             raise CheckpointError(index, "maps to no file name", tensor=name)
+        if Path(shard).name != shard or shard in {"", ".", ".."}:
+            raise CheckpointError(
+                index, f"names the shard {shard!r}; shards lie beside the index, in no other folder"
+            )
     return weight_map
 
 
-def _shards(directory: Path, index: Path) -> list[Path]:
+def _shards(directory: Path, index: Path, weight_map: Mapping[str, str]) -> list[Path]:
     shards = []
-    for name in sorted(set(_weight_map(index).values())):
-        if Path(name).name != name or name in {"", ".", ".."}:
-            raise CheckpointError(
-                index, f"names the shard {name!r}; shards lie beside the index, in no other folder"
-            )
+    for name in sorted(set(weight_map.values())):
         shard = directory / name
         if not shard.is_file():
             raise CheckpointError(index, f"names the shard {name!r}, which is missing")
@@ -162,7 +180,8 @@ def _check_inside(directory: Path, shard: Path) -> None:
         raise CheckpointError(shard, f"is a link that leaves the checkpoint, to {real}")
 
 
-def _merged(headers: list[FileHeader]) -> dict[str, TensorEntry]:
+def merged_tensors(headers: Iterable[FileHeader]) -> dict[str, TensorEntry]:
+    """All tensors of several files. Raises CheckpointError if two files hold the same one."""
     tensors: dict[str, TensorEntry] = {}
     for header in headers:
         for entry in header.tensors:
@@ -174,8 +193,10 @@ def _merged(headers: list[FileHeader]) -> dict[str, TensorEntry]:
     return tensors
 
 
-def _check_index(index: Path, tensors: Mapping[str, TensorEntry]) -> None:
-    weight_map = _weight_map(index)
+def check_index(
+    index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]
+) -> None:
+    """Raises CheckpointError unless every tensor is in the very shard that the index names."""
     for name, shard in weight_map.items():
         entry = tensors.get(name)
         if entry is None:

@@ -8,20 +8,21 @@ import typer
 
 from blockscale.cli.options import (
     AllowLossy,
-    CheckpointPath,
     DTypeOption,
+    HeadersPath,
     Json,
     device_from,
     policy_from,
 )
 from blockscale.cli.output import ExitCode, console, human_bytes, print_json, table
+from blockscale.cli.source import open_headers
 
 if TYPE_CHECKING:
     from blockscale.checkpoint.advice import Advice
 
 
 def advise(
-    path: CheckpointPath,
+    path: HeadersPath,
     device: Annotated[
         str | None,
         typer.Option(help="cpu, sm_80 ... sm_121; default: this machine.", show_default=False),
@@ -34,13 +35,12 @@ def advise(
     from blockscale.backends.registry import BACKENDS
     from blockscale.checkpoint.advice import Target
     from blockscale.checkpoint.advice import advise as plan_degrees
-    from blockscale.checkpoint.read import read_checkpoint
     from blockscale.checkpoint.requests import dtype_of_config
     from blockscale.checkpoint.schema import read_layers
 
     policy = policy_from(None, allow_lossy=allow_lossy)
     where = device_from(device)
-    checkpoint = read_checkpoint(path)
+    checkpoint = open_headers(path)
     layers = read_layers(checkpoint)
     activation = dtype.dtype if dtype else dtype_of_config(checkpoint)
     found = plan_degrees(checkpoint, layers, Target(activation, where, policy, BACKENDS))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from blockscale.cli.options import CheckpointPath, Json
+from blockscale.cli.options import HeadersPath, Json
 from blockscale.cli.output import (
     ExitCode,
     console,
@@ -15,18 +15,18 @@ from blockscale.cli.output import (
     print_json,
     table,
 )
+from blockscale.cli.source import open_headers
 
 if TYPE_CHECKING:
     from blockscale.checkpoint.inspect import Inspection
 
 
-def inspect(path: CheckpointPath, as_json: Json = False) -> int:
+def inspect(path: HeadersPath, as_json: Json = False) -> int:
     """Show formats, block shapes, skipped layers, and contradictions of config and data."""
     from blockscale.checkpoint.inspect import inspect_checkpoint
-    from blockscale.checkpoint.read import read_checkpoint
     from blockscale.planning.plan import Severity
 
-    inspection = inspect_checkpoint(read_checkpoint(path))
+    inspection = inspect_checkpoint(open_headers(path))
     if as_json:
         print_json(_document(inspection))
     else:

@@ -36,6 +36,14 @@ CheckpointPath = Annotated[
         metavar="PATH", help="Checkpoint directory or .safetensors file.", show_default=False
     ),
 ]
+HeadersPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PATH",
+        help="Checkpoint directory, .safetensors file or Hub id (org/name, org/name@revision).",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 DTypeOption = Annotated[
     DTypeName | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +129,23 @@ def progress(description: str, total: int, *, unit: str) -> Iterator[Callable[[i
     ) as bar:
         task = bar.add_task(description, total=total)
         yield lambda done: bar.advance(task, done)
+
+
+@contextmanager
+def late_progress(description: str, *, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """As ``progress``, for work whose size is found on the way: takes (done, total)."""
+    with ExitStack() as stack:
+        last = 0
+        advance: Callable[[int], None] | None = None
+
+        def step(done: int, total: int) -> None:
+            nonlocal advance, last
+            if advance is None:
+                advance = stack.enter_context(progress(description, total, unit=unit))
+            advance(done - last)
+            last = done
+
+        yield step
 
 
 def human_bytes(count: float) -> str:

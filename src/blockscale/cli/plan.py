@@ -10,13 +10,14 @@ import typer
 from blockscale.cli.options import (
     AllowLossy,
     Backends,
-    CheckpointPath,
     DTypeOption,
+    HeadersPath,
     Json,
     device_from,
     policy_from,
 )
 from blockscale.cli.output import ExitCode, console, print_findings, print_json, progress, table
+from blockscale.cli.source import check_has_data, open_headers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +34,7 @@ SHOWN_REASONS = 2
 
 
 def plan(
-    path: CheckpointPath,
+    path: HeadersPath,
     device: Annotated[
         str | None,
         typer.Option(help="cpu, sm_80 ... sm_121; default: this machine.", show_default=False),
@@ -56,7 +57,6 @@ def plan(
 ) -> int:
     """Decide which backend serves each layer, from headers alone."""
     from blockscale.backends.registry import BACKENDS
-    from blockscale.checkpoint.read import read_checkpoint
     from blockscale.checkpoint.requests import RequestOptions, dtype_of_config, requests_of
     from blockscale.checkpoint.schema import read_layers
     from blockscale.planning.explain import explain_model
@@ -66,7 +66,9 @@ def plan(
     parallelism = Parallelism(tp, ep)
     policy = policy_from(backend, allow_lossy=allow_lossy)
     target = device_from(device)
-    checkpoint = read_checkpoint(path)
+    checkpoint = open_headers(path)
+    if read_scales:
+        check_has_data(checkpoint)
     layers = read_layers(checkpoint)
     options = RequestOptions(
         dtype.dtype if dtype else dtype_of_config(checkpoint),
