@@ -313,15 +313,14 @@ def test_an_index_may_not_leave_the_repository(server: HubServer) -> None:
         refused(words)
 
 
-def test_headers_too_large_together_are_refused(
-    server: HubServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("server")
+def test_headers_too_large_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "MAX_HEADERS_BYTES", 100)
     refused("headers of more than 100 bytes together")
 
 
-def test_data_of_a_repository_cannot_be_read(server: HubServer) -> None:
-    assert server.port
+@pytest.mark.usefixtures("server")
+def test_data_of_a_repository_cannot_be_read() -> None:
     entry = read_repository(TINY).tensor("model.norm.weight")
     with pytest.raises(CheckpointError, match=r"is not on this disk.*hf download"):
         read_bytes(entry)

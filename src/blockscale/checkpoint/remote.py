@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-PIECE_BYTES = 1 << 16
 _OK, _PARTIAL, _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _TIMEOUT = 200, 206, 401, 403, 404, 408
 _OUT_OF_RANGE, _TOO_MANY, _SERVER_FAULT = 416, 429, 500
 # A 64-bit number has at most 19 digits; Python itself refuses to parse thousands of them.
@@ -204,7 +203,8 @@ class _Transfer:
 
     def _receive(self, response: Any) -> bool:  # noqa: ANN401 - as above
         """Append what comes, never more than was asked; whether that is all of it."""
-        for piece in response.iter_raw(PIECE_BYTES):
+        # Without a size: httpx would hold pieces back to fill one, and lose them when it breaks.
+        for piece in response.iter_raw():
             self.data += piece[: self.limit + 1 - len(self.data)]
             if len(self.data) > self.limit and self.wanted is _Wanted.WHOLE:
                 raise CheckpointError(
