@@ -11,6 +11,9 @@ variable                         values                          meaning
 ``BLOCKSCALE_STRICTNESS``        ``report``, ``raise``           what an unservable layer does
 ===============================  ==============================  ==============================
 
+``RANK`` and ``WORLD_SIZE``, as torchrun sets them, are read by ``read_process``: which of several
+processes that share one output this is.
+
 A ``BLOCKSCALE_`` variable that is not in this table is an error: a misspelt setting must not be
 silently without effect.
 """
@@ -36,6 +39,7 @@ MAX_RELATIVE_ERROR = "BLOCKSCALE_MAX_RELATIVE_ERROR"
 DETERMINISM = "BLOCKSCALE_DETERMINISM"
 PROVING = "BLOCKSCALE_PROVING"
 STRICTNESS = "BLOCKSCALE_STRICTNESS"
+RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
 KNOWN = (BACKENDS, EXACTNESS, MAX_RELATIVE_ERROR, DETERMINISM, PROVING, STRICTNESS)
 
 
@@ -69,6 +73,32 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
             proving=_member(environ, PROVING, default.proving),
         ),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """Process number ``rank`` of ``ranks`` that were started together."""
+
+    rank: int = 0
+    ranks: int = 1
+
+
+def read_process(environ: Mapping[str, str]) -> Process:
+    """This process among those that torchrun started; the only one if it did not.
+
+    Raises SettingsError, naming variable and value, if only one of RANK and WORLD_SIZE is set or
+    they are no rank and number of processes.
+    """
+    rank, ranks = (environ.get(name, "") for name in (RANK, WORLD_SIZE))
+    if not rank and not ranks:
+        return Process()
+    if not (rank.isdecimal() and ranks.isdecimal() and int(rank) < int(ranks)):
+        msg = (
+            f"{RANK} is {rank!r} and {WORLD_SIZE} is {ranks!r}; torchrun sets both, a rank from 0 "
+            "to the number of processes less one; unset both to work alone"
+        )
+        raise SettingsError(msg)
+    return Process(int(rank), int(ranks))
 
 
 def _names(text: str) -> tuple[str, ...] | None:

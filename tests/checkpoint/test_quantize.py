@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from blockscale.checkpoint import output
+from blockscale.checkpoint import output, write
 from blockscale.checkpoint.quantize import QuantizeOptions, quantize_checkpoint
 from blockscale.checkpoint.read import read_checkpoint
 from blockscale.errors import CheckpointError
@@ -63,14 +63,14 @@ def test_everything_else_is_kept_bit_for_bit(float_checkpoint: Path, tmp_path: P
     assert written.keys() == original.keys() | {name + "_scale_inv" for name in CHOSEN}
 
 
-def test_bands_do_not_change_the_result(
+def test_strips_do_not_change_the_result(
     float_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(float_checkpoint, tmp_path / "whole")
-    monkeypatch.setattr("blockscale.checkpoint.tensors.BAND_ELEMENTS", 1)
-    banded = run(float_checkpoint, tmp_path / "banded")
+    monkeypatch.setattr("blockscale.checkpoint.strips.STRIP_BYTES", 1)
+    strips = run(float_checkpoint, tmp_path / "strips")
     for name, tensor in whole.items():
-        assert torch.equal(banded[name].view(torch.uint8), tensor.view(torch.uint8))
+        assert torch.equal(strips[name].view(torch.uint8), tensor.view(torch.uint8))
 
 
 def test_ue8m0_rounds_once_from_the_floats(float_checkpoint: Path, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_too_little_space_is_found_before_writing(
     float_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match="1000 free"):
         run(float_checkpoint, tmp_path / "out")
     assert left_behind(tmp_path, float_checkpoint) == set()
@@ -175,7 +175,7 @@ def test_ctrl_c_exits_with_130_and_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "blockscale.cli.main", "quantize", source, tmp_path / "out"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob(".out.partial-*/*")) and time.monotonic() < deadline:
+        while not list(tmp_path.glob(".out.partial-*/parts/*")) and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)

@@ -14,7 +14,7 @@ from blockscale.planning.policy import (
     Proving,
     Strictness,
 )
-from blockscale.settings import KNOWN, Settings, read_settings
+from blockscale.settings import KNOWN, Process, Settings, read_process, read_settings
 
 
 def test_an_empty_environment_is_the_default_policy() -> None:
@@ -105,3 +105,16 @@ def test_the_module_lists_every_variable() -> None:
     assert blockscale.settings.__doc__ is not None
     for name in KNOWN:
         assert f"``{name}``" in blockscale.settings.__doc__
+
+
+def test_torchrun_says_which_process_this_is() -> None:
+    assert read_process({"RANK": "3", "WORLD_SIZE": "8"}) == Process(3, 8)
+    assert read_process({"RANK": "", "LOCAL_RANK": "1"}) == Process(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks"), [("0", ""), ("", "2"), ("2", "2"), ("-1", "2"), ("a", "2"), ("0", "0")]
+)
+def test_half_of_torchruns_variables_is_an_error(rank: str, ranks: str) -> None:
+    with pytest.raises(SettingsError, match=r"RANK is .* and WORLD_SIZE is"):
+        read_process({"RANK": rank, "WORLD_SIZE": ranks})

@@ -7,7 +7,6 @@ change a value is done unless it is permitted, and then what it cost is measured
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
@@ -15,16 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from blockscale.checkpoint.output import (
-    PlannedTensor,
-    ShardWriter,
-    plan_shards,
-    staged_directory,
-    write_json,
-)
-from blockscale.checkpoint.read import CONFIG_NAME, INDEX_NAME, read_bytes
+from blockscale.checkpoint.output import PlannedTensor, files_beside_weights, plan_shards
+from blockscale.checkpoint.read import CONFIG_NAME
 from blockscale.checkpoint.scales import read_scales, scale_facts
 from blockscale.checkpoint.schema import SchemeKind, read_layers
+from blockscale.checkpoint.write import Crew, Output, write_checkpoint
 from blockscale.errors import CheckpointError
 from blockscale.formats import PowerOfTwo, ScaleFormat
 from blockscale.formats.scale import FLOAT32_MANTISSA_BITS
@@ -33,13 +27,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from blockscale.checkpoint.output import PlannedShard
+    from blockscale.checkpoint.output import PlannedShard, ShardWriter
     from blockscale.checkpoint.read import Checkpoint
     from blockscale.checkpoint.schema import Layers, QuantizedLayer
 
-COPY_BYTES = 16 << 20
 MAX_SHARD_BYTES = 5_000_000_000
-WEIGHT_LIKE = (".safetensors", INDEX_NAME)
 
 
 class Dialect(Enum):
@@ -80,11 +72,13 @@ def convert_checkpoint(
     target: Path,
     options: ConvertOptions,
     progress: Callable[[int], None] | None = None,
+    crew: Crew | None = None,
 ) -> ConvertSummary:
     """Write ``source`` in another spelling to the new directory ``target``; no value changes.
 
-    Everything is written to a directory beside ``target`` that takes its name at the end. Tensors
-    keep their order, so converting back gives the same tensor bytes.
+    ``target`` appears when it is complete; an interrupted run is resumed by the same call, with the
+    same bytes. Tensors keep their order, so converting back gives the same tensor bytes.
+    ``progress`` is called with bytes of tensors that are done.
 
     Raises CheckpointError, naming file and tensor, if a scale could not be stored exactly (before
     anything is written), if ``source`` is no block-FP8 checkpoint, or if ``target`` exists.
@@ -100,16 +94,19 @@ def convert_checkpoint(
     original = {
         _new_name(by_scale.get(name), name, options.dialect): name for name in source.tensors
     }
-    with staged_directory(target, sum(shard.total_bytes for shard in shards)) as folder:
-        for shard in shards:
-            with ShardWriter(folder / shard.file_name, shard.tensors) as writer:
-                for planned in shard.tensors:
-                    name = original[planned.name]
-                    layer = by_scale.get(name)
-                    _write(writer, source, name, planned, layer)
-                    if progress is not None:
-                        progress(source.tensors[name].length)
-        _write_json_files(source, layers, folder, shards, options)
+
+    def fill(writer: ShardWriter, shard: PlannedShard) -> None:
+        for planned in shard.tensors:
+            name = original[planned.name]
+            _write(writer, source, name, planned, by_scale.get(name))
+
+    documents = {
+        CONFIG_NAME: {**source.config, "quantization_config": _declaration(source, layers, options)}
+    }
+    beside = files_beside_weights(source)
+    write_checkpoint(
+        Output(target, tuple(shards), documents, beside, source.files), fill, crew, progress
+    )
     rewritten = sum(
         _dtype(layer, options.storage) != layer.scale.dtype for layer in layers.quantized
     )
@@ -171,9 +168,7 @@ def _write(
 ) -> None:
     entry = source.tensors[name]
     if layer is None or planned.dtype == entry.dtype:
-        for begin in range(0, entry.length, COPY_BYTES):
-            end = min(begin + COPY_BYTES, entry.length)
-            writer.write(read_bytes(entry, begin, end), planned.name)
+        writer.copy(entry, planned.name)
         return
     values = read_scales(entry)
     if planned.dtype == "F8_E8M0":
@@ -181,27 +176,6 @@ def _write(
         writer.write(exponents.tobytes(), planned.name)
     else:
         writer.write(values.astype("<f4").tobytes(), planned.name)
-
-
-def _write_json_files(
-    source: Checkpoint,
-    layers: Layers,
-    folder: Path,
-    shards: list[PlannedShard],
-    options: ConvertOptions,
-) -> None:
-    if source.path.is_dir():
-        for file in sorted(source.path.iterdir()):
-            if file.is_file() and not file.name.endswith(WEIGHT_LIKE):
-                shutil.copyfile(file, folder / file.name)
-    declaration = _declaration(source, layers, options)
-    write_json(folder / CONFIG_NAME, {**source.config, "quantization_config": declaration})
-    if len(shards) > 1:
-        weight_map = {t.name: shard.file_name for shard in shards for t in shard.tensors}
-        total = sum(shard.total_bytes for shard in shards)
-        write_json(
-            folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
 
 
 def _declaration(source: Checkpoint, layers: Layers, options: ConvertOptions) -> dict[str, Any]:

@@ -1,29 +1,39 @@
-"""Writing safetensors as a stream, so that nothing half-written ever carries a final name."""
+"""Planning and writing safetensors files as a stream: header first, then bytes in planned order."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
-import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from blockscale.checkpoint.read import SINGLE_NAME
+from blockscale.checkpoint.read import INDEX_NAME, SINGLE_NAME, check_inside, read_bytes
 from blockscale.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
     from types import TracebackType
 
     from typing_extensions import Self
 
+    from blockscale.checkpoint.header import TensorEntry
+    from blockscale.checkpoint.read import Checkpoint
+
 # The safetensors format pads the header with spaces so that the data starts on eight bytes.
 HEADER_ALIGN = 8
-# Room for headers, configs and the file system's own needs, beyond the tensors.
-SPARE_DISK_BYTES = 64 << 20
+COPY_BYTES = 8 << 20
+# Written bytes after which the kernel is told to start writing them to disk. Without it the whole
+# file waits for fsync, and a disk that stood idle becomes the limit.
+WRITEBACK_BYTES = 64 << 20
+# `sha256sum --check SHA256SUMS` reads it.
+SUMS_NAME = "SHA256SUMS"
+# Files beside the weights that are not copied: other weights would contradict the result.
+WEIGHT_LIKE = (
+    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", INDEX_NAME,
+    SUMS_NAME,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +57,23 @@ class PlannedShard:
     def total_bytes(self) -> int:
         """Bytes of the tensors."""
         return sum(tensor.length for tensor in self.tensors)
+
+    @property
+    def header(self) -> bytes:
+        """The file's first bytes: length of the header, header, padding."""
+        document: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        begin = 0
+        for tensor in self.tensors:
+            end = begin + tensor.length
+            document[tensor.name] = {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
+            begin = end
+        text = json.dumps(document, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % HEADER_ALIGN)
+        return len(text).to_bytes(8, "little") + text
 
 
 def plan_shards(tensors: Iterable[PlannedTensor], max_bytes: int) -> list[PlannedShard]:
@@ -72,38 +99,63 @@ def plan_shards(tensors: Iterable[PlannedTensor], max_bytes: int) -> list[Planne
     ]
 
 
+def files_beside_weights(source: Checkpoint) -> tuple[Path, ...]:
+    """Tokenizer, code, licence: the files of a checkpoint directory that are no weights.
+
+    Raises CheckpointError if one is a link that leads out of the directory.
+    """
+    if not source.path.is_dir():
+        return ()
+    files = [path for path in sorted(source.path.iterdir()) if path.is_file()]
+    found = tuple(path for path in files if not path.name.endswith(WEIGHT_LIKE))
+    for path in found:
+        check_inside(source.path, path)
+    return found
+
+
 class ShardWriter:
     """Writes one safetensors file front to back; leaving the ``with`` block syncs it to disk.
 
-    Raises CheckpointError, naming the file and tensor, if the disk refuses or a tensor's bytes do
-    not come in the planned order and length.
+    ``file`` is open for writing and at its start; ``path`` is its name in messages. ``report`` is
+    called with the bytes of tensors written since the last call. Raises CheckpointError, naming
+    the file and tensor, if the disk refuses or a tensor's bytes do not come in the planned order
+    and length.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[PlannedTensor]) -> None:
+    def __init__(
+        self, file: BinaryIO, path: Path, shard: PlannedShard, report: Callable[[int], None]
+    ) -> None:
+        self._file = file
         self._path = path
-        self._ends = _ends(tensors)
+        self._ends = _ends(shard.tensors)
+        self._header = shard.header
+        self._report = report
         self._position = 0
-        self._file: BinaryIO | None = None
-        self._header = _header(tensors)
+        self._digest = hashlib.sha256()
+        self._handed_over = 0
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal SHA-256 of everything written so far, header included."""
+        return self._digest.hexdigest()
 
     def __enter__(self) -> Self:
-        try:
-            self._file = self._path.open("wb")
-            self._file.write(self._header)
-        except OSError as error:
-            raise self._refused(error, None) from error
+        self._append(self._header, None)
         return self
 
-    def write(self, data: bytes, name: str) -> None:
+    def write(self, data: bytes | memoryview, name: str) -> None:
         """Append bytes of tensor ``name``."""
-        assert self._file is not None
-        try:
-            self._file.write(data)
-        except OSError as error:
-            raise self._refused(error, name) from error
+        self._append(data, name)
         self._position += len(data)
         if self._position > self._ends[name]:
             raise CheckpointError(self._path, "got more bytes than planned", tensor=name)
+        self._start_writeback()
+        self._report(len(data))
+
+    def copy(self, entry: TensorEntry, name: str) -> None:
+        """Append a stored tensor's bytes as tensor ``name``."""
+        for begin in range(0, entry.length, COPY_BYTES):
+            self.write(read_bytes(entry, begin, min(begin + COPY_BYTES, entry.length)), name)
 
     def __exit__(
         self,
@@ -111,90 +163,39 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._file is not None
-        with self._file as file:
-            if kind is not None:
-                return
-            try:
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError as problem:
-                raise self._refused(problem, None) from problem
+        if kind is not None:
+            return
         planned = max(self._ends.values(), default=0)
         if self._position != planned:
             raise CheckpointError(
                 self._path, f"got {self._position} bytes of tensors, planned {planned}"
             )
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as problem:
+            raise self._refused(problem, None) from problem
+
+    def _append(self, data: bytes | memoryview, name: str | None) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise self._refused(error, name) from error
+        self._digest.update(data)
+
+    def _start_writeback(self) -> None:
+        done = len(self._header) + self._position
+        if done - self._handed_over < WRITEBACK_BYTES or not hasattr(os, "posix_fadvise"):
+            return
+        self._file.flush()
+        # On Linux DONTNEED starts writing dirty pages and forgets clean ones; it does not wait.
+        begin, length = self._handed_over, done - self._handed_over
+        os.posix_fadvise(self._file.fileno(), begin, length, os.POSIX_FADV_DONTNEED)
+        self._handed_over = done
 
     def _refused(self, error: OSError, tensor: str | None) -> CheckpointError:
         why = error.strerror or str(error)
         return CheckpointError(self._path, f"cannot be written: {why}", tensor=tensor)
-
-
-@contextmanager
-def staged_directory(target: Path, needed_bytes: int) -> Iterator[Path]:
-    """A new directory beside ``target`` that becomes ``target`` if the block ends well.
-
-    If the block raises anything, Ctrl-C included, the directory is removed. Raises CheckpointError
-    first if ``target`` exists and is not an empty directory, or the disk lacks ``needed_bytes``.
-    """
-    parent = target.absolute().parent
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointError(target, "already exists; remove it or choose another directory")
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
-        if free < needed_bytes + SPARE_DISK_BYTES:
-            raise CheckpointError(
-                target, f"needs {needed_bytes} bytes, but the disk has only {free} free"
-            )
-        staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=parent))
-    except OSError as error:
-        raise CheckpointError(target, f"cannot be created: {error.strerror or error}") from error
-    try:
-        yield staged
-        staged.chmod(0o755)
-        if target.exists():
-            target.rmdir()
-        staged.rename(target)
-        _sync_directory(parent)
-    except OSError as error:
-        raise CheckpointError(target, f"cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def write_json(path: Path, document: dict[str, object]) -> None:
-    """Write and flush to disk, so that a later rename cannot outrun the bytes."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _header(tensors: Sequence[PlannedTensor]) -> bytes:
-    document: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for tensor in tensors:
-        end = begin + tensor.length
-        document[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    text = json.dumps(document, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % HEADER_ALIGN)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _ends(tensors: Sequence[PlannedTensor]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""A float checkpoint becomes a block-FP8 one, streaming, in bounded memory.
+"""A float checkpoint becomes a block-FP8 one, streaming, in bounded memory, resumable.
 
 The result is the HF ``fp8`` dialect, which transformers, vLLM and SGLang read: ``X.weight`` in
 F8_E4M3 and ``X.weight_scale_inv`` in F32. UE8M0 scales are stored as float32 powers of two with
@@ -8,33 +8,29 @@ Scales are rounded once, from the float weights.
 
 from __future__ import annotations
 
-import shutil
+import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 
-from blockscale.checkpoint.output import (
-    PlannedShard,
-    PlannedTensor,
-    ShardWriter,
-    plan_shards,
-    staged_directory,
-    write_json,
-)
-from blockscale.checkpoint.read import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, read_bytes
+from blockscale.checkpoint.output import PlannedTensor, files_beside_weights, plan_shards
+from blockscale.checkpoint.read import CONFIG_NAME
 from blockscale.checkpoint.schema import FLOAT_DTYPES, WEIGHT_SUFFIX, SchemeKind, scheme_of
-from blockscale.checkpoint.tensors import read_rows, row_bands
+from blockscale.checkpoint.strips import STRIP_BYTES, StripQuantizer, resident_bytes
+from blockscale.checkpoint.write import Crew, Output, write_checkpoint
 from blockscale.errors import CheckpointError
 from blockscale.formats import FP8_128X128_FP32, BlockFormat, ScaleFormat
-from blockscale.reference import quantize, scale_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from blockscale.checkpoint.header import TensorEntry
+    from blockscale.checkpoint.output import PlannedShard, ShardWriter
     from blockscale.checkpoint.read import Checkpoint
 
 SCALE_SUFFIX = "_scale_inv"
@@ -47,19 +43,8 @@ KEPT_COMPONENTS = (
 )  # fmt: skip
 
 MAX_SHARD_BYTES = 5_000_000_000
-COPY_BYTES = 16 << 20
-# Files beside the weights that are copied; other weight files would contradict the result.
-WEIGHT_LIKE = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    INDEX_NAME,
-)
+# What the interpreter and torch may take beside the buffers while a checkpoint is written.
+SPARE_MEMORY_BYTES = 96 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +58,14 @@ class QuantizeOptions:
 
 @dataclass(frozen=True, slots=True)
 class QuantizeSummary:
-    """What was written."""
+    """What was written: ``shards`` files in all, ``resumed`` of them by an interrupted run."""
 
     quantized: int
     kept: int
     bytes_before: int
     bytes_after: int
     shards: int
+    resumed: int
 
 
 def quantize_checkpoint(
@@ -87,40 +73,86 @@ def quantize_checkpoint(
     target: Path,
     options: QuantizeOptions | None = None,
     progress: Callable[[int], None] | None = None,
+    crew: Crew | None = None,
 ) -> QuantizeSummary:
     """Write a block-FP8 copy of ``source`` to the new directory ``target``.
 
-    Everything is written to a directory beside ``target`` that takes its name at the end: on any
-    error or Ctrl-C nothing is left behind. ``progress`` is called with source bytes done.
+    The result has the same bytes whoever writes it: any number of threads, processes and machines
+    (``crew``), interrupted at any moment and called again. ``target`` appears when it is complete.
+    ``progress`` is called with bytes of the result that are done (``quantized_bytes`` in all).
 
     Raises CheckpointError, naming file and tensor, if the source is already quantized or holds NaN
     or Inf in a weight to quantize, if ``target`` exists, or if the disk is too full.
     """
-    options = options or QuantizeOptions()
-    if scheme_of(source).kind is not SchemeKind.NONE:
-        raise CheckpointError(
-            source.config_path, "declares a quantization already; quantize float checkpoints only"
-        )
-    report = progress or _ignore
-    chosen = {name for name, entry in source.tensors.items() if _is_quantized(entry, options)}
-    shards = plan_shards(_planned(source, chosen, options.format), options.max_shard_bytes)
-    with staged_directory(target, sum(shard.total_bytes for shard in shards)) as folder:
-        for shard in shards:
-            with ShardWriter(folder / shard.file_name, shard.tensors) as writer:
-                for planned in shard.tensors:
-                    _write(writer, source, planned.name, chosen, options.format, report)
-        _write_json_files(source, folder, shards, chosen, options)
+    options, crew = options or QuantizeOptions(), crew or Crew()
+    output, chosen = _output(source, target, options)
+    crew = crew.needed_for(len(output.shards))
+    limit = _buffer_bytes(crew)
+    own = threading.local()
+
+    def fill(writer: ShardWriter, shard: PlannedShard) -> None:
+        quantizer = getattr(own, "quantizer", None)
+        if quantizer is None:
+            quantizer = own.quantizer = StripQuantizer(options.format, limit)
+        _fill(writer, shard, source, chosen, quantizer)
+
+    with _one_core_each(crew):
+        written = write_checkpoint(output, fill, crew, progress)
     return QuantizeSummary(
         len(chosen),
         len(source.tensors) - len(chosen),
         source.tensor_bytes,
-        sum(shard.total_bytes for shard in shards),
-        len(shards),
+        sum(shard.total_bytes for shard in output.shards),
+        len(output.shards),
+        written.resumed,
     )
 
 
-def _ignore(_: int) -> None:
-    return
+def quantized_bytes(source: Checkpoint, options: QuantizeOptions) -> int:
+    """Bytes of all tensors of the result."""
+    chosen = _chosen(source, options)
+    return sum(tensor.length for tensor in _planned(source, chosen, options.format))
+
+
+def _output(
+    source: Checkpoint, target: Path, options: QuantizeOptions
+) -> tuple[Output, frozenset[str]]:
+    """The planned result, and the weights that will be quantized."""
+    if scheme_of(source).kind is not SchemeKind.NONE:
+        raise CheckpointError(
+            source.config_path, "declares a quantization already; quantize float checkpoints only"
+        )
+    chosen = _chosen(source, options)
+    shards = plan_shards(_planned(source, chosen, options.format), options.max_shard_bytes)
+    config = {
+        **source.config,
+        "quantization_config": _declaration(source, chosen, options.format),
+    }
+    beside = files_beside_weights(source)
+    return Output(target, tuple(shards), {CONFIG_NAME: config}, beside, source.files), chosen
+
+
+def _buffer_bytes(crew: Crew) -> int:
+    """Bytes that the buffers of one thread may take."""
+    if crew.memory_bytes is None:
+        return 8 * STRIP_BYTES
+    return max(0, crew.memory_bytes - resident_bytes() - SPARE_MEMORY_BYTES) // crew.threads
+
+
+@contextmanager
+def _one_core_each(crew: Crew) -> Iterator[None]:
+    """Several threads of ours need no threads of torch's: they would wait for one another."""
+    before = torch.get_num_threads()
+    if crew.threads > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _chosen(source: Checkpoint, options: QuantizeOptions) -> frozenset[str]:
+    return frozenset(n for n, entry in source.tensors.items() if _is_quantized(entry, options))
 
 
 def _is_quantized(entry: TensorEntry, options: QuantizeOptions) -> bool:
@@ -133,7 +165,9 @@ def _is_quantized(entry: TensorEntry, options: QuantizeOptions) -> bool:
     return not kept and not any("norm" in component for component in components)
 
 
-def _planned(source: Checkpoint, chosen: set[str], fmt: BlockFormat) -> Iterator[PlannedTensor]:
+def _planned(
+    source: Checkpoint, chosen: frozenset[str], fmt: BlockFormat
+) -> Iterator[PlannedTensor]:
     for name, entry in source.tensors.items():
         if name not in chosen:
             yield PlannedTensor(name, entry.dtype, entry.shape, entry.length)
@@ -143,75 +177,25 @@ def _planned(source: Checkpoint, chosen: set[str], fmt: BlockFormat) -> Iterator
         yield PlannedTensor(name + SCALE_SUFFIX, "F32", grid, 4 * prod(grid))
 
 
-def _write(
+def _fill(
     writer: ShardWriter,
+    shard: PlannedShard,
     source: Checkpoint,
-    name: str,
-    chosen: set[str],
-    fmt: BlockFormat,
-    report: Callable[[int], None],
+    chosen: frozenset[str],
+    quantizer: StripQuantizer,
 ) -> None:
-    if name in chosen:
-        entry = source.tensors[name]
-        writer.write(_scales_after_data(writer, entry, fmt, report), name + SCALE_SUFFIX)
-    elif name in source.tensors:
-        entry = source.tensors[name]
-        for begin in range(0, entry.length, COPY_BYTES):
-            end = min(begin + COPY_BYTES, entry.length)
-            writer.write(read_bytes(entry, begin, end), name)
-            report(end - begin)
+    """Write the tensors of one shard; a weight's scales, known last, follow it."""
+    for planned in shard.tensors:
+        name = planned.name
+        if name in chosen:
+            emit = partial(writer.write, name=name)
+            scales = quantizer.quantize(source.tensors[name], emit)
+            writer.write(scales, name + SCALE_SUFFIX)
+        elif name in source.tensors:
+            writer.copy(source.tensors[name], name)
 
 
-def _scales_after_data(
-    writer: ShardWriter, entry: TensorEntry, fmt: BlockFormat, report: Callable[[int], None]
-) -> bytes:
-    """Write the codes band by band; give back the scales, which follow them in the file."""
-    rows, columns = entry.shape
-    # Made before the first band: a small tensor kept for each band would pin the heap between the
-    # large temporaries, and glibc gave none of it back (2.3 GB after 950 bands).
-    scales = torch.empty(fmt.block.grid(rows, columns))
-    for first, count in row_bands(rows, columns, fmt.block.mn):
-        band = read_rows(entry, first, count)
-        quantized = quantize(band, fmt)
-        values = scale_values(quantized)
-        if not bool(torch.isfinite(values).all()):
-            raise CheckpointError(
-                entry.path,
-                f"holds NaN or Inf in rows {first} to {first + count - 1}; repair it, or keep the "
-                "layer unquantized with --keep",
-                tensor=entry.name,
-            )
-        writer.write(quantized.data.view(torch.uint8).numpy().tobytes(), entry.name)
-        block_row = first // fmt.block.mn
-        scales[block_row : block_row + values.shape[0]] = values
-        report(band.nbytes)
-    return scales.numpy().tobytes()
-
-
-def _write_json_files(
-    source: Checkpoint,
-    folder: Path,
-    shards: list[PlannedShard],
-    chosen: set[str],
-    options: QuantizeOptions,
-) -> None:
-    if source.path.is_dir():
-        for file in sorted(source.path.iterdir()):
-            if file.is_file() and not file.name.endswith(WEIGHT_LIKE):
-                shutil.copyfile(file, folder / file.name)
-    config = {**source.config, "quantization_config": _declaration(source, chosen, options.format)}
-    write_json(folder / CONFIG_NAME, config)
-    if len(shards) > 1:
-        weight_map = {t.name: shard.file_name for shard in shards for t in shard.tensors}
-        total = sum(shard.total_bytes for shard in shards)
-        write_json(
-            folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
-    else:
-        assert shards[0].file_name == SINGLE_NAME
-
-
-def _declaration(source: Checkpoint, chosen: set[str], fmt: BlockFormat) -> dict[str, object]:
+def _declaration(source: Checkpoint, chosen: frozenset[str], fmt: BlockFormat) -> dict[str, object]:
     kept = [
         name.removesuffix(WEIGHT_SUFFIX)
         for name, entry in source.tensors.items()

@@ -101,6 +101,29 @@ def read_bytes(entry: TensorEntry, begin: int = 0, end: int | None = None) -> by
     return data
 
 
+def read_into(entry: TensorEntry, begin: int, buffer: memoryview) -> None:
+    """Fill ``buffer`` with the tensor's bytes from ``begin`` on.
+
+    Raises CheckpointError if the file has changed since its header was read.
+    """
+    done = 0
+    try:
+        with entry.path.open("rb", buffering=0) as file:
+            while done < len(buffer):
+                got = os.preadv(file.fileno(), [buffer[done:]], entry.offset + begin + done)
+                if not got:
+                    break
+                done += got
+    except OSError as error:
+        raise CheckpointError(
+            entry.path, f"cannot be read: {error.strerror or error}", tensor=entry.name
+        ) from error
+    if done != len(buffer):
+        raise CheckpointError(
+            entry.path, "the file became shorter while it was read", tensor=entry.name
+        )
+
+
 def _pieces(descriptor: int, offset: int, length: int) -> Iterator[bytes]:
     while length > 0:
         # pread returns at most 2 GiB on Linux, whatever is asked.
@@ -131,7 +154,7 @@ def _read_directory(directory: Path) -> Checkpoint:
         tensors = merged_tensors(headers)
         check_index(index, weight_map, tensors)
     elif single.is_file():
-        _check_inside(directory, single)
+        check_inside(directory, single)
         headers = [read_header(single)]
         tensors = merged_tensors(headers)
     else:
@@ -166,12 +189,13 @@ def _shards(directory: Path, index: Path, weight_map: Mapping[str, str]) -> list
         shard = directory / name
         if not shard.is_file():
             raise CheckpointError(index, f"names the shard {name!r}, which is missing")
-        _check_inside(directory, shard)
+        check_inside(directory, shard)
         shards.append(shard)
     return shards
 
 
-def _check_inside(directory: Path, shard: Path) -> None:
+def check_inside(directory: Path, shard: Path) -> None:
+    """Raise CheckpointError if ``shard`` is a link that leads out of ``directory``."""
     # The Hub's cache stores a snapshot as links to ../../blobs; anything further away is refused.
     root = directory.resolve()
     allowed = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from blockscale.cli.options import Json
+from blockscale.cli.options import Json, Memory, Workers, crew_from
 from blockscale.cli.output import ExitCode, console, human_bytes, print_json, progress
 
 
@@ -34,9 +34,15 @@ def convert(
     scales: Annotated[
         StorageName, typer.Option(help="e8m0 needs scales that are powers of two.")
     ] = StorageName.KEEP,
+    workers: Workers = None,
+    memory: Memory = None,
     as_json: Json = False,
 ) -> int:
-    """Rewrite names, config and storage of scales; no value changes, or nothing is written."""
+    """Rewrite names, config and storage of scales; no value changes, or nothing is written.
+
+    The same command goes on after an interruption; under torchrun all processes share the work.
+    """
+    crew = crew_from(workers, memory)
     from blockscale.checkpoint.convert import (
         ConvertOptions,
         Dialect,
@@ -48,7 +54,7 @@ def convert(
     checkpoint = read_checkpoint(source)
     options = ConvertOptions(Dialect(to.value), ScaleStorage(scales.value))
     with progress("converting", checkpoint.tensor_bytes, unit="bytes") as advance:
-        summary = convert_checkpoint(checkpoint, target, options, advance)
+        summary = convert_checkpoint(checkpoint, target, options, advance, crew)
     if as_json:
         print_json(
             {

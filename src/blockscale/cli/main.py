@@ -51,7 +51,7 @@ def _blockscale(
 
 
 def _interrupted() -> NoReturn:
-    error_line("interrupted; nothing half-written was left behind")
+    error_line("interrupted; nothing half-written was left behind, and the same command goes on")
     sys.exit(ExitCode.INTERRUPTED)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from blockscale.errors import SettingsError
 from blockscale.formats import DType
 
 if TYPE_CHECKING:
+    from blockscale.checkpoint.write import Crew
     from blockscale.planning.device import Device
     from blockscale.planning.policy import PlanPolicy
 
@@ -57,6 +60,15 @@ AllowLossy = Annotated[
     bool,
     typer.Option("--allow-lossy", help="Permit requantizing weights where a backend needs it."),
 ]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Files written at once; default: one for each CPU.", metavar="N"),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="Most memory that this process may take, like 2GB.", metavar="SIZE"),
+]
+ShardSize = Annotated[str, typer.Option(help="Largest file to write, like 5GB.", metavar="SIZE")]
 
 
 def policy_from(backends: list[str] | None, *, allow_lossy: bool) -> PlanPolicy:
@@ -81,3 +93,24 @@ def device_from(name: str | None) -> Device:
     from blockscale.probe import detect_device
 
     return detect_device()
+
+
+def crew_from(workers: int | None, memory: str | None) -> Crew:
+    """Who writes: threads and memory of this process, and its place among torchrun's processes."""
+    from blockscale.checkpoint.write import Crew
+    from blockscale.settings import read_process
+
+    process = read_process(os.environ)
+    threads = workers or len(os.sched_getaffinity(0))
+    limit = None if memory is None else bytes_from("--memory", memory)
+    return Crew(threads, process.rank, process.ranks, limit)
+
+
+def bytes_from(option: str, text: str) -> int:
+    """``2GB`` as bytes; decimal units, as disks count."""
+    match = re.fullmatch(r"(\d{1,12})(?:\.(\d{1,3}))? ?(kB|KB|MB|GB|TB)", text)
+    if match is None:
+        msg = f"{option} {text!r} is no size; write a number and a unit, like 500MB or 2.5GB"
+        raise SettingsError(msg)
+    thousandths = int(match[1]) * 1000 + int((match[2] or "").ljust(3, "0"))
+    return thousandths * {"KB": 1, "MB": 10**3, "GB": 10**6, "TB": 10**9}[match[3].upper()]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockscale.cli.options import Json
+from blockscale.cli.options import Json, Memory, ShardSize, Workers, bytes_from, crew_from
 from blockscale.cli.output import ExitCode, console, human_bytes, print_json, progress
 from blockscale.errors import SettingsError
 
@@ -35,21 +35,33 @@ def quantize(
         list[str] | None,
         typer.Option(help="Leave modules with this path component unquantized; repeatable."),
     ] = None,
+    workers: Workers = None,
+    memory: Memory = None,
+    shard_size: ShardSize = "5GB",
     as_json: Json = False,
 ) -> int:
-    """Quantize linear weights to block FP8, streaming; nothing half-written is left behind."""
-    shape = _block_shape(block)
+    """Quantize linear weights to block FP8; the same command goes on after an interruption.
 
-    from blockscale.checkpoint.quantize import QuantizeOptions, quantize_checkpoint
+    Under torchrun all processes share the work. DST appears when it is complete.
+    """
+    shape, largest = _block_shape(block), bytes_from("--shard-size", shard_size)
+    crew = crew_from(workers, memory)
+
+    from blockscale.checkpoint.quantize import (
+        QuantizeOptions,
+        quantize_checkpoint,
+        quantized_bytes,
+    )
     from blockscale.checkpoint.read import read_checkpoint
     from blockscale.formats import E4M3FN, BlockFormat, ScaleFormat
 
     checkpoint = read_checkpoint(source)
     options = QuantizeOptions(
-        BlockFormat(E4M3FN, ScaleFormat(scale_format.value), shape), tuple(keep or ())
+        BlockFormat(E4M3FN, ScaleFormat(scale_format.value), shape), tuple(keep or ()), largest
     )
-    with progress("quantizing", checkpoint.tensor_bytes, unit="bytes") as advance:
-        summary = quantize_checkpoint(checkpoint, target, options, advance)
+    total = quantized_bytes(checkpoint, options)
+    with progress("quantizing", total, unit="bytes") as advance:
+        summary = quantize_checkpoint(checkpoint, target, options, advance, crew)
     if as_json:
         print_json(
             {
@@ -61,6 +73,7 @@ def quantize(
                 "bytes_before": summary.bytes_before,
                 "bytes_after": summary.bytes_after,
                 "files": summary.shards,
+                "files_resumed": summary.resumed,
             }
         )
         return ExitCode.FINE

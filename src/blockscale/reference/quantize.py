@@ -49,7 +49,7 @@ def quantize(values: torch.Tensor, fmt: BlockFormat) -> BlockScaledTensor:
     if fmt.scale is ScaleFormat.BF16:
         msg = "BF16 scales are read from checkpoints, never produced; quantize to FP32 or UE8M0"
         raise FormatError(msg)
-    codes = _scale_codes(block_amax(values, fmt.block), fmt)
+    codes = codes_of_amax(block_amax(values, fmt.block), fmt)
     scale = _spread(restate(codes, fmt.scale, ScaleFormat.FP32), fmt.block, values)
     largest = fmt.element.max
     data = (values.float() / scale).clamp(-largest, largest).to(torch_dtype(fmt.element))
@@ -90,7 +90,8 @@ def round_up_to_ue8m0(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(unrepresentable, UE8M0_NAN_BYTE, exponent).to(torch.uint8)
 
 
-def _scale_codes(amax: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
+def codes_of_amax(amax: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
+    """Scales of blocks whose largest magnitudes (float32) are ``amax``, as ``fmt`` stores them."""
     # clamp keeps NaN; the floor is the float32 nearest to AMAX_FLOOR.
     floored = amax.clamp(min=AMAX_FLOOR)
     # By a tensor: torch's CUDA kernel turns a division by a number into a multiplication by its
