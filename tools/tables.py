@@ -119,6 +119,30 @@ def fp16_model() -> str:
     )
 
 
+def transformers_model() -> str:
+    """Tokens per second of a whole model in every variant; the float model is the measure."""
+    last: dict[tuple[object, ...], dict[str, dict[str, Any]]] = {}
+    for r in records("transformers_model"):
+        what = (r["machine"], r["dtype"], r["phase"], r["batch"], r.get("prompt", 1))
+        last.setdefault(what, {})[r["variant"]] = r
+    body: list[list[object]] = []
+    for (_, dtype, phase, batch, prompt), found in last.items():
+        base, ours, theirs = (found.get(k) for k in ("float", "blockscale", "finegrained"))
+        assert base is not None and ours is not None  # noqa: PT018 - written together
+        other = f"{theirs['tokens_per_second']:,.0f}" if theirs else "kernel not to be had"
+        tokens = f"batch {batch}" if phase == "decode" else f"{prompt} tokens"
+        ratio = base["time_ms"] / ours["time_ms"]
+        speeds = [f"{r['tokens_per_second']:,.0f}" for r in (base, ours)]
+        body.append([dtype, f"{phase}, {tokens}", *speeds, f"{ratio:.2f}x", other, where(ours)])
+    if not body:
+        return "No record is committed yet.\n"
+    return rows(
+        "model | phase | transformers, tokens/s | blockscale, tokens/s | ratio | "
+        "transformers' own FP8 | machine",
+        body,
+    )
+
+
 M_RANGES = ((1, 16), (32, 64), (128, 512), (1024, 8192))
 
 
@@ -197,6 +221,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "perplexity": perplexity,
     "quantize_memory": quantize_memory,
     "fp16_model": fp16_model,
+    "transformers_model": transformers_model,
     "gemm": gemm,
     "quantize": quantize,
     "call_overhead": call_overhead,
