@@ -12,10 +12,23 @@ from blockscale.testing.model_shapes import (
     deepseek_v3,
     minimax_m25,
     qwen3_8b,
+    qwen3_30b_a3b,
+    qwen3_235b_a22b,
+    qwen3_coder_480b,
     write_model_headers,
 )
 
-MODELS = {model.name: model for model in (minimax_m25(), deepseek_v3(), qwen3_8b())}
+MODELS = {
+    model.name: model
+    for model in (
+        minimax_m25(),
+        deepseek_v3(),
+        qwen3_8b(),
+        qwen3_30b_a3b(),
+        qwen3_235b_a22b(),
+        qwen3_coder_480b(),
+    )
+}
 
 
 def main() -> None:

@@ -212,17 +212,32 @@ def test_bf16_minimax_on_blackwell_is_converted_where_the_policy_allows(minimax:
     assert {b["backend"] for layer in lossy["layers"] for b in layer["backends"]} == {"deep_gemm"}
 
 
-def test_tp8_splits_scale_blocks_of_minimax_experts(minimax: Path) -> None:
-    arguments = ("plan", minimax, "--device", "sm_100", "--tp", "8")
-    document = blockscale(*arguments, "--json").document
-    split = {
-        layer["name"].rpartition(".")[2]
-        for layer in document["layers"]
-        if layer["shard"]["split_blocks"]
+def test_tp8_splits_scale_blocks_of_minimax_experts_and_they_are_refined(minimax: Path) -> None:
+    arguments = ("plan", minimax, "--device", "sm_100", "--tp", "8", "--strict", "--json")
+    result = blockscale(*arguments)
+    assert result.code == 0
+    refined = {
+        layer["name"].rpartition(".")[2]: layer["format"]
+        for layer in result.document["layers"]
+        if layer["shard"].get("remedy") == "refine"
     }
-    assert split == {"w13", "w2"}
-    assert blockscale(*arguments, "--strict").code == 1
-    assert blockscale(*arguments, "--ep", "8", "--strict").code == 0
+    assert refined == {"w13": "e4m3fn/64x128/fp32", "w2": "e4m3fn/32x32/fp32"}
+    (note,) = [one for one in result.document["findings"] if one["code"] == "shard_remedy"]
+    assert "192 rows per rank are 1.5 blocks of 128 and 61 layers like it" in note["message"]
+    whole = blockscale(*arguments, "--ep", "8")
+    assert whole.code == 0
+    assert not any("remedy" in layer["shard"] for layer in whole.document["layers"])
+
+
+def test_plan_advise_is_the_advise_command(minimax: Path) -> None:
+    arguments = (minimax, "--device", "sm_90")
+    found = blockscale("plan", *arguments, "--advise", "--json").document
+    assert found == blockscale("advise", *arguments, "--json").document
+    at_8 = next(one for one in found["degrees"] if (one["tp"], one["ep"]) == (8, 1))
+    assert (at_8["works"], at_8["chosen"]) == (True, ["refine"])
+    shown = blockscale("plan", *arguments, "--advise").out
+    for words in ("by refine", "uneven", "pad", "--ep 2", "1.33x"):
+        assert words in shown
 
 
 def test_plan_on_hopper_reads_float32_scales_as_stored(minimax: Path) -> None:

@@ -90,6 +90,28 @@ class Requests:
 
 
 @dataclass(frozen=True, slots=True)
+class MergedLayer:
+    """An uncut layer and the stored weights that it is made of.
+
+    ``members``: for each expert (one, if the layer is dense or its experts lie in one tensor) the
+    weights of its parts, in the order of ``whole.request.parts``.
+    """
+
+    whole: WholeLayer
+    members: tuple[tuple[QuantizedLayer, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MergedLayers:
+    """All layers of a checkpoint as they are planned, uncut, and what is odd about them."""
+
+    layers: tuple[MergedLayer, ...]
+    findings: tuple[Finding, ...]
+    unknown: Mapping[str, int]
+    """Leaves that ``PROJECTIONS`` does not know, and how many layers have each."""
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOptions:
     """How requests are made from a checkpoint.
 
@@ -128,11 +150,22 @@ def requests_of(checkpoint: Checkpoint, layers: Layers, options: RequestOptions)
     Raises CheckpointError, naming the tensors, if experts that should be stacked differ in shape or
     format, or one of them lacks a weight.
     """
-    requests: list[LinearRequest] = []
-    findings: list[Finding] = []
-    unknown: dict[str, int] = defaultdict(int)
+    merged = merged_layers(checkpoint, layers, options)
+    results = [cut(layer.whole, options.parallelism) for layer in merged.layers]
+    return Requests(
+        tuple(result for result in results if isinstance(result, LinearRequest)),
+        (
+            *merged.findings,
+            *(result for result in results if isinstance(result, Finding)),
+            *unknown_projections(merged, options.parallelism),
+        ),
+    )
+
+
+def merged_layers(checkpoint: Checkpoint, layers: Layers, options: RequestOptions) -> MergedLayers:
+    """Every layer uncut, in checkpoint order, whatever the degrees. Raises as ``requests_of``."""
     groups, unmerged = _grouped(layers, options.merging)
-    findings += [
+    findings = tuple(
         Finding(
             Severity.NOTE,
             "not_merged",
@@ -140,27 +173,29 @@ def requests_of(checkpoint: Checkpoint, layers: Layers, options: RequestOptions)
             f"planned one by one: {'; '.join(reasons)}",
         )
         for leaf, reasons in unmerged.items()
-    ]
+    )
+    unknown: dict[str, int] = defaultdict(int)
+    found = []
     for name, members in groups.items():
-        whole = _whole_layer(checkpoint, name, members, options)
+        found.append(_merged_layer(checkpoint, name, members, options))
         if _leaf(members[0].name) not in PROJECTIONS:
             unknown[_leaf(members[0].name)] += 1
-        result = cut(whole, options.parallelism)
-        if isinstance(result, Finding):
-            findings.append(result)
-        else:
-            requests.append(result)
-    if options.parallelism.tensor > 1:
-        findings += [
-            Finding(
-                Severity.NOTE,
-                "unknown_projection",
-                f"{count} layers named {leaf!r} are planned whole on every rank: it is not known "
-                "how engines cut them",
-            )
-            for leaf, count in unknown.items()
-        ]
-    return Requests(tuple(requests), tuple(findings))
+    return MergedLayers(tuple(found), findings, unknown)
+
+
+def unknown_projections(merged: MergedLayers, parallelism: Parallelism) -> tuple[Finding, ...]:
+    """What to say about layers that nobody knows how to cut, where cutting was asked for."""
+    if parallelism.tensor == 1:
+        return ()
+    return tuple(
+        Finding(
+            Severity.NOTE,
+            "unknown_projection",
+            f"{count} layers named {leaf!r} are planned whole on every rank: it is not known "
+            "how engines cut them",
+        )
+        for leaf, count in merged.unknown.items()
+    )
 
 
 def _grouped(
@@ -230,9 +265,9 @@ def _merged_name(layer: QuantizedLayer) -> str:
     return f"{prefix}.{merged}" if prefix else merged
 
 
-def _whole_layer(
+def _merged_layer(
     checkpoint: Checkpoint, name: str, members: list[QuantizedLayer], options: RequestOptions
-) -> WholeLayer:
+) -> MergedLayer:
     parts = _parts(members)
     first = members[0]
     experts = _expert_count(members, parts) if options.merging is Merging.ENGINE else first.stacked
@@ -248,18 +283,38 @@ def _whole_layer(
         has_bias=any(part.name + ".bias" in checkpoint.tensors for part in parts),
         experts=experts,
     )
+    whole = _with_style(checkpoint, WholeLayer(request), parts)
+    return MergedLayer(whole, _by_expert(members, len(parts)))
+
+
+def _with_style(
+    checkpoint: Checkpoint, whole: WholeLayer, parts: list[QuantizedLayer]
+) -> WholeLayer:
+    """How engines cut the layer, by the names of its parts; uncut if they are not known."""
+    first = parts[0]
     projection = PROJECTIONS.get(_leaf(first.name))
-    if projection is None or options.merging is Merging.MODULE:
-        return WholeLayer(request)
+    if projection is None:
+        return whole
     labels = tuple(_leaf(part.name) for part in parts)
-    cuts = options.parallelism.tensor if experts is None else options.parallelism.expert_tensor
-    if cuts > 1 and len(parts) == 1 and labels[0] in FUSED:
+    fused: tuple[int, ...] = ()
+    if len(parts) == 1 and labels[0] in FUSED:
         labels = FUSED[labels[0]]
-        request = replace(request, parts=_fused_parts(checkpoint, first))
-        if len(request.parts) != len(labels):
-            return WholeLayer(request, projection.style)
-    units = tuple(_heads(checkpoint, label, experts) for label in labels)
-    return WholeLayer(request, projection.style, labels, units)
+        fused = _fused_parts(checkpoint, first)
+        if len(fused) != len(labels):
+            return replace(whole, style=projection.style)
+    units = tuple(_heads(checkpoint, label, whole.request.experts) for label in labels)
+    return WholeLayer(whole.request, projection.style, labels, units, fused)
+
+
+def _by_expert(members: list[QuantizedLayer], parts: int) -> tuple[tuple[QuantizedLayer, ...], ...]:
+    """Members in the order of their experts' numbers, then of their parts."""
+
+    def order(member: QuantizedLayer) -> tuple[int, int]:
+        expert = _EXPERT.match(member.name)
+        return int(expert["index"]) if expert else 0, _position(member.name)
+
+    ordered = sorted(members, key=order)
+    return tuple(tuple(ordered[first : first + parts]) for first in range(0, len(ordered), parts))
 
 
 def _fused_parts(checkpoint: Checkpoint, layer: QuantizedLayer) -> tuple[int, ...]:

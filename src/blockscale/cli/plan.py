@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from blockscale.cli.advise import print_advice
 from blockscale.cli.options import (
     AllowLossy,
     Backends,
@@ -53,37 +54,37 @@ def plan(
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 if a layer has no backend.")
     ] = False,
+    advise: Annotated[
+        bool, typer.Option("--advise", help="Which --tp and --ep work, and what each costs.")
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Decide which backend serves each layer, from headers alone."""
     from blockscale.backends.registry import BACKENDS
-    from blockscale.checkpoint.requests import RequestOptions, dtype_of_config, requests_of
+    from blockscale.checkpoint.rank_plan import plan_rank
+    from blockscale.checkpoint.requests import RequestOptions, dtype_of_config
     from blockscale.checkpoint.schema import read_layers
     from blockscale.planning.explain import explain_model
-    from blockscale.planning.planner import plan_model
+    from blockscale.planning.sharded import Target
     from blockscale.planning.sharding import Parallelism
 
     parallelism = Parallelism(tp, ep)
     policy = policy_from(backend, allow_lossy=allow_lossy)
-    target = device_from(device)
+    target = Target(device_from(device), policy, BACKENDS)
     checkpoint = open_headers(path)
+    activation = dtype.dtype if dtype else dtype_of_config(checkpoint)
+    if advise:
+        print_advice(checkpoint, activation, target, as_json=as_json)
+        return ExitCode.FINE
     if read_scales:
         check_has_data(checkpoint)
     layers = read_layers(checkpoint)
     options = RequestOptions(
-        dtype.dtype if dtype else dtype_of_config(checkpoint),
+        activation,
         parallelism,
         power_of_two=_read_scales(layers) if read_scales else None,
     )
-    wanted = requests_of(checkpoint, layers, options)
-    planned = plan_model(
-        wanted.requests,
-        target,
-        policy,
-        BACKENDS,
-        skipped=layers.skipped,
-        findings=(*layers.findings, *wanted.findings),
-    )
+    planned = plan_rank(checkpoint, layers, options, target).plan
     if as_json:
         from blockscale.planning.serialize import plan_document
 
@@ -170,10 +171,20 @@ def _weight_words(layer: LinearPlan) -> str:
     if layer.weight is None:
         return ""
     if layer.conversion.value == "none":
-        return "as stored"
+        return _held_words(layer)
     loss = {True: "lossless", False: "lossy", None: "lossless only if powers of two"}
     scale, layout = layer.weight.format.scale.value, layer.weight.layout
     return f"{layer.conversion.value} to {scale} {layout} ({loss[layer.is_lossless]})"
+
+
+def _held_words(layer: LinearPlan) -> str:
+    """How the shard differs from a slice of the checkpoint, if it does."""
+    remedy = layer.request.shard.remedy
+    if remedy is None:
+        return "as stored"
+    if remedy.value == "refine":
+        return f"scales repeated for {layer.request.format.block} (lossless)"
+    return {"uneven": "whole blocks, uneven shares", "pad": "zeros to the next block"}[remedy.value]
 
 
 def _print_rejections(out: Console, planned: ModelPlan) -> None:

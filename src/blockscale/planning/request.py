@@ -20,6 +20,19 @@ class ShardStyle(Enum):
     """Ranks hold different columns of K (o, down); outputs are summed."""
 
 
+class RemedyKind(Enum):
+    """Ways to hold a shard whose cut goes through scale blocks. None changes a value."""
+
+    REFINE = "refine"
+    """Each scale is repeated for smaller blocks that no cut goes through."""
+    UNEVEN = "uneven"
+    """Ranks hold whole blocks, some of them one block more than others."""
+    PAD = "pad"
+    """Zero rows or columns fill the shard's first and last block."""
+    EXPERT = "expert_parallel"
+    """Ranks hold fewer experts and more of each: another pair of degrees."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """The piece of a layer that one rank holds.
@@ -28,12 +41,15 @@ class Shard:
     the shard's own scales are a slice of the checkpoint's. ``unsplit_block``: where some block is
     split, the largest block that divides it and that no cut goes through. Repeating each scale for
     these smaller blocks would be exact, so a backend that takes them could serve the shard.
+    ``remedy``: how the shard is held so that no block is split; sizes and format of the request are
+    then those of the remedy, and those of the rank with the most work.
     """
 
     style: ShardStyle = ShardStyle.WHOLE
     degree: int = 1
     split_blocks: tuple[str, ...] = ()
     unsplit_block: BlockShape | None = None
+    remedy: RemedyKind | None = None
 
 
 @dataclass(frozen=True, slots=True)

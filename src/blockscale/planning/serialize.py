@@ -34,7 +34,7 @@ from blockscale.planning.plan import (
     SkippedLayer,
 )
 from blockscale.planning.policy import Determinism, Exactness, PlanPolicy, Proving, Strictness
-from blockscale.planning.request import LinearRequest, Shard, ShardStyle
+from blockscale.planning.request import LinearRequest, RemedyKind, Shard, ShardStyle
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -76,12 +76,16 @@ class PolicyDocument(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ShardDocument(msgspec.Struct, forbid_unknown_fields=True):
-    """The piece that one rank holds, and the scale blocks that the cut goes through, in words."""
+    """The piece that one rank holds, and the scale blocks that the cut goes through, in words.
+
+    ``remedy`` is absent unless the shard is held otherwise, so that no block is split.
+    """
 
     style: ShardStyle
     degree: int
     split_blocks: list[str]
     unsplit_block: tuple[int, int] | None
+    remedy: RemedyKind | msgspec.UnsetType = msgspec.UNSET
 
 
 class RowsDocument(msgspec.Struct, forbid_unknown_fields=True):
@@ -296,6 +300,7 @@ def _layer_document(plan: LinearPlan) -> LayerDocument:
             request.shard.degree,
             list(request.shard.split_blocks),
             (unsplit.mn, unsplit.k) if unsplit else None,
+            request.shard.remedy or msgspec.UNSET,
         ),
         experts=request.experts,
     )
@@ -335,7 +340,7 @@ def _layer(document: LayerDocument) -> LinearPlan:
         document.power_of_two,
         tuple(document.parts),
         document.bias,
-        Shard(shard.style, shard.degree, tuple(shard.split_blocks), unsplit),
+        Shard(shard.style, shard.degree, tuple(shard.split_blocks), unsplit, shard.remedy or None),
         document.experts,
     )
     weight = _form(document.weight_format, document.weight_scale_layout)

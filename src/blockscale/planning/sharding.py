@@ -12,6 +12,7 @@ from math import gcd
 
 from blockscale.errors import SettingsError
 from blockscale.formats import BlockShape
+from blockscale.planning.pieces import pieces_of_part
 from blockscale.planning.plan import Finding, Severity
 from blockscale.planning.request import LinearRequest, Shard, ShardStyle
 
@@ -51,13 +52,20 @@ class WholeLayer:
 
     ``part_names``: one word for each of ``request.parts``. ``part_units``: the attention heads of
     each part, or None where any row may start a shard; ranks get whole heads, and heads are
-    replicated when there are more ranks.
+    replicated when there are more ranks. ``fused_parts``: rows of each part of a weight that was
+    merged before it was stored and has one scale grid; it is cut part by part, and left alone
+    otherwise.
     """
 
     request: LinearRequest
     style: ShardStyle = ShardStyle.WHOLE
     part_names: tuple[str, ...] = ()
     part_units: tuple[int | None, ...] = ()
+    fused_parts: tuple[int, ...] = ()
+
+    def parts_when_cut(self, degree: int) -> tuple[int, ...]:
+        """Rows of each part that is cut by itself when ``degree`` ranks share the layer."""
+        return self.fused_parts if self.fused_parts and degree > 1 else self.request.parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +95,17 @@ def cut(layer: WholeLayer, parallelism: Parallelism) -> LinearRequest | Finding:
         return _cut_rows(layer, request, degree)
     if layer.style is ShardStyle.ROW and degree > 1:
         return _cut_columns(request, degree)
-    parts = [_Part(label, rows) for label, rows in zip(_labels(layer), request.parts, strict=True)]
+    labels = _labels(layer, len(request.parts))
+    parts = [_Part(label, rows) for label, rows in zip(labels, request.parts, strict=True)]
     return replace(request, shard=_row_shard(request, ShardStyle.WHOLE, 1, parts))
 
 
 def _cut_rows(layer: WholeLayer, request: LinearRequest, degree: int) -> LinearRequest | Finding:
-    units = layer.part_units or (None,) * len(request.parts)
+    whole = layer.parts_when_cut(degree)
+    units = layer.part_units or (None,) * len(whole)
     parts: list[_Part] = []
-    for label, rows, heads in zip(_labels(layer), request.parts, units, strict=True):
-        pieces = degree if heads is None else min(degree, heads)
+    for label, rows, heads in zip(_labels(layer, len(whole)), whole, units, strict=True):
+        pieces = pieces_of_part(heads, degree)
         if rows % pieces or (heads is not None and (degree % pieces or heads % pieces)):
             what = f"{label}: {rows} rows" if heads is None else f"{label}: {heads} heads"
             return _indivisible(request, what, "tensor", degree)
@@ -141,11 +151,10 @@ def _row_shard(request: LinearRequest, style: ShardStyle, degree: int, parts: li
     return Shard(style, degree, tuple(words), BlockShape(unsplit, block.k))
 
 
-def _labels(layer: WholeLayer) -> tuple[str, ...]:
-    count = len(layer.request.parts)
+def _labels(layer: WholeLayer, count: int) -> tuple[str, ...]:
     if count == 1:
         return ("the layer",)
-    if layer.part_names:
+    if len(layer.part_names) == count:
         return tuple(f"part {name}" for name in layer.part_names)
     return tuple(f"part {index}" for index in range(count))
 

@@ -179,6 +179,67 @@ def qwen3_8b() -> ModelShape:
     return ModelShape("Qwen3-8B-FP8", config, tuple(tensors))
 
 
+def qwen3_30b_a3b() -> ModelShape:
+    """Qwen3-30B-A3B-FP8: 48 layers, 128 experts of 768."""
+    return _qwen3_moe("Qwen3-30B-A3B-FP8", Qwen3Moe(2048, 32, 4, 128, 768, 48))
+
+
+def qwen3_235b_a22b() -> ModelShape:
+    """Qwen3-235B-A22B-FP8: 94 layers, 128 experts of 1536."""
+    return _qwen3_moe("Qwen3-235B-A22B-FP8", Qwen3Moe(4096, 64, 4, 128, 1536, 94))
+
+
+def qwen3_coder_480b() -> ModelShape:
+    """Qwen3-Coder-480B-A35B-FP8: 62 layers, 160 experts of 2560."""
+    return _qwen3_moe("Qwen3-Coder-480B-A35B-FP8", Qwen3Moe(6144, 96, 8, 160, 2560, 62))
+
+
+@dataclass(frozen=True, slots=True)
+class Qwen3Moe:
+    """The sizes of a Qwen3 mixture of experts; attention heads are 128 wide."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    experts: int
+    intermediate: int
+    layers: int
+
+
+def _qwen3_moe(name: str, size: Qwen3Moe) -> ModelShape:
+    hidden, vocabulary, head = size.hidden, 151936, 128
+    tensors = [TensorShape("model.embed_tokens.weight", "BF16", (vocabulary, hidden))]
+    for layer in range(size.layers):
+        prefix = f"model.layers.{layer}"
+        attention = f"{prefix}.self_attn"
+        tensors += _linear(f"{attention}.q_proj", size.heads * head, hidden)
+        tensors += _linear(f"{attention}.k_proj", size.kv_heads * head, hidden)
+        tensors += _linear(f"{attention}.v_proj", size.kv_heads * head, hidden)
+        tensors += _linear(f"{attention}.o_proj", hidden, size.heads * head)
+        tensors.append(TensorShape(f"{prefix}.mlp.gate.weight", "BF16", (size.experts, hidden)))
+        for expert in range(size.experts):
+            tensors += _gated(f"{prefix}.mlp.experts.{expert}", hidden, size.intermediate)
+        tensors += _norms(prefix, hidden)
+    tensors.append(TensorShape("model.norm.weight", "BF16", (hidden,)))
+    tensors.append(TensorShape("lm_head.weight", "BF16", (vocabulary, hidden)))
+    config = {
+        "model_type": "qwen3_moe",
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": head,
+        "num_experts": size.experts,
+        "torch_dtype": "bfloat16",
+        "quantization_config": {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [128, 128],
+            "modules_to_not_convert": ["lm_head", "gate"],
+        },
+    }
+    return ModelShape(name, config, tuple(tensors))
+
+
 def _linear(name: str, n: int, k: int) -> list[TensorShape]:
     return [
         TensorShape(f"{name}.weight", "F8_E4M3", (n, k)),
