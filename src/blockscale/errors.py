@@ -5,6 +5,7 @@
     BlockscaleError
     ├── FormatError      a value contradicts its format or layout (also a ValueError)
     ├── PlanError        no backend may serve a layer; carries every rejection
+    │   └── PlanMismatchError  a saved plan is for another checkpoint, device or version
     ├── BackendError     a planned backend cannot be prepared or run on this machine
     ├── CheckpointError  a file cannot be read, or contradicts itself
     ├── SettingsError    an environment variable or option has no meaning
@@ -18,6 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 
@@ -31,6 +33,17 @@ class FormatError(BlockscaleError, ValueError):
 
 class PlanError(BlockscaleError):
     """A layer cannot be served under the policy; the message gives every backend's reasons."""
+
+
+class PlanMismatchError(PlanError):
+    """A saved plan does not fit the checkpoint, the device or the versions here.
+
+    ``reasons``: all of them, each one line.
+    """
+
+    def __init__(self, source: str, reasons: Sequence[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__(f"{source} does not fit: {'; '.join(self.reasons)}; plan again")
 
 
 class BackendError(BlockscaleError):

@@ -37,6 +37,26 @@ BACKENDS: tuple[PlannableBackend, ...] = (
     Reference(),
 )
 
+# What the numbers of a backend depend on beside the device: its provider, and blockscale itself
+# where the kernel is ours. A plan file is refused where one of these has another version.
+_PACKAGES: dict[str, tuple[str, ...]] = {
+    "deep_gemm": ("sgl-deep-gemm",),
+    "flashinfer_trtllm": ("flashinfer-python",),
+    "gluon": ("blockscale", "triton"),
+    "torch_scaled_mm": ("torch",),
+    "sgl_cutlass": ("sgl-kernel",),
+    "flashinfer_cutlass": ("flashinfer-python",),
+    "triton": ("blockscale", "triton"),
+    "flashinfer_sm90": ("flashinfer-python",),
+    "cpu": ("blockscale",),
+    "reference": ("blockscale", "torch"),
+}
+
+
+def packages_of(name: str) -> tuple[str, ...]:
+    """The distributions whose versions a plan for this backend holds for."""
+    return _PACKAGES[name]
+
 
 def backend_named(name: str) -> PlannableBackend:
     """The backend of that name. Raises BackendError, listing the known ones, if there is none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,9 +18,11 @@ from blockscale.cli.options import (
     policy_from,
 )
 from blockscale.cli.output import ExitCode, console, print_json, progress
+from blockscale.errors import SettingsError
 
 if TYPE_CHECKING:
     from blockscale.planning.plan import ModelPlan
+    from blockscale.planning.policy import PlanPolicy
 
 
 def generate(
@@ -29,6 +32,10 @@ def generate(
     dtype: DTypeOption = None,
     backend: Backends = None,
     allow_lossy: AllowLossy = False,
+    plan_file: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="FILE", help="Run this plan (plan --layers module --save)."),
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Load a checkpoint by plan and continue a prompt, greedily."""
@@ -36,6 +43,8 @@ def generate(
     from blockscale.checkpoint.schema import read_layers
 
     policy = policy_from(backend, allow_lossy=allow_lossy)
+    if plan_file is not None:
+        _check_alone(policy)
     # Unreadable files are found here, before transformers takes seconds to import.
     count = len(read_layers(read_checkpoint(path)).quantized)
 
@@ -44,7 +53,11 @@ def generate(
     started = time.perf_counter()
     with progress("preparing", count, unit="layers") as advance:
         loaded = load_model(
-            path, dtype=dtype.dtype if dtype else None, policy=policy, progress=advance
+            path,
+            dtype=dtype.dtype if dtype else None,
+            policy=policy,
+            plan=plan_file,
+            progress=advance,
         )
     load_seconds = time.perf_counter() - started
     result = generate_text(loaded, path, prompt, max_new_tokens)
@@ -70,6 +83,18 @@ def generate(
         markup=False,
     )
     return ExitCode.FINE
+
+
+def _check_alone(policy: PlanPolicy) -> None:
+    """Raises SettingsError if options or the environment want to decide what the file has."""
+    from blockscale.planning.policy import PlanPolicy
+
+    if policy != PlanPolicy():
+        msg = (
+            "--plan brings its own policy; drop --backend, --allow-lossy and BLOCKSCALE_ settings, "
+            "or plan again with them"
+        )
+        raise SettingsError(msg)
 
 
 def _backend_counts(plan: ModelPlan) -> dict[str, int]:

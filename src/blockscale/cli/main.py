@@ -10,7 +10,18 @@ import typer
 from typer.exceptions import TyperException
 
 import blockscale
-from blockscale.cli import advise, convert, doctor, generate, inspect, plan, quantize, tune, verify
+from blockscale.cli import (
+    advise,
+    convert,
+    doctor,
+    generate,
+    inspect,
+    plan,
+    quantize,
+    tune,
+    verify,
+    warm,
+)
 from blockscale.cli.output import ExitCode, error_line
 from blockscale.errors import BlockscaleError
 
@@ -30,6 +41,7 @@ app.command("convert")(convert.convert)
 app.command("verify")(verify.verify)
 app.command("generate")(generate.generate)
 app.command("tune")(tune.tune)
+app.command("warm")(warm.warm)
 
 
 def _print_version(asked: bool) -> None:

@@ -15,6 +15,7 @@ from blockscale.errors import SettingsError
 from blockscale.formats import DType
 
 if TYPE_CHECKING:
+    from blockscale.checkpoint.requests import Merging
     from blockscale.checkpoint.write import Crew
     from blockscale.planning.device import Device
     from blockscale.planning.policy import PlanPolicy
@@ -31,6 +32,20 @@ class DTypeName(str, Enum):
     def dtype(self) -> DType:
         """The library's value."""
         return DType(self.value)
+
+
+class LayersOf(str, Enum):
+    """``--layers``: what one layer of a plan is."""
+
+    ENGINE = "engine"
+    MODULE = "module"
+
+    @property
+    def merging(self) -> Merging:
+        """The library's value."""
+        from blockscale.checkpoint.requests import Merging
+
+        return Merging(self.value)
 
 
 CheckpointPath = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +15,7 @@ from blockscale.cli.options import (
     DTypeOption,
     HeadersPath,
     Json,
+    LayersOf,
     device_from,
     policy_from,
 )
@@ -51,6 +53,13 @@ def plan(
     explain: Annotated[
         bool, typer.Option("--explain", help="Every backend's reasons for every kind of layer.")
     ] = False,
+    layers_of: Annotated[
+        LayersOf,
+        typer.Option("--layers", help="engine: merged as engines do; module: as transformers has."),
+    ] = LayersOf.ENGINE,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the plan to run it elsewhere.")
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 if a layer has no backend.")
     ] = False,
@@ -82,9 +91,14 @@ def plan(
     options = RequestOptions(
         activation,
         parallelism,
+        layers_of.merging,
         power_of_two=_read_scales(layers) if read_scales else None,
     )
     planned = plan_rank(checkpoint, layers, options, target).plan
+    if save is not None:
+        from blockscale.checkpoint.plan_file import saved_plan, write_plan
+
+        write_plan(save, saved_plan(planned, checkpoint, options))
     if as_json:
         from blockscale.planning.serialize import plan_document
 

@@ -12,11 +12,11 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from blockscale.backends.registry import BACKENDS
+from blockscale.backends.registry import BACKENDS, packages_of
 from blockscale.checkpoint.read import Checkpoint, read_checkpoint
 from blockscale.checkpoint.requests import Merging, RequestOptions, dtype_of_config, requests_of
 from blockscale.checkpoint.schema import Layers, read_layers
-from blockscale.errors import ModelError
+from blockscale.errors import ModelError, PlanMismatchError
 from blockscale.planning.planner import plan_model
 from blockscale.planning.policy import PlanPolicy, Strictness
 from blockscale.probe import detect_device
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from blockscale.integrations.transformers_quantizer import BlockScaleConfig
     from blockscale.planning.device import Device
     from blockscale.planning.plan import ModelPlan
+    from blockscale.planning.saved import SavedPlan
 
 __all__ = [
     "BlockScaleConfig",
@@ -66,16 +67,20 @@ def load_model(
     dtype: DType | None = None,
     device: Device | None = None,
     policy: PlanPolicy | None = None,
+    plan: SavedPlan | Path | str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> LoadedModel:
     """A causal language model with every block-FP8 linear layer planned and prepared.
 
     ``dtype``: of activations and of unquantized weights; config.json's by default. ``device``: what
-    to plan for, this machine by default (weights go to GPU 0 if it has one). ``progress`` is called
-    with the number of layers prepared since its last call.
+    to plan for, this machine by default (weights go to GPU 0 if it has one). ``plan``: a plan file
+    (``blockscale plan --layers module --save``) to run instead of planning; it brings dtype and
+    policy. ``progress`` is called with the number of layers prepared since its last call.
 
-    Raises CheckpointError for unreadable files, PlanError if a layer has no backend, ModelError if
-    the model class does not have the layers that the checkpoint names.
+    Raises CheckpointError for unreadable files, PlanError if a layer has no backend,
+    PlanMismatchError with every reason if ``plan`` is not for this checkpoint, this device and
+    these versions, ModelError if the model class does not have the layers that the checkpoint
+    names.
     """
     from torch import nn
 
@@ -83,16 +88,52 @@ def load_model(
 
     checkpoint = read_checkpoint(path)
     layers = read_layers(checkpoint)
-    dtype = dtype or dtype_of_config(checkpoint)
     device = device or detect_device()
-    plan = plan_modules(checkpoint, layers, dtype, device, policy or PlanPolicy())
+    if plan is None:
+        dtype = dtype or dtype_of_config(checkpoint)
+        decided = plan_modules(checkpoint, layers, dtype, device, policy or PlanPolicy())
+    else:
+        decided = _saved_modules(plan, checkpoint, layers, dtype, device)
+        dtype = decided.layers[0].request.activation_dtype
     model = _empty_model(checkpoint, dtype)
     place = "cpu" if device.is_cpu else "cuda"
-    fill(model, slots_of(model, plan, checkpoint, layers), plan, place, progress)
+    fill(model, slots_of(model, decided, checkpoint, layers), decided, place, progress)
     _load_rest(model, checkpoint, layers, dtype)
     if not device.is_cpu:
         nn.Module.to(model, "cuda")
-    return LoadedModel(model, plan)
+    return LoadedModel(model, decided)
+
+
+def _saved_modules(
+    plan: SavedPlan | Path | str,
+    checkpoint: Checkpoint,
+    layers: Layers,
+    dtype: DType | None,
+    device: Device,
+) -> ModelPlan:
+    """The plan of a file, if it is for modules as transformers has them and fits in all else."""
+    from blockscale.checkpoint.plan_file import read_plan, situation_of
+    from blockscale.planning.saved import SavedPlan, fitting_plan
+    from blockscale.planning.sharded import Target
+
+    saved = plan if isinstance(plan, SavedPlan) else read_plan(plan)
+    source = "the saved plan" if isinstance(plan, SavedPlan) else str(plan)
+    reasons = []
+    if saved.merging != Merging.MODULE.value or saved.tensor_parallel > 1:
+        reasons.append(
+            "it plans layers as engines merge and cut them; use --layers module, no --tp"
+        )
+    elif not saved.plan.layers:
+        reasons.append("it has no layer")
+    elif dtype not in {None, saved.plan.layers[0].request.activation_dtype}:
+        planned = saved.plan.layers[0].request.activation_dtype.value
+        reasons.append(f"planned for {planned} activations")
+    if saved.plan.unservable:
+        reasons.append(f"layer {saved.plan.unservable[0].name!r} has no backend")
+    if reasons:
+        raise PlanMismatchError(source, reasons)
+    here = situation_of(saved, checkpoint, layers, Target(device, saved.plan.policy, BACKENDS))
+    return fitting_plan(source, saved, here, BACKENDS, packages_of)
 
 
 def plan_modules(

@@ -67,7 +67,7 @@ def plan_linear(
     admissible: list[Offer] = []
     rejected: list[Rejection] = []
     for backend in _in_order(backends, policy):
-        answer = _answer(backend, request, device, policy)
+        answer = answer_of(backend, request, device, policy)
         if isinstance(answer, Offer):
             admissible.append(answer)
         else:
@@ -177,9 +177,10 @@ def _excluded(backends: Sequence[PlannableBackend], policy: PlanPolicy) -> list[
     ]
 
 
-def _answer(
+def answer_of(
     backend: PlannableBackend, request: LinearRequest, device: Device, policy: PlanPolicy
 ) -> Offer | list[Rejection]:
+    """A backend's answer under a policy and what the probe found: an offer, or all reasons."""
     answer = backend.evaluate(request, device)
     proof = device.proof(backend.name, request.out_dtype)
     rejections = _against_proof(backend.name, proof, policy)
