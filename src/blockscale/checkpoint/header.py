@@ -26,6 +26,9 @@ MAX_AXES = 64
 MAX_ELEMENTS = 2**63 - 1
 
 DTYPE_BITS: dict[str, int] = {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
     "BOOL": 8,
     "U8": 8,
     "I8": 8,

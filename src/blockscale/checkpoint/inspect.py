@@ -4,31 +4,40 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
-from blockscale.checkpoint.schema import Layers, Scheme, read_layers, scheme_of
-from blockscale.errors import CheckpointError
+from blockscale.checkpoint.contradictions import stored_as_float32
+from blockscale.checkpoint.schema import Layers, Scheme, survey
 from blockscale.planning.plan import Finding, Severity
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import TypeAlias
+
     from blockscale.checkpoint.read import Checkpoint
+
+    _Key: TypeAlias = tuple[int, int, str, str | None]
 
 
 @dataclass(frozen=True, slots=True)
 class ShapeGroup:
-    """Quantized layers that share shape, format and storage of scales."""
+    """Quantized layers that share shape, format and storage of scales.
+
+    ``format`` is in words for layers that are not block FP8. ``scale_dtype`` None: no scale.
+    """
 
     n: int
     k: int
     format: str
-    scale_dtype: str
+    scale_dtype: str | None
     count: int
     example: str
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """The answer of ``blockscale inspect``. ``layers`` is None where a fault stopped reading."""
+    """The answer of ``blockscale inspect``. ``foreign``: groups of layers not in block FP8."""
 
     path: str
     files: int
@@ -37,23 +46,21 @@ class Inspection:
     bytes_by_dtype: tuple[tuple[str, int], ...]
     scheme: Scheme
     groups: tuple[ShapeGroup, ...]
-    layers: Layers | None
+    foreign: tuple[ShapeGroup, ...]
+    layers: Layers
     findings: tuple[Finding, ...]
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """Formats, block shapes, quantized and skipped layers, contradictions.
 
-    A layer that cannot be read becomes a FAULT finding here, so that the rest is still shown.
-    Raises CheckpointError only if config.json itself cannot be understood.
+    Each layer that cannot be read becomes a FAULT finding; the rest is still shown. Raises
+    CheckpointError only if the declaration itself cannot be understood.
     """
-    scheme = scheme_of(checkpoint)
-    try:
-        layers = read_layers(checkpoint)
-        findings = layers.findings
-    except CheckpointError as error:
-        layers = None
-        findings = (Finding(Severity.FAULT, "unreadable_layer", str(error)),)
+    found = survey(checkpoint)
+    layers = found.layers
+    faults = (Finding(Severity.FAULT, "unreadable_layer", str(e)) for e in found.problems)
+    findings = (*faults, *layers.findings, *stored_as_float32(layers))
     by_dtype: Counter[str] = Counter()
     for entry in checkpoint.tensors.values():
         by_dtype[entry.dtype] += entry.length
@@ -63,18 +70,28 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         len(checkpoint.tensors),
         checkpoint.tensor_bytes,
         tuple(by_dtype.most_common()),
-        scheme,
-        _groups(layers) if layers else (),
+        layers.scheme,
+        _groups(
+            ((layer.n, layer.k, layer.format.name, layer.scale.dtype), layer.stacked, layer.name)
+            for layer in layers.quantized
+        ),
+        _groups(
+            (
+                (layer.n, layer.k, layer.detail, layer.scale.dtype if layer.scale else None),
+                prod(layer.weight.shape[:-2]),
+                layer.name,
+            )
+            for layer in layers.foreign
+        ),
         layers,
         findings,
     )
 
 
-def _groups(layers: Layers) -> tuple[ShapeGroup, ...]:
-    counts: Counter[tuple[int, int, str, str]] = Counter()
-    examples: dict[tuple[int, int, str, str], str] = {}
-    for layer in layers.quantized:
-        key = (layer.n, layer.k, layer.format.name, layer.scale.dtype)
-        counts[key] += layer.stacked or 1
-        examples.setdefault(key, layer.name)
+def _groups(layers: Iterable[tuple[_Key, int | None, str]]) -> tuple[ShapeGroup, ...]:
+    counts: Counter[_Key] = Counter()
+    examples: dict[_Key, str] = {}
+    for key, stacked, name in layers:
+        counts[key] += stacked or 1
+        examples.setdefault(key, name)
     return tuple(ShapeGroup(*key, count, examples[key]) for key, count in counts.items())

@@ -44,13 +44,15 @@ class ScaleFacts:
 
 
 def read_scales(entry: TensorEntry) -> NDArray[np.float32]:
-    """The stored scales as float32, in their stored shape; UE8M0 and BF16 are restated exactly.
+    """The stored scales as float32, in the entry's shape; all other dtypes are restated exactly.
 
     Raises CheckpointError if the file cannot be read.
     """
     raw = read_bytes(entry)
     if entry.dtype == "F32":
         values = np.frombuffer(raw, "<f4").astype(np.float32)
+    elif entry.dtype == "F16":
+        values = np.frombuffer(raw, "<f2").astype(np.float32)
     elif entry.dtype == "BF16":
         values = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
     else:

@@ -1,76 +1,88 @@
-"""The only place that knows foreign tensor names and config keys.
+"""The only place that knows foreign tensor names: what the tensors of a checkpoint are.
 
-A *scheme* is what config.json declares; a *layer* is what the tensors are. Data is trusted over
-declarations: a layer is quantized if and only if it has FP8 data and a scale. Where the two
-disagree there is a finding, never a guess. Block sizes come from the config, never from the ratio
-of two shapes (576 rows and 5 scales fit many blocks).
+A *scheme* is what is declared (``checkpoint.declared``); a *layer* is what the tensors are. Data is
+trusted over declarations: a layer is quantized if and only if it has quantized data and a scale.
+Where the two disagree there is a finding (``checkpoint.contradictions``), never a guess. Block
+sizes come from the declaration, never from the ratio of two shapes (576 rows and 5 scales fit many
+blocks).
 
 ``weight_scale_inv`` on disk is the multiplier that dequantizes, despite its name.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from blockscale.checkpoint.contradictions import contradictions
+from blockscale.checkpoint.declared import Scheme, SchemeKind, TargetMatcher, scheme_of
+from blockscale.checkpoint.skips import SkipMatcher
 from blockscale.errors import CheckpointError
 from blockscale.formats import E4M3FN, BlockFormat, BlockShape, ScaleFormat
-from blockscale.planning.plan import Finding, Severity, SkippedLayer
+from blockscale.planning.plan import Finding, SkippedLayer
 
 if TYPE_CHECKING:
     from blockscale.checkpoint.header import TensorEntry
     from blockscale.checkpoint.read import Checkpoint
+    from blockscale.checkpoint.skips import Reader
+
+__all__ = [
+    "FLOAT_DTYPES",
+    "WEIGHT_SUFFIX",
+    "Foreign",
+    "ForeignLayer",
+    "Layers",
+    "QuantizedLayer",
+    "Scheme",
+    "SchemeKind",
+    "Survey",
+    "read_layers",
+    "scheme_of",
+    "survey",
+]
 
 WEIGHT_SUFFIX = ".weight"
+PACKED_SUFFIX = ".weight_packed"
 FP8_DATA = "F8_E4M3"
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
-# U8 holds E8M0 exponents in MXFP8 checkpoints (facts/peers.md 3.2).
+# Two FP4 values in a byte (DeepSeek-V4: I8; ModelOpt and compressed-tensors: U8; safetensors: F4).
+PACKED_DTYPES = frozenset({"I8", "U8", "F4"})
+# U8 holds E8M0 exponents in MXFP8 checkpoints (facts/peers.md 3.2). F16 is restated exactly.
 SCALE_DTYPES = {
     "F32": ScaleFormat.FP32,
+    "F16": ScaleFormat.FP32,
     "BF16": ScaleFormat.BF16,
     "F8_E8M0": ScaleFormat.UE8M0,
     "U8": ScaleFormat.UE8M0,
 }
+# After the weight's whole name; after its name without ".weight" (DeepSeek-V4, Mistral Large 4).
+_SUFFIXES = ("_scale_inv", "_scale")
+_STEM_SUFFIXES = (".scale", ".scale_inv", ".qscale_weight")
+
+_MATRIX_AXES = 2
+_STACKED_AXES = 3
+# OCP MX: 32 FP4 values share an E8M0; NVFP4: 16 share an E4M3.
+_FP4_BLOCKS = {"F8_E8M0": 32, "U8": 32, "F8_E4M3": 16}
 
 
-class SchemeKind(Enum):
-    """How a checkpoint says its weights are stored."""
+class Foreign(Enum):
+    """What to do with layers that are quantized, but not in block FP8."""
 
-    BLOCK_FP8 = "block FP8"
-    PER_CHANNEL_FP8 = "per-channel FP8"
-    PER_TENSOR_FP8 = "per-tensor FP8"
-    NONE = "not quantized"
-    OTHER = "another quantization"
-
-
-@dataclass(frozen=True, slots=True)
-class Scheme:
-    """What config.json declares. ``block`` is set for BLOCK_FP8 only.
-
-    ``declared_scale`` is the ``scale_fmt`` claim, which data may contradict; ``skipped`` the list
-    of modules said to be unquantized; ``method`` the ``quant_method`` spelling.
-    """
-
-    kind: SchemeKind
-    method: str | None = None
-    block: BlockShape | None = None
-    declared_scale: ScaleFormat | None = None
-    skipped: tuple[str, ...] = ()
-
-    def skips(self, layer: str) -> bool:
-        """Whether the skip list names this layer: by full path, path component or ``re:`` pattern.
-
-        Whole components, not substrings: MiniMax's ``gate`` must not match ``gate_proj``.
-        """
-        return any(_names(entry, layer) for entry in self.skipped)
+    REFUSE = "refuse"
+    """Raise: whoever runs the checkpoint would run them wrongly."""
+    REPORT = "report"
+    """List them beside the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLayer:
-    """A block-FP8 weight as it lies on disk. ``format.scale`` is what the stored scales are."""
+    """A block-FP8 weight. ``format.scale`` is what the stored scales are.
+
+    ``scale.shape`` is the grid of blocks, whatever axes of length one the file writes between them
+    (ModelOpt: (rows, 1, columns, 1)).
+    """
 
     name: str
     weight: TensorEntry
@@ -94,6 +106,27 @@ class QuantizedLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class ForeignLayer:
+    """A weight that is quantized in another way than block FP8. ``detail`` says how, in words."""
+
+    name: str
+    kind: SchemeKind
+    detail: str
+    weight: TensorEntry
+    scale: TensorEntry | None
+
+    @property
+    def n(self) -> int:
+        """Rows of the weight, 1 if it has none."""
+        return self.weight.shape[-2] if len(self.weight.shape) >= _MATRIX_AXES else 1
+
+    @property
+    def k(self) -> int:
+        """Values in a row of the weight, packed ones counted each."""
+        return _values_in_a_row(self.weight, self.kind)
+
+
+@dataclass(frozen=True, slots=True)
 class Layers:
     """Every linear layer of a checkpoint, quantized or not, and what is wrong with it."""
 
@@ -101,127 +134,238 @@ class Layers:
     quantized: tuple[QuantizedLayer, ...]
     skipped: tuple[SkippedLayer, ...]
     findings: tuple[Finding, ...]
+    foreign: tuple[ForeignLayer, ...] = ()
 
 
-_MATRIX_AXES = 2
-_STACKED_AXES = 3
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """All layers that can be read, and every reason why one cannot."""
+
+    layers: Layers
+    problems: tuple[CheckpointError, ...]
 
 
-def scheme_of(checkpoint: Checkpoint) -> Scheme:
-    """What config.json declares. Raises CheckpointError, naming the key, if it cannot be read."""
-    declared = checkpoint.config.get("quantization_config")
-    if declared is None:
-        text = checkpoint.config.get("text_config")
-        declared = text.get("quantization_config") if isinstance(text, Mapping) else None
-    if declared is None:
-        return Scheme(SchemeKind.NONE)
-    path = checkpoint.config_path
-    if not isinstance(declared, Mapping):
-        raise CheckpointError(path, "quantization_config is not an object")
-    method = declared.get("quant_method")
-    reader = _METHODS.get(method) if isinstance(method, str) else None
-    if reader is None:
-        known = ", ".join(sorted(_METHODS))
-        raise CheckpointError(
-            path, f"quantization_config has quant_method {method!r}; this reader knows {known}"
-        )
-    return reader(checkpoint, declared)
-
-
-def read_layers(checkpoint: Checkpoint) -> Layers:
+def read_layers(checkpoint: Checkpoint, foreign: Foreign = Foreign.REFUSE) -> Layers:
     """Every linear layer, with findings where data and declaration disagree.
 
     Raises CheckpointError, naming file and tensor, where a quantized layer cannot be read at all:
-    no scale, a scale of the wrong shape or dtype, an unknown quantization.
+    no scale, a scale of the wrong shape or dtype, an unknown declaration. Layers in another
+    quantization raise too, unless ``foreign`` is REPORT and there are block-FP8 layers beside them.
     """
-    scheme = scheme_of(checkpoint)
-    quantized: list[QuantizedLayer] = []
-    skipped: list[SkippedLayer] = []
-    findings: list[Finding] = []
-    used: set[str] = set()
-    for entry in checkpoint.tensors.values():
-        if entry.dtype == FP8_DATA:
-            layer = _quantized_layer(checkpoint, scheme, entry)
-            used.add(layer.scale.name)
-            quantized.append(layer)
-            if scheme.skips(layer.name):
-                findings.append(_contradiction(layer.name))
-        elif entry.dtype == "F8_E5M2":
-            raise CheckpointError(
-                entry.path, "is E5M2; block FP8 weights are E4M3 (F8_E4M3)", tensor=entry.name
-            )
-        elif _is_float_linear(entry):
-            skipped.append(_skipped_layer(scheme, entry))
-    findings += _orphan_scales(checkpoint, used)
-    if scheme.kind is SchemeKind.BLOCK_FP8 and not quantized:
-        findings.append(
-            Finding(
-                Severity.WARNING,
-                "declared_but_absent",
-                f"config declares {scheme.method} with {scheme.block} blocks, but no tensor is FP8",
-            )
-        )
-    return Layers(scheme, tuple(quantized), tuple(skipped), tuple(findings))
+    found = survey(checkpoint)
+    if found.problems:
+        raise _with_count(found.problems[0], len(found.problems) - 1)
+    layers = found.layers
+    if layers.foreign and (foreign is Foreign.REFUSE or not layers.quantized):
+        raise _foreign_error(layers)
+    return layers
 
 
-def _quantized_layer(checkpoint: Checkpoint, scheme: Scheme, weight: TensorEntry) -> QuantizedLayer:
-    name = weight.name.removesuffix(WEIGHT_SUFFIX)
-    if scheme.kind in (SchemeKind.PER_CHANNEL_FP8, SchemeKind.PER_TENSOR_FP8):
-        raise CheckpointError(
-            checkpoint.config_path,
-            f"declares {scheme.kind.value} ({scheme.method}), not block FP8; blockscale plans "
-            "block-scaled layers only, serve this checkpoint with a per-channel FP8 path",
+def survey(checkpoint: Checkpoint) -> Survey:
+    """What every weight is, with the problems of those that cannot be read.
+
+    Raises CheckpointError only if the declaration itself cannot be understood.
+    """
+    reader = _Pass(checkpoint, scheme_of(checkpoint))
+    reader.read()
+    layers = reader.layers()
+    findings = contradictions(checkpoint, layers, reader.skipped_by, reader.used)
+    return Survey(replace(layers, findings=findings), tuple(reader.problems))
+
+
+def _with_count(error: CheckpointError, others: int) -> CheckpointError:
+    if not others:
+        return error
+    problem = f"{error.problem} (the first of {others + 1} such problems)"
+    return CheckpointError(error.path, problem, tensor=error.tensor)
+
+
+def _foreign_error(layers: Layers) -> CheckpointError:
+    first = layers.foreign[0]
+    counts = Counter(layer.kind.value for layer in layers.foreign)
+    words = ", ".join(f"{count} layers are {kind}" for kind, count in counts.most_common())
+    return CheckpointError(
+        first.weight.path,
+        f"is {first.detail}, not block FP8 ({words}); blockscale runs block-scaled FP8 only, serve "
+        "this checkpoint with an engine that has a path for it",
+        tensor=first.weight.name,
+    )
+
+
+class _Pass:
+    """One pass over the tensors, in file order."""
+
+    def __init__(self, checkpoint: Checkpoint, scheme: Scheme) -> None:
+        self._checkpoint = checkpoint
+        self._scheme = scheme
+        self._targets = TargetMatcher(scheme)
+        self._skips = SkipMatcher(scheme.skips)
+        self._quantized: list[QuantizedLayer] = []
+        self._foreign: list[ForeignLayer] = []
+        self._floats: list[SkippedLayer] = []
+        self.problems: list[CheckpointError] = []
+        self.skipped_by: dict[str, tuple[Reader, ...]] = {}
+        self.used: set[str] = set()
+
+    def layers(self) -> Layers:
+        """What was found, without findings."""
+        return Layers(
+            self._scheme,
+            tuple(self._quantized),
+            tuple(self._floats),
+            (),
+            tuple(self._foreign),
         )
-    if scheme.block is None:
-        raise CheckpointError(
+
+    def read(self) -> None:
+        """Look at every tensor. Packed weights first: some of their scales are E4M3 themselves."""
+        entries = self._checkpoint.tensors.values()
+        for entry in entries:
+            if entry.dtype in PACKED_DTYPES:
+                self._read_packed(entry)
+        for entry in entries:
+            if entry.dtype == FP8_DATA and entry.name not in self.used:
+                try:
+                    self._read_fp8(entry)
+                except CheckpointError as error:
+                    self.problems.append(error)
+            elif entry.dtype == "F8_E5M2":
+                self._add_foreign(entry, None, SchemeKind.E5M2, "E5M2 FP8 (F8_E5M2)")
+            elif _is_float_linear(entry):
+                self._read_float(entry)
+
+    def _read_fp8(self, weight: TensorEntry) -> None:
+        name = weight.name.removesuffix(WEIGHT_SUFFIX)
+        if len(weight.shape) not in (_MATRIX_AXES, _STACKED_AXES):
+            problem = f"has shape {weight.shape}; a weight has 2 or 3 axes"
+            raise CheckpointError(weight.path, problem, tensor=weight.name)
+        scale = self._scale_of(weight)
+        if name in self._scheme.tables:
+            self._add_foreign(weight, scale, SchemeKind.TABLE, "an FP8 embedding table")
+            return
+        scale_format = SCALE_DTYPES.get(scale.dtype)
+        if scale_format is None:
+            problem = f"is {scale.dtype}; scales are {', '.join(SCALE_DTYPES)}"
+            raise CheckpointError(scale.path, problem, tensor=scale.name)
+        declared, block = self._targets.declared(name)
+        grid = None if block is None else (*weight.shape[:-2], *block.grid(*weight.shape[-2:]))
+        if block is not None and grid is not None and _has_grid(scale.shape, grid):
+            self.skipped_by[name] = self._skips.skipped_by(name)
+            fmt = BlockFormat(E4M3FN, scale_format, block)
+            if scale.shape != grid:
+                scale = replace(scale, shape=grid)
+            self._quantized.append(QuantizedLayer(name, weight, scale, fmt))
+            return
+        kind = _kind_of_shapes(weight.shape, scale.shape)
+        if kind is None:
+            raise _shape_error(weight, scale, grid, block, declared)
+        self._add_foreign(weight, scale, kind, _SHAPE_DETAILS[kind])
+
+    def _read_packed(self, weight: TensorEntry) -> None:
+        found = self._scales_of(weight)
+        if not found:
+            return
+        scale = found[0]
+        values = _values_in_a_row(weight, SchemeKind.FP4)
+        block = _FP4_BLOCKS.get(scale.dtype)
+        if block is not None and scale.shape[-1:] == (-(-values // block),):
+            detail = f"packed FP4 ({weight.dtype}, 1x{block} blocks, {scale.dtype} scales)"
+            self._add_foreign(weight, scale, SchemeKind.FP4, detail)
+        elif weight.dtype == "I8":
+            self._add_foreign(weight, scale, SchemeKind.INT8, "INT8 (I8)")
+        else:
+            detail = f"packed in {weight.dtype} with {scale.dtype} scales"
+            self._add_foreign(weight, scale, SchemeKind.OTHER, detail)
+
+    def _read_float(self, entry: TensorEntry) -> None:
+        name = entry.name.removesuffix(WEIGHT_SUFFIX)
+        self.skipped_by[name] = self._skips.skipped_by(name)
+        if self._scheme.kind is SchemeKind.NONE:
+            reason = f"{entry.dtype}: the checkpoint is not quantized"
+        elif self.skipped_by[name]:
+            reason = f"{entry.dtype}: on the checkpoint's skip list"
+        else:
+            reason = f"{entry.dtype}: has no scale on disk"
+        self._floats.append(SkippedLayer(name, reason))
+
+    def _add_foreign(
+        self, weight: TensorEntry, scale: TensorEntry | None, kind: SchemeKind, detail: str
+    ) -> None:
+        name = weight.name.removesuffix(PACKED_SUFFIX).removesuffix(WEIGHT_SUFFIX)
+        if scale is not None:
+            self.used.add(scale.name)
+        self._foreign.append(ForeignLayer(name, kind, detail, weight, scale))
+
+    def _scale_of(self, weight: TensorEntry) -> TensorEntry:
+        found = self._scales_of(weight)
+        self.used.update(scale.name for scale in found)
+        if len(found) != 1:
+            problem = "has two scales" if found else "is FP8 but has no scale"
+            names = ", ".join(_scale_names(weight.name))
+            raise CheckpointError(weight.path, f"{problem}; looked for {names}", tensor=weight.name)
+        return found[0]
+
+    def _scales_of(self, weight: TensorEntry) -> list[TensorEntry]:
+        tensors = self._checkpoint.tensors
+        return [tensors[name] for name in _scale_names(weight.name) if name in tensors]
+
+
+def _scale_names(weight: str) -> list[str]:
+    weight = weight.removesuffix(PACKED_SUFFIX) + WEIGHT_SUFFIX * weight.endswith(PACKED_SUFFIX)
+    names = [weight + suffix for suffix in _SUFFIXES]
+    if weight.endswith(WEIGHT_SUFFIX):
+        stem = weight.removesuffix(WEIGHT_SUFFIX)
+        names += [stem + suffix for suffix in _STEM_SUFFIXES]
+    return names
+
+
+def _values_in_a_row(weight: TensorEntry, kind: SchemeKind) -> int:
+    columns = weight.shape[-1] if weight.shape else 1
+    return 2 * columns if kind is SchemeKind.FP4 and weight.dtype != "F4" else columns
+
+
+def _has_grid(shape: tuple[int, ...], grid: tuple[int, ...]) -> bool:
+    """Whether a scale tensor is the grid of blocks, as it is or as ModelOpt writes it."""
+    *leading, rows, columns = grid
+    return shape in (grid, (*leading, rows, 1, columns, 1))
+
+
+def _kind_of_shapes(weight: tuple[int, ...], scale: tuple[int, ...]) -> SchemeKind | None:
+    """Per tensor or per channel, if the scales can be nothing else."""
+    *leading, n, _ = weight
+    ones = (1,) * len(weight)
+    if scale in ((), (1,), ones, (*leading,), (*leading, 1), (*leading, 1, 1)):
+        return SchemeKind.PER_TENSOR_FP8
+    if scale in ((*leading, n), (*leading, n, 1)):
+        return SchemeKind.PER_CHANNEL_FP8
+    return None
+
+
+_SHAPE_DETAILS = {
+    SchemeKind.PER_TENSOR_FP8: "per-tensor FP8 (one scale for the matrix)",
+    SchemeKind.PER_CHANNEL_FP8: "per-channel FP8 (one scale a row)",
+}
+
+
+def _shape_error(
+    weight: TensorEntry,
+    scale: TensorEntry,
+    grid: tuple[int, ...] | None,
+    block: BlockShape | None,
+    declared: SchemeKind,
+) -> CheckpointError:
+    if grid is None:
+        return CheckpointError(
             weight.path,
-            "is FP8, but no config.json beside it declares weight_block_size; block sizes are "
+            f"is FP8 with scales of shape {scale.shape}, but its config.json says "
+            f"{declared.value!r} and no weight_block_size; block sizes are "
             "never guessed from shapes",
             tensor=weight.name,
         )
-    if len(weight.shape) not in (_MATRIX_AXES, _STACKED_AXES):
-        raise CheckpointError(
-            weight.path, f"has shape {weight.shape}; a weight has 2 or 3 axes", tensor=weight.name
-        )
-    scale = _scale_of(checkpoint, weight)
-    scale_format = SCALE_DTYPES.get(scale.dtype)
-    if scale_format is None:
-        raise CheckpointError(
-            scale.path,
-            f"is {scale.dtype}; scales are {', '.join(SCALE_DTYPES)}",
-            tensor=scale.name,
-        )
-    _check_scale_shape(weight, scale, scheme.block)
-    return QuantizedLayer(name, weight, scale, BlockFormat(E4M3FN, scale_format, scheme.block))
-
-
-def _scale_of(checkpoint: Checkpoint, weight: TensorEntry) -> TensorEntry:
-    candidates = [weight.name + "_scale_inv", weight.name + "_scale"]
-    if weight.name.endswith(WEIGHT_SUFFIX):
-        candidates.append(weight.name.removesuffix(WEIGHT_SUFFIX) + ".scale")
-    found = [checkpoint.tensors[name] for name in candidates if name in checkpoint.tensors]
-    if len(found) != 1:
-        problem = "has two scales" if found else "is FP8 but has no scale"
-        raise CheckpointError(
-            weight.path, f"{problem}; looked for {', '.join(candidates)}", tensor=weight.name
-        )
-    return found[0]
-
-
-def _check_scale_shape(weight: TensorEntry, scale: TensorEntry, block: BlockShape) -> None:
-    *leading, n, k = weight.shape
-    expected = (*leading, *block.grid(n, k))
-    if scale.shape == expected:
-        return
-    hint = ""
-    if scale.shape in ((n,), (n, 1)):
-        hint = "; one scale a row is per-channel FP8, not block FP8"
-    elif scale.shape in ((), (1,)):
-        hint = "; one scale is per-tensor FP8, not block FP8"
-    raise CheckpointError(
+    return CheckpointError(
         scale.path,
         f"has shape {scale.shape}, but {weight.name} of shape {weight.shape} in {block} blocks "
-        f"needs {expected}{hint}",
+        f"needs {grid}",
         tensor=scale.name,
     )
 
@@ -232,108 +376,3 @@ def _is_float_linear(entry: TensorEntry) -> bool:
         and len(entry.shape) == _MATRIX_AXES
         and entry.name.endswith(WEIGHT_SUFFIX)
     )
-
-
-def _skipped_layer(scheme: Scheme, entry: TensorEntry) -> SkippedLayer:
-    name = entry.name.removesuffix(WEIGHT_SUFFIX)
-    if scheme.kind is SchemeKind.NONE:
-        reason = f"{entry.dtype}: the checkpoint is not quantized"
-    elif scheme.skips(name):
-        reason = f"{entry.dtype}: on the checkpoint's skip list"
-    else:
-        reason = f"{entry.dtype}: has no scale on disk"
-    return SkippedLayer(name, reason)
-
-
-def _contradiction(name: str) -> Finding:
-    return Finding(
-        Severity.WARNING,
-        "skip_list_contradicted",
-        "is on the skip list but is stored as FP8 with a scale; it is treated as quantized",
-        name,
-    )
-
-
-def _orphan_scales(checkpoint: Checkpoint, used: set[str]) -> list[Finding]:
-    return [
-        Finding(
-            Severity.WARNING,
-            "scale_without_data",
-            f"scale {entry.name} belongs to no FP8 weight",
-            entry.name,
-        )
-        for entry in checkpoint.tensors.values()
-        if entry.name.endswith(("weight_scale_inv", "weight_scale")) and entry.name not in used
-    ]
-
-
-def _names(entry: str, layer: str) -> bool:
-    if entry.startswith("re:"):
-        try:
-            return re.match(entry.removeprefix("re:"), layer) is not None
-        except re.error:
-            return False
-    if layer == entry or layer.startswith(entry + ".") or layer.endswith("." + entry):
-        return True
-    return f".{entry}." in layer
-
-
-def _fp8(checkpoint: Checkpoint, declared: Mapping[str, Any]) -> Scheme:
-    path = checkpoint.config_path
-    skipped = _strings(path, declared, "modules_to_not_convert") + _strings(
-        path, declared, "ignored_layers"
-    )
-    block = declared.get("weight_block_size")
-    if block is None:
-        return Scheme(SchemeKind.PER_TENSOR_FP8, "fp8", skipped=skipped)
-    shape = _block(path, "weight_block_size", block)
-    declared_scale = declared.get("scale_fmt")
-    scale = ScaleFormat.UE8M0 if declared_scale == "ue8m0" else ScaleFormat.FP32
-    return Scheme(SchemeKind.BLOCK_FP8, "fp8", shape, scale, skipped)
-
-
-def _compressed_tensors(checkpoint: Checkpoint, declared: Mapping[str, Any]) -> Scheme:
-    path = checkpoint.config_path
-    groups = declared.get("config_groups")
-    group = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
-    weights = group.get("weights") if isinstance(group, Mapping) else None
-    if not isinstance(weights, Mapping):
-        raise CheckpointError(path, "compressed-tensors without config_groups.*.weights")
-    skipped = _strings(path, declared, "ignore")
-    bits, kind, strategy = (weights.get(key) for key in ("num_bits", "type", "strategy"))
-    if (bits, kind) != (8, "float"):
-        return Scheme(SchemeKind.OTHER, "compressed-tensors", skipped=skipped)
-    if strategy == "block":
-        block = _block(path, "block_structure", weights.get("block_structure"))
-        return Scheme(SchemeKind.BLOCK_FP8, "compressed-tensors", block, ScaleFormat.FP32, skipped)
-    per_channel = SchemeKind.PER_CHANNEL_FP8 if strategy == "channel" else SchemeKind.PER_TENSOR_FP8
-    return Scheme(per_channel, "compressed-tensors", skipped=skipped)
-
-
-def _mxfp8(checkpoint: Checkpoint, declared: Mapping[str, Any]) -> Scheme:
-    path = checkpoint.config_path
-    block = _block(path, "weight_block_size", declared.get("weight_block_size", [1, 32]))
-    skipped = _strings(path, declared, "ignored_layers")
-    return Scheme(SchemeKind.BLOCK_FP8, "mxfp8", block, ScaleFormat.UE8M0, skipped)
-
-
-_METHODS = {"fp8": _fp8, "compressed-tensors": _compressed_tensors, "mxfp8": _mxfp8}
-
-
-def _block(path: object, key: str, value: object) -> BlockShape:
-    if (
-        isinstance(value, list)
-        and len(value) == _MATRIX_AXES
-        and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in value)
-    ):
-        return BlockShape(value[0], value[1])
-    raise CheckpointError(str(path), f"{key} is {value!r}; expected two positive integers")
-
-
-def _strings(path: object, declared: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    value = declared.get(key)
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise CheckpointError(str(path), f"quantization_config.{key} must be a list of strings")
-    return tuple(value)

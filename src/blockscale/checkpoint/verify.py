@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, log10, prod, sqrt
 from typing import TYPE_CHECKING
 
 from blockscale.checkpoint.scales import ScaleFacts, read_scales, scale_facts
-from blockscale.checkpoint.schema import Layers, QuantizedLayer, SchemeKind
+from blockscale.checkpoint.schema import (
+    Foreign,
+    Layers,
+    QuantizedLayer,
+    SchemeKind,
+    read_layers,
+    survey,
+)
 from blockscale.errors import CheckpointError
 from blockscale.formats import K_MAJOR, BlockFormat, PowerOfTwo, ScaleFormat
 from blockscale.planning.plan import Finding, Severity
@@ -59,6 +66,23 @@ class Verification:
     def has_fault(self) -> bool:
         """Whether anything is wrong rather than merely worth knowing."""
         return any(finding.severity is Severity.FAULT for finding in self.findings)
+
+
+def verify_checkpoint(
+    checkpoint: Checkpoint,
+    against: Checkpoint | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Verification:
+    """``verify_layers`` of all layers that can be read; a FAULT finding for each that cannot.
+
+    Raises CheckpointError as ``verify_layers`` does, or if layers are FP8 but none in blocks.
+    """
+    found = survey(checkpoint)
+    if not found.layers.quantized and not found.problems:
+        read_layers(checkpoint, Foreign.REPORT)
+    result = verify_layers(found.layers, against, progress)
+    faults = (Finding(Severity.FAULT, "unreadable_layer", str(e)) for e in found.problems)
+    return replace(result, findings=(*faults, *result.findings))
 
 
 def verify_layers(

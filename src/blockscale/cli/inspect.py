@@ -18,7 +18,9 @@ from blockscale.cli.output import (
 from blockscale.cli.source import open_headers
 
 if TYPE_CHECKING:
-    from blockscale.checkpoint.inspect import Inspection
+    from rich.table import Table
+
+    from blockscale.checkpoint.inspect import Inspection, ShapeGroup
 
 
 def inspect(path: HeadersPath, as_json: Json = False) -> int:
@@ -36,8 +38,7 @@ def inspect(path: HeadersPath, as_json: Json = False) -> int:
 
 
 def _skip_reasons(inspection: Inspection) -> Counter[str]:
-    layers = inspection.layers
-    return Counter(skipped.reason for skipped in layers.skipped) if layers else Counter()
+    return Counter(skipped.reason for skipped in inspection.layers.skipped)
 
 
 def _scheme_words(inspection: Inspection) -> str:
@@ -62,25 +63,10 @@ def _print(inspection: Inspection) -> None:
     out.print(f"stored as: {by_dtype}")
     out.print(f"config:    {_scheme_words(inspection)}\n")
     if inspection.groups:
-        rows = table(
-            "layers",
-            "N",
-            "K",
-            "format",
-            "scales stored as",
-            "example",
-            numbers=("layers", "N", "K"),
-        )
-        for group in inspection.groups:
-            rows.add_row(
-                str(group.count),
-                str(group.n),
-                str(group.k),
-                group.format,
-                group.scale_dtype,
-                group.example,
-            )
-        out.print(rows)
+        out.print(_rows(inspection.groups))
+    if inspection.foreign:
+        out.print("\nin another quantization, which blockscale does not run:")
+        out.print(_rows(inspection.foreign))
     reasons = _skip_reasons(inspection)
     if reasons:
         out.print(f"\nnot quantized: {sum(reasons.values())} layers")
@@ -91,8 +77,37 @@ def _print(inspection: Inspection) -> None:
         print_findings(out, inspection.findings)
 
 
+def _rows(groups: tuple[ShapeGroup, ...]) -> Table:
+    numbers = ("layers", "N", "K")
+    rows = table("layers", "N", "K", "format", "scales stored as", "example", numbers=numbers)
+    for group in groups:
+        rows.add_row(
+            str(group.count),
+            str(group.n),
+            str(group.k),
+            group.format,
+            group.scale_dtype or "",
+            group.example,
+        )
+    return rows
+
+
+def _group_documents(groups: tuple[ShapeGroup, ...]) -> list[dict[str, Any]]:
+    return [
+        {
+            "n": group.n,
+            "k": group.k,
+            "format": group.format,
+            "scale_dtype": group.scale_dtype,
+            "layers": group.count,
+            "example": group.example,
+        }
+        for group in groups
+    ]
+
+
 def _document(inspection: Inspection) -> dict[str, Any]:
-    scheme, layers = inspection.scheme, inspection.layers
+    scheme = inspection.scheme
     return {
         "path": inspection.path,
         "files": inspection.files,
@@ -105,17 +120,8 @@ def _document(inspection: Inspection) -> dict[str, Any]:
             "block": [scheme.block.mn, scheme.block.k] if scheme.block else None,
             "declared_scale": scheme.declared_scale.value if scheme.declared_scale else None,
         },
-        "groups": [
-            {
-                "n": group.n,
-                "k": group.k,
-                "format": group.format,
-                "scale_dtype": group.scale_dtype,
-                "layers": group.count,
-                "example": group.example,
-            }
-            for group in inspection.groups
-        ],
-        "skipped": [{"name": s.name, "reason": s.reason} for s in layers.skipped] if layers else [],
+        "groups": _group_documents(inspection.groups),
+        "foreign": _group_documents(inspection.foreign),
+        "skipped": [{"name": s.name, "reason": s.reason} for s in inspection.layers.skipped],
         "findings": finding_documents(inspection.findings),
     }

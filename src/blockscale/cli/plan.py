@@ -72,7 +72,7 @@ def plan(
     from blockscale.backends.registry import BACKENDS
     from blockscale.checkpoint.rank_plan import plan_rank
     from blockscale.checkpoint.requests import RequestOptions, dtype_of_config
-    from blockscale.checkpoint.schema import read_layers
+    from blockscale.checkpoint.schema import Foreign, read_layers
     from blockscale.planning.explain import explain_model
     from blockscale.planning.sharded import Target
     from blockscale.planning.sharding import Parallelism
@@ -87,7 +87,7 @@ def plan(
         return ExitCode.FINE
     if read_scales:
         check_has_data(checkpoint)
-    layers = read_layers(checkpoint)
+    layers = read_layers(checkpoint, Foreign.REPORT)
     options = RequestOptions(
         activation,
         parallelism,

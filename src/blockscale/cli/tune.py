@@ -32,7 +32,7 @@ def tune(
     from blockscale.backends.registry import BACKENDS
     from blockscale.checkpoint.read import read_checkpoint
     from blockscale.checkpoint.requests import RequestOptions, dtype_of_config, requests_of
-    from blockscale.checkpoint.schema import read_layers
+    from blockscale.checkpoint.schema import Foreign, read_layers
     from blockscale.planning.sharding import Parallelism
     from blockscale.probe.machine import detect_device
     from blockscale.probe.measured import kept_path
@@ -41,7 +41,7 @@ def tune(
 
     counts = _counts(tokens)
     checkpoint = read_checkpoint(path)
-    layers = read_layers(checkpoint)
+    layers = read_layers(checkpoint, Foreign.REPORT)
     options = RequestOptions(dtype.dtype if dtype else dtype_of_config(checkpoint), Parallelism(tp))
     requests = requests_of(checkpoint, layers, options).requests
     device = detect_device()

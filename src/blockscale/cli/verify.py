@@ -38,13 +38,14 @@ def verify(
 ) -> int:
     """Read the data: scale faults, powers of two, and the error of each layer."""
     from blockscale.checkpoint.read import read_checkpoint
-    from blockscale.checkpoint.schema import read_layers
-    from blockscale.checkpoint.verify import verify_layers
+    from blockscale.checkpoint.schema import survey
+    from blockscale.checkpoint.verify import verify_checkpoint
 
-    layers = read_layers(read_checkpoint(path))
+    checkpoint = read_checkpoint(path)
     original = read_checkpoint(against) if against is not None else None
-    with progress("verifying", len(layers.quantized), unit="layers") as advance:
-        result = verify_layers(layers, original, advance)
+    count = len(survey(checkpoint).layers.quantized)
+    with progress("verifying", count, unit="layers") as advance:
+        result = verify_checkpoint(checkpoint, original, advance)
     if as_json:
         print_json(_document(path, result))
     else:
