@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from blockscale.checkpoint.declared import MODELOPT_NAME, SchemeKind
+from blockscale.checkpoint.declared import SchemeKind
 from blockscale.checkpoint.inspect import inspect_checkpoint
-from blockscale.checkpoint.read import Checkpoint, read_checkpoint
+from blockscale.checkpoint.read import MODELOPT_NAME, Checkpoint, read_checkpoint
 from blockscale.checkpoint.schema import Foreign, Layers, read_layers
 from blockscale.checkpoint.tensors import read_block_scaled
 from blockscale.checkpoint.verify import verify_checkpoint

@@ -19,7 +19,7 @@ from blockscale.checkpoint import hub
 from blockscale.checkpoint.header import MAX_HEADER_BYTES
 from blockscale.checkpoint.hub import Repository, read_headers, read_repository, repository_named
 from blockscale.checkpoint.inspect import inspect_checkpoint
-from blockscale.checkpoint.read import read_bytes, read_checkpoint
+from blockscale.checkpoint.read import MODELOPT_NAME, read_bytes, read_checkpoint
 from blockscale.checkpoint.remote import Patience, RemoteFile, Server
 from blockscale.errors import CheckpointError, SettingsError
 from blockscale.testing.hub_server import ENDLESS_BYTES, Answer, Asked, HubServer
@@ -88,6 +88,16 @@ def test_a_repository_is_the_checkpoint_that_was_uploaded(server: HubServer) -> 
             (entry.dtype, entry.shape, entry.offset, entry.length)
         )
     assert inspect_checkpoint(remote).groups == inspect_checkpoint(local).groups
+
+
+def test_modelopts_own_declaration_is_fetched_too(server: HubServer) -> None:
+    folder = server.folder / "org" / "tiny"
+    declared = {"quantization": {"quant_algo": "FP8_PB_WO", "exclude_modules": ["lm_head"]}}
+    (folder / MODELOPT_NAME).write_text(json.dumps(declared))
+    (folder / "config.json").write_text("{}")
+    remote = read_repository(TINY)
+    assert remote.modelopt == read_checkpoint(folder).modelopt == declared
+    assert inspect_checkpoint(remote).scheme.method == "modelopt"
 
 
 def test_no_byte_of_the_data_is_asked_for_or_sent(server: HubServer) -> None:

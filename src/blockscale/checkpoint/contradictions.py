@@ -11,12 +11,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from blockscale.checkpoint.declared import (
-    MODELOPT_NAME,
-    SchemeKind,
-    declared_config,
-    modelopt_scheme,
-)
+from blockscale.checkpoint.declared import SchemeKind, declared_config, modelopt_scheme
+from blockscale.checkpoint.read import MODELOPT_NAME
 from blockscale.formats import ScaleFormat
 from blockscale.planning.plan import Finding, Severity
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from blockscale.checkpoint.read import read_json
+from blockscale.checkpoint.read import MODELOPT_NAME
 from blockscale.checkpoint.skips import REGEX_PREFIX, Patterns, Reader, SkipList
 from blockscale.errors import CheckpointError
 from blockscale.formats import BlockShape, ScaleFormat
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from blockscale.checkpoint.read import Checkpoint
-
-MODELOPT_NAME = "hf_quant_config.json"
 
 _BLOCK_128 = BlockShape(128, 128)
 _MX_BLOCK = BlockShape(1, 32)
@@ -123,11 +121,7 @@ def scheme_of(checkpoint: Checkpoint) -> Scheme:
     declared = declared_config(checkpoint)
     if declared is not None:
         return _scheme(checkpoint.config_path, declared, checkpoint.config)
-    modelopt = modelopt_config(checkpoint)
-    if modelopt is not None:
-        path, document = modelopt
-        return _modelopt(path, document, {})
-    return Scheme(SchemeKind.NONE)
+    return modelopt_scheme(checkpoint) or Scheme(SchemeKind.NONE)
 
 
 def declared_config(checkpoint: Checkpoint) -> object:
@@ -139,19 +133,14 @@ def declared_config(checkpoint: Checkpoint) -> object:
     return declared
 
 
-def modelopt_config(checkpoint: Checkpoint) -> tuple[Path, Mapping[str, Any]] | None:
-    """``hf_quant_config.json`` and its path, None if there is no such file."""
-    path = checkpoint.config_path.parent / MODELOPT_NAME
-    return (path, read_json(path)) if path.is_file() else None
-
-
 def modelopt_scheme(checkpoint: Checkpoint) -> Scheme | None:
     """What ``hf_quant_config.json`` declares, None if there is no such file.
 
     Raises CheckpointError, naming file and key, if it cannot be read.
     """
-    found = modelopt_config(checkpoint)
-    return _modelopt(found[0], found[1], {}) if found is not None else None
+    if checkpoint.modelopt is None:
+        return None
+    return _modelopt(checkpoint.config_path.parent / MODELOPT_NAME, checkpoint.modelopt, {})
 
 
 def _scheme(path: Path, declared: object, config: Mapping[str, Any]) -> Scheme:

@@ -28,6 +28,7 @@ from blockscale.checkpoint.read import (
     CONFIG_NAME,
     INDEX_NAME,
     MAX_JSON_BYTES,
+    MODELOPT_NAME,
     SINGLE_NAME,
     Checkpoint,
     check_index,
@@ -201,7 +202,7 @@ def _fetch(
     listing: _Listing,
     progress: Callable[[int, int], None] | None,
 ) -> Kept:
-    names = [name for name in (CONFIG_NAME, INDEX_NAME) if name in listing.sizes]
+    names = [name for name in (CONFIG_NAME, MODELOPT_NAME, INDEX_NAME) if name in listing.sizes]
     documents = {
         name: server.whole(_file(server, repository, listing.commit, name), MAX_JSON_BYTES).data
         for name in names
@@ -286,4 +287,5 @@ def _checkpoint(repository: Repository, commit: str, kept: Kept) -> Checkpoint:
         index = root / INDEX_NAME
         check_index(index, weight_map_of(index, document(INDEX_NAME)), tensors)
     files = tuple(header.path for header in headers)
-    return Checkpoint(root, tensors, files, document(CONFIG_NAME), commit)
+    modelopt = document(MODELOPT_NAME) if MODELOPT_NAME in kept.documents else None
+    return Checkpoint(root, tensors, files, document(CONFIG_NAME), commit, modelopt)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+# What ModelOpt declares of its checkpoints, beside config.json or in it.
+MODELOPT_NAME = "hf_quant_config.json"
 # Far above any real index or config (DeepSeek-V3's index is 9 MB).
 MAX_JSON_BYTES = 200_000_000
 
@@ -28,7 +30,8 @@ class Checkpoint:
     """Tensors by name, the files they lie in, and config.json (empty if there is none).
 
     ``revision``: the commit of a Hub repository whose headers were fetched (``checkpoint.hub``);
-    its data is not on this disk. None for files on this disk.
+    its data is not on this disk. None for files on this disk. ``modelopt``: hf_quant_config.json,
+    None if there is none.
     """
 
     path: Path
@@ -36,6 +39,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     config: Mapping[str, Any]
     revision: str | None = None
+    modelopt: Mapping[str, Any] | None = None
 
     def tensor(self, name: str) -> TensorEntry:
         """The entry of that name. Raises CheckpointError if there is none."""
@@ -68,9 +72,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(path, "does not exist; give a directory or a .safetensors file")
     tensors = {entry.name: entry for entry in read_header(path).tensors}
-    config_path = path.parent / CONFIG_NAME
-    config = read_json(config_path) if config_path.is_file() else {}
-    return Checkpoint(path, tensors, (path,), config)
+    return Checkpoint(path, tensors, (path,), **_documents(path.parent))
 
 
 def read_bytes(entry: TensorEntry, begin: int = 0, end: int | None = None) -> bytes:
@@ -159,9 +161,17 @@ def _read_directory(directory: Path) -> Checkpoint:
         tensors = merged_tensors(headers)
     else:
         raise CheckpointError(directory, f"holds neither {INDEX_NAME} nor {SINGLE_NAME}")
-    config_path = directory / CONFIG_NAME
-    config = read_json(config_path) if config_path.is_file() else {}
-    return Checkpoint(directory, tensors, tuple(h.path for h in headers), config)
+    files = tuple(header.path for header in headers)
+    return Checkpoint(directory, tensors, files, **_documents(directory))
+
+
+def _documents(folder: Path) -> dict[str, Any]:
+    """What is declared beside the weights, as arguments of ``Checkpoint``."""
+    config, modelopt = folder / CONFIG_NAME, folder / MODELOPT_NAME
+    return {
+        "config": read_json(config) if config.is_file() else {},
+        "modelopt": read_json(modelopt) if modelopt.is_file() else None,
+    }
 
 
 def weight_map_of(index: Path, document: Mapping[str, Any]) -> dict[str, str]:

@@ -61,11 +61,13 @@ def row_bands(rows: int, columns: int, block_rows: int) -> Iterator[tuple[int, i
 
 
 def read_block_scaled(layer: QuantizedLayer) -> BlockScaledTensor:
-    """One layer's weight exactly as stored, scales in ``K_MAJOR``.
+    """One layer's weight exactly as stored, scales in ``K_MAJOR``; F16 ones become FP32, exactly.
 
     Raises CheckpointError if the files cannot be read.
     """
     scales = read_tensor(layer.scale)
     if layer.format.scale is ScaleFormat.UE8M0:
         scales = scales.view(torch.float8_e8m0fnu)  # MXFP8 files call the exponent bytes U8.
+    elif scales.dtype is torch.float16:
+        scales = scales.float()
     return BlockScaledTensor(read_tensor(layer.weight), scales, layer.format, K_MAJOR)
