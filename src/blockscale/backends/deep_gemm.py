@@ -23,7 +23,15 @@ from blockscale.formats import (
     BlockShape,
     DType,
 )
-from blockscale.planning.decision import Evidence, Offer, OperandForm, Readiness
+from blockscale.planning.decision import (
+    Arrangement,
+    Evidence,
+    GroupedRows,
+    MRange,
+    Offer,
+    OperandForm,
+    Readiness,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +39,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from blockscale.backends.base import Multiply
+    from blockscale.backends.base import Multiply, MultiplyContiguous, MultiplyMasked
     from blockscale.planning.decision import Rejection
     from blockscale.planning.device import Device
     from blockscale.planning.request import LinearRequest
@@ -68,6 +76,10 @@ N_MULTIPLE, K_MULTIPLE = 64, 128
 # less unrolling (facts/kernels.md 1.7).
 COMPILED_DIMS = "nk"
 
+# Rows of a row block: get_mk_alignment_for_contiguous_layout() on SM90. The masked kernel stores
+# whole tiles of 64 or 128 rows into flattened slots, so those must be a multiple of it too.
+ALIGNMENT = 128
+
 # tests/gpu passed on this one, with dense layers.
 TESTED = (9, 0)
 
@@ -75,12 +87,14 @@ TESTED = (9, 0)
 # token counts meet the row tiles of 16, 32, 64, 128 and 256 rows and the usual column tiles.
 COMPILED_TOKENS = (16, 32, 64, 128, 256, 1024, 4096)
 
-# (device, n, k) that prepare has compiled for in this process.
-_compiled: set[tuple[torch.device, int, int]] = set()
+ROWS = (GroupedRows(MRange(), Arrangement.CONTIGUOUS, ALIGNMENT),)
+
+# (device, experts, n, k) that prepare has compiled for in this process.
+_compiled: set[tuple[torch.device, tuple[int, ...], int, int]] = set()
 
 
 class DeepGemm:
-    """DeepGEMM: dense layers run on SM90; experts and Blackwell are planned."""
+    """DeepGEMM: runs on SM90; Blackwell is planned."""
 
     name = "deep_gemm"
 
@@ -93,23 +107,26 @@ class DeepGemm:
         gates.out_dtypes((DType.BFLOAT16,), f"a {request.out_dtype.value} model cannot run on it")
         gates.multiples(N_MULTIPLE, K_MULTIPLE)
         gates.whole_blocks()
+        gates.no_bias_of_experts()
         if device.capability in CUDA:
             gates.cuda_at_least(*CUDA[device.capability])
         if gates.rejections or device.capability is None:
             return gates.rejections
         weight, activation = FORMS[device.capability]
-        is_tested = device.capability == TESTED and request.experts is None
+        is_runnable = device.capability == TESTED
+        is_tested = is_runnable and request.experts is None
         return Offer(
             self.name,
             weight,
             activation,
             evidence=Evidence.TESTED if is_tested else Evidence.DOCUMENTED,
-            readiness=Readiness.RUNNABLE if is_tested else Readiness.PLAN_ONLY,
+            readiness=Readiness.RUNNABLE if is_runnable else Readiness.PLAN_ONLY,
             notes=(
                 f"compiles at prepare, once per (N, K), for M of {_listed(COMPILED_TOKENS)}",
                 "another M may need a kernel that is compiled when it comes",
                 *bias_notes(request),
             ),
+            rows=() if request.experts is None else ROWS,
         )
 
     def prepare(self, weight: BlockScaledTensor, offer: Offer) -> BlockScaledTensor:  # noqa: ARG002 - the protocol's signature
@@ -124,10 +141,10 @@ class DeepGemm:
         if not weight.data.is_contiguous():
             data = weight.data.contiguous()
             weight = BlockScaledTensor(data, weight.scales, weight.format, weight.layout)
-        key = (weight.device, weight.mn, weight.k)
+        key = (weight.device, weight.leading, weight.mn, weight.k)
         if key not in _compiled:
             try:
-                _compile(provider, weight)
+                (_compile_grouped if weight.leading else _compile)(provider, weight)
             except (RuntimeError, AssertionError, OSError) as error:
                 words = " ".join(str(error).split())[:300]
                 msg = f"DeepGEMM failed on a {weight.mn}x{weight.k} weight: {words}"
@@ -156,6 +173,39 @@ class DeepGemm:
 
         return multiply
 
+    def bind_contiguous(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyContiguous:  # noqa: ARG002 - the protocol's signature
+        """One DeepGEMM call, after a small kernel that says each row's expert."""
+        gemm = _provider().m_grouped_fp8_gemm_nt_contiguous
+        operand = (weight.data, weight.scales)
+
+        def multiply(
+            activation: BlockScaledTensor, groups: torch.Tensor, out: torch.Tensor
+        ) -> None:
+            if out.shape[0] == 0:
+                return
+            of_rows = groups.repeat_interleave(ALIGNMENT)
+            pair = (activation.data, activation.scales)
+            gemm(pair, operand, out, of_rows, compiled_dims=COMPILED_DIMS)
+
+        return multiply
+
+    def bind_masked(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyMasked:  # noqa: ARG002 - the protocol's signature
+        """One DeepGEMM call."""
+        gemm = _provider().fp8_m_grouped_gemm_nt_masked
+        operand = (weight.data, weight.scales)
+
+        def multiply(
+            activation: BlockScaledTensor,
+            counts: torch.Tensor,
+            out: torch.Tensor,
+            expected_rows: int,
+        ) -> None:
+            pair = (activation.data, activation.scales)
+            likely = max(1, min(expected_rows, out.shape[1]))
+            gemm(pair, operand, out, counts, likely, compiled_dims=COMPILED_DIMS)
+
+        return multiply
+
 
 def _compile(provider: ModuleType, weight: BlockScaledTensor) -> None:
     """Run on zeros for every token count of ``COMPILED_TOKENS``."""
@@ -177,6 +227,30 @@ def _compile(provider: ModuleType, weight: BlockScaledTensor) -> None:
                 out,
                 compiled_dims=COMPILED_DIMS,
             )
+        torch.cuda.synchronize(device)
+
+
+def _compile_grouped(provider: ModuleType, weight: BlockScaledTensor) -> None:
+    """The contiguous kernel, which has one tile for every number of rows."""
+    import torch
+
+    from blockscale.tensor import empty_scales
+
+    n, k = weight.mn, weight.k
+    _, form = FORMS[TESTED]
+    device = weight.device
+    with torch.cuda.device(device):
+        codes = torch.zeros((ALIGNMENT, k), dtype=torch.uint8, device=device)
+        scales = empty_scales(ALIGNMENT, k, form.format, form.layout, device)
+        out = torch.empty((ALIGNMENT, n), dtype=torch.bfloat16, device=device)
+        groups = torch.zeros(ALIGNMENT, dtype=torch.int32, device=device)
+        provider.m_grouped_fp8_gemm_nt_contiguous(
+            (codes.view(torch.float8_e4m3fn), scales),
+            (weight.data, weight.scales),
+            out,
+            groups,
+            compiled_dims=COMPILED_DIMS,
+        )
         torch.cuda.synchronize(device)
 
 

@@ -136,6 +136,15 @@ class Gates:
             "and another part follows",
         )
 
+    def no_bias_of_experts(self) -> None:
+        """A stack of experts must not have a bias: grouped products take none."""
+        request = self.request
+        self.unless(
+            request.experts is None or not request.has_bias,
+            Obstacle.GROUPING,
+            "adds no bias to the products of experts",
+        )
+
     def dense(self) -> None:
         """The layer must not be a stack of experts."""
         self.unless(

@@ -1,6 +1,6 @@
 """Warp-specialised Hopper GEMM in Gluon, blockscale's own: DeepGEMM's contract, any output dtype.
 
-Architectures: SM90. Output: bfloat16, float16, float32; fused bias.
+Architectures: SM90. Output: bfloat16, float16, float32; fused bias. Experts in both arrangements.
 Blocks: weights 128x128, activations 1x128, float32 scales, ceil(K / 128) of them.
 Scales lie as DeepGEMM's on SM90: weights as stored, activations MN-major and TMA-aligned.
 """
@@ -19,14 +19,24 @@ from blockscale.formats import (
     BlockShape,
     DType,
 )
-from blockscale.planning.decision import Evidence, Offer, OperandForm, Readiness
+from blockscale.planning.decision import (
+    Arrangement,
+    Evidence,
+    GroupedRows,
+    MRange,
+    Obstacle,
+    Offer,
+    OperandForm,
+    Readiness,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
 
-    from blockscale.backends.base import Multiply
+    from blockscale.backends.base import Multiply, MultiplyContiguous, MultiplyMasked
+    from blockscale.kernels.gluon.grouped_product import GroupedProduct
     from blockscale.planning.decision import Rejection
     from blockscale.planning.device import Device
     from blockscale.planning.request import LinearRequest
@@ -39,6 +49,12 @@ ARCHITECTURES = ((9, 0),)
 FIRST_TRITON = (3, 6)
 # TMA: rows of the operands and of the output start on 16 bytes (cuTensorMapEncodeTiled).
 TMA_BYTES = 16
+# Experts whose row counts one warp holds (``kernels.gluon.grouped_work``).
+MAX_EXPERTS = 512
+# Rows of a row block, and up to how many tokens an expert: with 8 experts a token, half of such a
+# block is full then. Estimates; every alignment is right for any number of tokens.
+ALIGNMENTS = ((8, 0.5), (16, 1), (64, 8))
+LAST_ALIGNMENT = 128
 
 
 class Gluon:
@@ -60,15 +76,21 @@ class Gluon:
         gates.out_dtypes((DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32))
         gates.multiples(TMA_BYTES // request.out_dtype.bytes, TMA_BYTES, "TMA rows are 16 bytes")
         gates.whole_blocks()
-        gates.dense()
+        gates.unless(
+            request.experts is None or request.experts <= MAX_EXPERTS,
+            Obstacle.GROUPING,
+            f"serves up to {MAX_EXPERTS} experts on one GPU, not {request.experts}",
+        )
+        gates.no_bias_of_experts()
         if gates.rejections:
             return gates.rejections
         return Offer(
             self.name,
             OperandForm(FP8_128X128_FP32, K_MAJOR),
             OperandForm(FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED),
-            evidence=Evidence.TESTED,
+            evidence=Evidence.TESTED if request.experts is None else Evidence.DOCUMENTED,
             readiness=Readiness.RUNNABLE,
+            rows=() if request.experts is None else _rows(request.experts),
         )
 
     def prepare(self, weight: BlockScaledTensor, offer: Offer) -> BlockScaledTensor:
@@ -97,6 +119,32 @@ class Gluon:
         from blockscale.kernels.gluon.product import GluonProduct
 
         return GluonProduct(weight)
+
+    def bind_contiguous(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyContiguous:  # noqa: ARG002 - the protocol's signature
+        """Row blocks of 8, 16, 32 or 64 rows go to the kernel for few rows, of 128 to the other."""
+        return _grouped_product(weight).contiguous
+
+    def bind_masked(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyMasked:  # noqa: ARG002 - the protocol's signature
+        """``expected_rows`` of 64 or fewer go to the kernel for few rows; slots of any height."""
+        return _grouped_product(weight).masked
+
+
+def _rows(experts: int) -> tuple[GroupedRows, ...]:
+    """Low row blocks while experts get few rows each."""
+    found = []
+    first = 0
+    for alignment, tokens in ALIGNMENTS:
+        last = int(tokens * experts)
+        found.append(GroupedRows(MRange(first, last), Arrangement.CONTIGUOUS, alignment))
+        first = last + 1
+    found.append(GroupedRows(MRange(first, None), Arrangement.CONTIGUOUS, LAST_ALIGNMENT))
+    return tuple(found)
+
+
+def _grouped_product(weight: BlockScaledTensor) -> GroupedProduct:
+    from blockscale.kernels.gluon.grouped_product import GroupedProduct
+
+    return GroupedProduct(weight)
 
 
 def _import_kernels() -> None:

@@ -40,11 +40,21 @@ from blockscale.testing.gluon_machine import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-MODULES = ("dialect", "schedule", "split", "waves", "dense", "small_m")
+MODULES = (
+    "dialect",
+    "schedule",
+    "split",
+    "waves",
+    "dense",
+    "small_m",
+    "grouped_schedule",
+    "grouped",
+    "grouped_small",
+)
 
 
 def load_kernels(edit: tuple[str, str] = ("", "")) -> SimpleNamespace:
-    """``dense_kernel``, ``small_m_kernel`` and the functions of ``schedule``.
+    """The kernels by their names, and the functions of ``schedule``.
 
     Made of the kernels' source and the stand-ins. ``edit``: text to replace in the source and its
     replacement, to see that a broken kernel is found out.
@@ -63,6 +73,8 @@ def load_kernels(edit: tuple[str, str] = ("", "")) -> SimpleNamespace:
     return SimpleNamespace(
         dense_kernel=loaded["dense"]["dense_kernel"],
         small_m_kernel=loaded["small_m"]["small_m_kernel"],
+        grouped_kernel=loaded["grouped"]["grouped_kernel"],
+        grouped_small_kernel=loaded["grouped_small"]["grouped_small_kernel"],
         schedule=SimpleNamespace(**loaded["schedule"]),
     )
 
@@ -76,7 +88,7 @@ def _stand_in_modules() -> dict[str, ModuleType]:
         mbarrier=SimpleNamespace(
             MBarrierLayout=lambda: "mbarrier",
             init=_init_barrier,
-            expect=lambda barrier, count: barrier.arrive(1, count),
+            expect=_expect,
             arrive=lambda barrier, count: barrier.arrive(count),
             wait=lambda barrier, phase: barrier.wait(int(machine.plain(phase))),
         ),
@@ -132,6 +144,11 @@ def _language() -> ModuleType:
         convert_layout=lambda value, layout: value,  # noqa: ARG005 - layouts mean nothing here
         where=_where,
         minimum=lambda one, other: _where(one < other, one, other),
+        maximum=lambda one, other: _where(one > other, one, other),
+        cdiv=lambda one, other: (one + other - 1) // other,
+        sum=lambda value, axis: Value(value.data.sum(axis)),
+        max=lambda value, axis: Value(value.data.amax(axis)),
+        associative_scan=_scan,
         load=_load,
         store=_store,
         atomic_add=_atomic_add,
@@ -182,6 +199,20 @@ def _init_barrier(barrier: Barrier, count: int) -> None:
     barrier.count = barrier.pending = count
 
 
+def _expect(barrier: Barrier, count: int, pred: Any = True) -> None:  # noqa: ANN401, FBT002 - Value or bool
+    if pred:
+        barrier.arrive(1, count)
+
+
+def _scan(value: Value, axis: int, combine: Callable[[Value, Value], Value]) -> Value:
+    """Results of combining all elements up to each, of a tensor with one axis."""
+    _check(axis == 0 and value.data.ndim == 1, "a scan along the only axis")
+    found = [Value(value.data[0])]
+    for element in value.data[1:]:
+        found.append(combine(found[-1], Value(element)))
+    return Value(torch.stack([one.data for one in found]))
+
+
 def _full(shape: Sequence[int], value: Any, dtype: ElementType, layout: Any) -> Value:  # noqa: ANN401, ARG001 - Gluon's signature
     return Value(torch.full(tuple(shape), float(machine.plain(value)), dtype=dtype.torch))
 
@@ -195,7 +226,7 @@ def _where(condition: Any, one: Any, other: Any) -> Any:  # noqa: ANN401 - Value
 def _elements(pointer: Pointer, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 - Value or None
     """Offsets, and which of them are wanted. Raises if a wanted one is outside the buffer."""
     offsets = torch.as_tensor(pointer.offset)
-    wanted = torch.ones((), dtype=torch.bool) if mask is None else mask.data
+    wanted = torch.as_tensor(True if mask is None else machine.plain(mask))
     wanted = wanted & torch.ones_like(offsets, dtype=torch.bool)
     offsets = offsets.expand(wanted.shape)
     outside = wanted & ((offsets < 0) | (offsets >= pointer.buffer.numel()))
@@ -234,7 +265,15 @@ def _fence() -> None:
     thread().is_fenced = True
 
 
-def _load_box(box: Box, coordinates: Sequence[int], barrier: Barrier, target: Shared) -> None:
+def _load_box(
+    box: Box,
+    coordinates: Sequence[int],
+    barrier: Barrier,
+    target: Shared,
+    pred: Any = True,  # noqa: ANN401, FBT002 - Value or bool
+) -> None:
+    if not pred:
+        return
     _check(target.shape == box.block_type.shape, "box and slot differ in shape")
     _check(target.offset % TMA_SHARED_BYTES == 0, "a slot that TMA cannot write to")
     source, where = box.clip(coordinates)

@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,9 @@ class Value:
     def __bool__(self) -> bool:
         return bool(self.data)
 
+    def __index__(self) -> int:
+        return int(self.data)
+
     def to(self, dtype: ElementType) -> Value:
         """Convert, rounding to nearest even."""
         return Value(self.data.to(dtype.torch))
@@ -79,8 +83,23 @@ def _reflected(function: Callable[[Any, Any], Any]) -> Callable[[Value, Any], Va
     return apply
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "lt", "le", "gt", "ge", "eq", "ne"):
-    _function = getattr(operator, {"and": "and_"}.get(_name, _name))
+OPERATORS = (
+    "add",
+    "sub",
+    "mul",
+    "floordiv",
+    "mod",
+    "and",
+    "or",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+)
+for _name in OPERATORS:
+    _function = getattr(operator, {"and": "and_", "or": "or_"}.get(_name, _name))
     setattr(Value, f"__{_name}__", _binary(_function))
     setattr(Value, f"__r{_name}__", _reflected(_function))
 
@@ -98,16 +117,16 @@ class Pointer:
 
 
 class Box:
-    """A tensor descriptor: a matrix and the shape of the boxes that TMA copies."""
+    """A tensor descriptor: a matrix, or several, and the shape of the boxes that TMA copies."""
 
     def __init__(self, matrix: torch.Tensor, shape: Sequence[int]) -> None:
         self.matrix = matrix
         self.dtype = ELEMENT_TYPES[matrix.dtype]
         self.layout = "box"
-        nbytes = shape[0] * shape[1] * matrix.itemsize
+        nbytes = prod(shape) * matrix.itemsize
         self.block_type = SimpleNamespace(shape=tuple(shape), nbytes=nbytes)
 
-    def clip(self, coordinates: Sequence[int]) -> tuple[torch.Tensor, tuple[slice, slice]]:
+    def clip(self, coordinates: Sequence[int]) -> tuple[torch.Tensor, tuple[slice, ...]]:
         """The part of the matrix under a box, and where it lies in the box."""
         starts = [int(plain(c)) for c in coordinates]
         if min(starts) < 0:
@@ -119,8 +138,10 @@ class Box:
                 self.block_type.shape, self.matrix.shape, starts, strict=True
             )
         ]
-        part = self.matrix[starts[0] : starts[0] + lengths[0], starts[1] : starts[1] + lengths[1]]
-        return part, (slice(0, lengths[0]), slice(0, lengths[1]))
+        part = tuple(
+            slice(start, start + length) for start, length in zip(starts, lengths, strict=True)
+        )
+        return self.matrix[part], tuple(slice(0, length) for length in lengths)
 
 
 class Shared:

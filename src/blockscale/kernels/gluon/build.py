@@ -16,6 +16,14 @@ from triton.experimental.gluon import language as gl
 from blockscale.errors import BackendError
 from blockscale.kernels.gluon.dense import dense_kernel
 from blockscale.kernels.gluon.dialect import GluonSource
+from blockscale.kernels.gluon.grouped import grouped_kernel
+from blockscale.kernels.gluon.grouped_small import grouped_small_kernel
+from blockscale.kernels.gluon.grouped_work import (
+    GROUP_ROWS,
+    AnyGroupedVariant,
+    GroupedSmallVariant,
+    GroupedVariant,
+)
 from blockscale.kernels.gluon.small_m import small_m_kernel
 from blockscale.kernels.gluon.work import (
     DENSE_REGISTERS,
@@ -23,6 +31,7 @@ from blockscale.kernels.gluon.work import (
     SMALL_REGISTERS,
     WAVE_ROWS,
     DenseVariant,
+    SmallVariant,
     scale_box,
 )
 
@@ -30,9 +39,13 @@ if TYPE_CHECKING:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import CompiledKernel
 
-    from blockscale.kernels.gluon.work import SmallVariant
-
 WARPS = 4
+KERNELS = {
+    DenseVariant: dense_kernel,
+    SmallVariant: small_m_kernel,
+    GroupedVariant: grouped_kernel,
+    GroupedSmallVariant: grouped_small_kernel,
+}
 
 # Triton's spelling of the element types.
 ELEMENTS = {
@@ -51,7 +64,7 @@ class Form:
     itself (programmatic dependent launch).
     """
 
-    variant: DenseVariant | SmallVariant
+    variant: DenseVariant | SmallVariant | AnyGroupedVariant
     out_dtype: torch.dtype
     overlap: bool = False
 
@@ -63,12 +76,17 @@ class Form:
     @property
     def kernel(self) -> Any:
         """The Gluon function."""
-        return dense_kernel if isinstance(self.variant, DenseVariant) else small_m_kernel
+        return KERNELS[type(self.variant)]
 
     @property
     def constants(self) -> dict[str, int]:
         """The kernel's compile-time parameters with their values, in order."""
         return self.variant.constants(overlap=self.overlap)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether one program has a multiprocessor to itself, and two consumers."""
+        return isinstance(self.variant, DenseVariant | GroupedVariant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +94,7 @@ class BoxType:
     """A TMA descriptor's compile-time part: elements, the box that one copy moves, its swizzle."""
 
     dtype: torch.dtype
-    block: tuple[int, int]
+    block: tuple[int, ...]
     is_swizzled: bool = True
 
     @property
@@ -86,14 +104,15 @@ class BoxType:
         if self.is_swizzled:
             return gl.NVMMASharedLayout.get_default_for(list(self.block), element)
         bits = element.primitive_bitwidth
-        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=2)
+        rank = len(self.block)
+        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=rank)
 
     @property
     def signature(self) -> str:
         """Triton's spelling."""
         name, _ = ELEMENTS[self.dtype]
-        rows, columns = self.block
-        return f"tensordesc<{name}[{rows},{columns}],{self.layout!r}>"
+        sizes = ",".join(map(str, self.block))
+        return f"tensordesc<{name}[{sizes}],{self.layout!r}>"
 
 
 def compile_form(form: Form, target: GPUTarget) -> CompiledKernel:
@@ -111,10 +130,9 @@ def compile_form(form: Form, target: GPUTarget) -> CompiledKernel:
             for name, divisor in _divisors(form).items()
         },
     )
-    is_dense = isinstance(form.variant, DenseVariant)
     options = {
         "num_warps": WARPS,
-        "maxnreg": DENSE_REGISTERS if is_dense else SMALL_REGISTERS,
+        "maxnreg": DENSE_REGISTERS if form.is_wide else SMALL_REGISTERS,
         # FFMA, not FMUL and FADD: off by default from Triton 3.10 on.
         "enable_fp_fusion": True,
         "launch_pdl": form.overlap,
@@ -137,6 +155,13 @@ def boxes(form: Form) -> dict[str, BoxType]:
             "a_scale_boxes": BoxType(torch.float32, (1, variant.rows), is_swizzled=False),
             "out": BoxType(form.out_dtype, (WAVE_ROWS, variant.columns)),
         }
+    if isinstance(variant, GroupedVariant):
+        return {
+            "a": BoxType(float8, (GROUP_ROWS, K_BLOCK)),
+            "b": BoxType(float8, (variant.columns, K_BLOCK)),
+            "a_scale_boxes": BoxType(torch.float32, (1, variant.rows), is_swizzled=False),
+            "out": BoxType(form.out_dtype, (1, WAVE_ROWS, variant.columns)),
+        }
     return {
         "a": BoxType(float8, (variant.tokens, K_BLOCK)),
         "b": BoxType(float8, (variant.weights, K_BLOCK)),
@@ -148,7 +173,9 @@ def integers(form: Form) -> tuple[str, ...]:
     """The kernel's integer parameters, in order."""
     fixed, types = form.constants, _types(form)
     return tuple(
-        name for name in form.kernel.arg_names if name not in fixed and types[name] == "i32"
+        name
+        for name in form.kernel.arg_names
+        if name not in fixed and types[name] in {"i32", "i64"}
     )
 
 
@@ -156,7 +183,8 @@ def _types(form: Form) -> dict[str, str]:
     out, _ = ELEMENTS[form.out_dtype]
     types = dict.fromkeys(form.kernel.arg_names, "i32")
     types |= dict.fromkeys(("a_scales", "b_scales", "workspace"), "*fp32")
-    types |= {"out": f"*{out}", "bias": f"*{out}", "tickets": "*i32"}
+    types |= {"out": f"*{out}", "bias": f"*{out}", "tickets": "*i32", "routing": "*i32"}
+    types["slot_stride"] = "i64"
     return types | {name: box.signature for name, box in boxes(form).items()}
 
 
@@ -164,5 +192,10 @@ def _divisors(form: Form) -> dict[str, int]:
     """What is known to divide an address (in bytes) or an integer."""
     if isinstance(form.variant, DenseVariant):
         return {"workspace": 16}
+    if isinstance(form.variant, GroupedVariant):
+        return {}
+    if isinstance(form.variant, GroupedSmallVariant):
+        width = 16 // form.out_dtype.itemsize
+        return {"out": 16, "n": width, "slot_stride": width}
     # Rows of the output start on 16 bytes (the backend's gate): N is a multiple of 16 bytes of it.
     return {"workspace": 16, "out": 16, "n": 16 // form.out_dtype.itemsize}

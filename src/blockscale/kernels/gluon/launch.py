@@ -58,7 +58,7 @@ class Launcher:
         self._types = tuple(boxes(form).values())
         self._integers = integers(form)
         self._constants = tuple(form.constants.values())
-        self._boxes: dict[tuple[int, int, int, int, int], tuple[Any, ...]] = {}
+        self._boxes: dict[tuple[int, ...], tuple[Any, ...]] = {}
 
     def box(self, number: int, address: int, rows: int, columns: int, stride: int) -> Any:
         """The arguments that describe descriptor ``number``: a (rows, columns) matrix in memory.
@@ -70,7 +70,23 @@ class Launcher:
         if found is None:
             if len(self._boxes) >= MAX_BOXES:
                 self._boxes.clear()
-            found = self._boxes[key] = self._checked(key)
+            self._check(*key)
+            found = self._boxes[key] = self._encode(number, address, [rows, columns], [stride, 1])
+        return found
+
+    def stack(self, number: int, address: int, slots: int, rows: int, columns: int) -> Any:
+        """The arguments that describe descriptor ``number``: contiguous (slots, rows, columns).
+
+        Raises BackendError if TMA cannot read it.
+        """
+        key = (number, address, slots, rows, columns, 0)
+        found = self._boxes.get(key)
+        if found is None:
+            if len(self._boxes) >= MAX_BOXES:
+                self._boxes.clear()
+            self._check(number, address, rows, columns, columns)
+            shape, strides = [slots, rows, columns], [rows * columns, columns, 1]
+            found = self._boxes[key] = self._encode(number, address, shape, strides)
         return found
 
     def __call__(self, grid: tuple[int, int], stream: int, arguments: tuple[Any, ...]) -> None:
@@ -83,8 +99,7 @@ class Launcher:
         values = {**values, "has_bias": has_bias}
         return tuple(values[name] for name in self._integers)
 
-    def _checked(self, key: tuple[int, int, int, int, int]) -> tuple[Any, ...]:
-        number, address, rows, columns, stride = key
+    def _check(self, number: int, address: int, rows: int, columns: int, stride: int) -> None:
         pitch = stride * self._types[number].dtype.itemsize
         if address % TMA_BYTES or (rows > 1 and pitch % TMA_BYTES):
             msg = (
@@ -92,14 +107,12 @@ class Launcher:
                 f"at {address:#x} with rows {pitch} bytes apart"
             )
             raise BackendError(msg)
-        return self._encode(number, address, rows, columns, stride)
 
     def _encode(
-        self, number: int, address: int, rows: int, columns: int, stride: int
+        self, number: int, address: int, shape: list[int], strides: list[int]
     ) -> tuple[Any, ...]:
         kind = self._types[number]
         base = _Address(address, kind.dtype)
-        shape, strides = [rows, columns], [stride, 1]
         return (TensorDescriptor(base, shape, strides, list(kind.block), kind.layout),)
 
 
@@ -127,12 +140,11 @@ class DirectLauncher(Launcher):
         self._direct(*grid, 1, stream, *self._static, *arguments, *self._constants)
 
     def _encode(
-        self, number: int, address: int, rows: int, columns: int, stride: int
+        self, number: int, address: int, shape: list[int], strides: list[int]
     ) -> tuple[Any, ...]:
         from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
         box = self._metadata[number]
-        shape, strides = [rows, columns], [stride, 1]
         descriptor = self._fill(
             address,
             box["swizzle"],

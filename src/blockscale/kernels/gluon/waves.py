@@ -74,7 +74,7 @@ def accumulate(ring, turns, turn_phase, a_scales, a_scale_stride, m, row, first_
         mbarrier.wait(full.index(slot), phase)
         b_scale = b_scale_slots.index(slot).load(ROWS)
         if SCALES_BY_TMA:
-            slot_scales = a_scale_slots.index(slot).reshape((BM,))
+            slot_scales = a_scale_slots.index(slot).reshape((a_scale_slots.shape[2],))
             scale0 = slot_scales.slice(FIRST, WAVE_ROWS, dim=0).load(ROWS)
             if TWO_WAVES:
                 scale1 = slot_scales.slice(SECOND, WAVE_ROWS, dim=0).load(ROWS)

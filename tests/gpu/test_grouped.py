@@ -1,0 +1,325 @@
+"""Grouped products on a GPU: bit for bit where no tolerance is needed.
+
+Small whole numbers with powers of two as scales: each kernel and tile must give the float64
+product, rounded once, for any counts. What no row counts in is NaN, before and after.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Gluon kernels need Triton 3.6")
+
+from blockscale.formats import FP8_1X128_FP32, FP8_128X128_FP32, K_MAJOR, MN_MAJOR_TMA_ALIGNED
+from blockscale.kernels.gluon.grouped_product import GroupedProduct
+from blockscale.kernels.gluon.grouped_work import grouped_small_variant, grouped_variant
+from blockscale.kernels.gluon.product import GluonProduct
+from blockscale.reference import expert_of
+from blockscale.tensor import BlockScaledTensor, as_stored
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from blockscale.kernels.gluon.grouped_work import AnyGroupedVariant
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="the Gluon kernels run on SM90 (H100, H200)",
+    ),
+]
+
+NAN = float("nan")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Each is compiled, some seconds each: every tile in bfloat16, some in the others.
+MASKED = (
+    (BF16, grouped_variant(256, 128, 2, 8)),
+    (BF16, grouped_variant(128, 128, 2, 8)),
+    (BF16, grouped_small_variant(64, 8, 2, 8)),
+    (BF16, grouped_small_variant(64, 16, 2, 8)),
+    (BF16, grouped_small_variant(64, 64, 2, 8)),
+    (BF16, grouped_small_variant(128, 16, 2, 8)),
+    (BF16, grouped_small_variant(128, 32, 2, 8)),
+    (FP16, grouped_variant(256, 128, 2, 8)),
+    (FP16, grouped_small_variant(64, 32, 2, 8)),
+    (FP32, grouped_variant(256, 128, 4, 8)),
+    (FP32, grouped_small_variant(64, 16, 4, 8)),
+)
+CONTIGUOUS = (
+    (BF16, grouped_variant(256, 128, 2)),
+    (BF16, grouped_variant(128, 128, 2)),
+    (FP16, grouped_variant(256, 128, 2)),
+    (FP32, grouped_variant(128, 128, 4)),
+)
+FEW = (
+    (BF16, grouped_small_variant(64, 8, 2)),
+    (FP16, grouped_small_variant(64, 16, 2)),
+    (BF16, grouped_small_variant(128, 64, 2)),
+)
+
+
+def nan_codes(*shape: int) -> torch.Tensor:
+    """0xFF is NaN in E4M3FN."""
+    return torch.full(shape, 0xFF, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
+
+
+def nan_scales(rows: int, k: int, leading: tuple[int, ...] = ()) -> torch.Tensor:
+    """Stored scales of ``rows`` rows, NaN with their padding."""
+    stored = MN_MAJOR_TMA_ALIGNED.stored(rows, k, FP8_1X128_FP32)
+    count = stored.elements * (leading[0] if leading else 1)
+    return as_stored(torch.full((count,), NAN, device="cuda"), stored, leading)
+
+
+class Weights:
+    """A weight for each group, of small whole numbers with powers of two as scales."""
+
+    def __init__(self, groups: int, n: int, k: int) -> None:
+        self.generator = torch.Generator("cuda").manual_seed(groups + 31 * n + 1009 * k)
+        self.groups, self.n, self.k = groups, n, k
+        self.blocks = -(-k // 128)
+        codes = nan_codes(groups, n, k)
+        for group in range(groups):
+            codes[group] = self.whole(n, k)
+        scales = self.powers(groups, -(-n // 128), self.blocks)
+        self.tensor = BlockScaledTensor(codes, scales, FP8_128X128_FP32, K_MAJOR)
+        self.product = GroupedProduct(self.tensor)
+
+    def whole(self, *shape: int) -> torch.Tensor:
+        found = torch.randint(-4, 5, shape, generator=self.generator, device="cuda")
+        return found.half().to(torch.float8_e4m3fn)
+
+    def powers(self, *shape: int) -> torch.Tensor:
+        return 2.0 ** torch.randint(-3, 4, shape, generator=self.generator, device="cuda")
+
+    def expected(self, group: int, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """The product of some rows in float64."""
+        rows = self.tensor.scales[group].double().repeat_interleave(128, 0)[: self.n]
+        weight = self.tensor.data[group].double() * rows.repeat_interleave(128, 1)[:, : self.k]
+        return codes.double() * scales.double().repeat_interleave(128, 1)[:, : self.k] @ weight.T
+
+
+class Masked:
+    """Slots of rows; what lies beyond a slot's count is NaN, in codes, scales and results."""
+
+    def __init__(self, weights: Weights, counts: Sequence[int], slot_rows: int) -> None:
+        self.weights, self.counts, self.slot_rows = weights, counts, slot_rows
+        codes = nan_codes(weights.groups, slot_rows, weights.k)
+        scales = nan_scales(slot_rows, weights.k, (weights.groups,))
+        for group, count in enumerate(counts):
+            codes[group, :count] = weights.whole(count, weights.k)
+            scales[group, :count] = weights.powers(count, weights.blocks)
+        self.activation = BlockScaledTensor(codes, scales, FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED)
+        self.device_counts = torch.tensor(counts, dtype=torch.int32, device="cuda")
+
+    def run(self, variant: AnyGroupedVariant | None, dtype: torch.dtype) -> torch.Tensor:
+        """The kernel's result; NaN where it wrote nothing, or the product of a NaN."""
+        w = self.weights
+        out = torch.full((w.groups, self.slot_rows, w.n), NAN, device="cuda").to(dtype)
+        w.product.use(variant)
+        w.product.masked(self.activation, self.device_counts, out, max(self.counts))
+        return out
+
+    def wrong(self, out: torch.Tensor) -> list[int]:
+        """Groups whose rows are not the product, or whose slot was written without any."""
+        found = []
+        for group, count in enumerate(self.counts):
+            codes, scales = self.activation.data[group], self.activation.scales[group]
+            expected = self.weights.expected(group, codes[:count], scales[:count]).to(out.dtype)
+            is_right = torch.equal(out[group, :count], expected)
+            if not is_right or (count == 0 and not bool(out[group].isnan().all())):
+                found.append(group)
+        return found
+
+
+class Contiguous:
+    """Groups one after the other in row blocks; padding rows are NaN, and row blocks of -1."""
+
+    def __init__(self, weights: Weights, counts: Sequence[int], alignment: int) -> None:
+        self.weights = weights
+        sizes = torch.tensor([-(-count // alignment) for count in counts])
+        groups = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(sizes)
+        self.groups = torch.cat([groups, torch.full((3,), -1, dtype=torch.int32)]).cuda()
+        rows = self.groups.numel() * alignment
+        codes, scales = nan_codes(rows, weights.k), nan_scales(rows, weights.k)
+        self.parts: list[tuple[int, slice]] = []
+        start = 0
+        for group, count in enumerate(counts):
+            part = slice(start, start + count)
+            codes[part] = weights.whole(count, weights.k)
+            scales[part] = weights.powers(count, weights.blocks)
+            self.parts.append((group, part))
+            start += int(sizes[group]) * alignment
+        self.used = start
+        self.activation = BlockScaledTensor(codes, scales, FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED)
+
+    def run(self, variant: AnyGroupedVariant | None, dtype: torch.dtype) -> torch.Tensor:
+        """The kernel's result; NaN where it wrote nothing, or the product of a NaN."""
+        out = torch.full((self.activation.mn, self.weights.n), NAN, device="cuda").to(dtype)
+        self.weights.product.use(variant)
+        self.weights.product.contiguous(self.activation, self.groups, out)
+        return out
+
+    def wrong(self, out: torch.Tensor) -> list[int]:
+        """Groups whose rows are not the product; -1 if a row block of nobody was written."""
+        found = []
+        for group, part in self.parts:
+            operands = self.activation.data[part], self.activation.scales[part]
+            expected = self.weights.expected(group, *operands).to(out.dtype)
+            if not torch.equal(out[part], expected):
+                found.append(group)
+        return found if bool(out[self.used :].isnan().all()) else [*found, -1]
+
+
+# Each wave's end and just beyond it, empty ones anywhere, one hot expert, nothing at all.
+COUNTS = (
+    (0, 1, 64, 65, 0, 128, 129, 0),
+    (192, 193, 256, 257, 300, 0, 7, 16),
+    (0, 0, 0, 0, 0, 300, 0, 0),
+    (0,) * 8,
+)
+
+
+@pytest.mark.parametrize(("dtype", "variant"), MASKED, ids=lambda x: getattr(x, "name", str(x)))
+def test_masked_is_exact_whatever_the_counts(
+    dtype: torch.dtype, variant: AnyGroupedVariant
+) -> None:
+    for n, k in ((456, 1152), (128, 80)):
+        weights = Weights(8, n, k)
+        for counts in COUNTS:
+            for slot_rows in (300, 331):
+                case = Masked(weights, counts, slot_rows)
+                wrong = case.wrong(case.run(variant, dtype))
+                assert not wrong, (n, k, counts, slot_rows, wrong)
+
+
+@pytest.mark.parametrize(("dtype", "variant"), CONTIGUOUS, ids=lambda x: getattr(x, "name", str(x)))
+def test_contiguous_is_exact_whatever_the_groups(
+    dtype: torch.dtype, variant: AnyGroupedVariant
+) -> None:
+    for n, k in ((456, 1152), (128, 80)):
+        weights = Weights(8, n, k)
+        for counts in (*COUNTS, (1000, 0, 129, 2000, 1, 0, 0, 513)):
+            case = Contiguous(weights, counts, 128)
+            wrong = case.wrong(case.run(variant, dtype))
+            assert not wrong, (n, k, counts, wrong)
+
+
+@pytest.mark.parametrize(("dtype", "variant"), FEW, ids=lambda x: getattr(x, "name", str(x)))
+def test_contiguous_rows_in_small_blocks_are_exact(
+    dtype: torch.dtype, variant: AnyGroupedVariant
+) -> None:
+    weights = Weights(8, 456, 1152)
+    alignment = getattr(variant, "tokens")  # noqa: B009 - only the kernel for few rows is here
+    for counts in (*COUNTS, (1, 2, 3, 0, 0, 9, 17, 1200)):
+        case = Contiguous(weights, counts, alignment)
+        wrong = case.wrong(case.run(variant, dtype))
+        assert not wrong, (counts, wrong)
+
+
+def test_all_tiles_give_the_bits_of_the_dense_kernel() -> None:
+    weights = Weights(8, 456, 1152)
+    values = torch.randn(weights.tensor.data.shape, device="cuda")
+    weights.tensor.data.copy_(values.to(torch.float8_e4m3fn))
+    counts = (200, 0, 0, 64, 0, 0, 0, 3)
+    masked, rows = Masked(weights, counts, 256), Contiguous(weights, counts, 128)
+    for case in (masked, rows):
+        codes = torch.randn(case.activation.data.shape, device="cuda")
+        case.activation.data.copy_(codes.to(torch.float8_e4m3fn))
+        case.activation.scales.uniform_(0.5, 2.0)
+    for group, part in rows.parts:
+        masked.activation.data[group, : counts[group]] = rows.activation.data[part]
+        masked.activation.scales[group, : counts[group]] = rows.activation.scales[part]
+    found = rows.run(grouped_variant(256, 128, 2), BF16)
+    assert torch.equal(
+        found[: rows.used], rows.run(grouped_variant(128, 128, 2), BF16)[: rows.used]
+    )
+    slots = [
+        masked.run(variant, BF16)
+        for dtype, variant in MASKED
+        if dtype is BF16 and "few" not in variant.name
+    ]
+    slots.append(masked.run(grouped_small_variant(64, 64, 2, 8), BF16))
+    for group, part in rows.parts:
+        for slot in slots:
+            assert torch.equal(found[part], slot[group, : counts[group]])
+    alone = torch.empty((200, 456), dtype=BF16, device="cuda")
+    codes, scales = rows.activation.data[:200], nan_scales(200, weights.k)
+    scales.copy_(rows.activation.scales[:200])
+    first = BlockScaledTensor(codes, scales, FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED)
+    dense = GluonProduct(expert_of(weights.tensor, 0))
+    dense.use(_unsplit(200, 456, weights.k), 200, BF16)
+    dense(first, alone, None)
+    assert torch.equal(found[:200], alone)
+
+
+def test_a_captured_graph_serves_every_routing_of_as_many_rows() -> None:
+    """The graph reads counts and groups when it runs: nothing of them was kept."""
+    weights = Weights(8, 456, 1152)
+    masked = Masked(weights, (300,) * 8, 300)
+    rows = Contiguous(weights, (300, 0, 0, 0, 0, 0, 0, 900), 128)
+    outs = [masked.run(None, BF16), rows.run(None, BF16)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        weights.product.masked(masked.activation, masked.device_counts, outs[0], 300)
+        weights.product.contiguous(rows.activation, rows.groups, outs[1])
+    for counts in ((0, 300, 1, 0, 0, 17, 0, 129), (0,) * 8, (300,) * 8):
+        masked.counts = counts
+        masked.device_counts.copy_(torch.tensor(counts))
+        for out in outs:
+            out.fill_(NAN)
+        graph.replay()
+        assert not masked.wrong(outs[0])
+        assert not rows.wrong(outs[1])
+    rows.groups[3:10] = torch.tensor([2, 2, 3, 5, 5, 5, 6], device="cuda")
+    graph.replay()
+    expected = Contiguous(weights, (300, 0, 200, 100, 0, 384, 128, 128), 128)
+    expected.activation.data[: rows.used] = rows.activation.data[: rows.used]
+    expected.activation.scales[: rows.used] = rows.activation.scales[: rows.used]
+    again = expected.run(None, BF16)
+    real = slice(0, 300), slice(384, 384 + 900)
+    assert all(torch.equal(outs[1][part], again[part]) for part in real)
+
+
+def test_more_than_two_to_the_31_codes_and_results() -> None:
+    """256 experts of MiniMax's size (2.4e9 codes), slots with 3.2e9 results."""
+    weights = Weights(256, 3072, 3072)
+    counts = [0] * 256
+    counts[0], counts[131], counts[255] = 9, 300, 20
+    case = Masked(weights, counts, 4096)
+    for variant in (grouped_small_variant(64, 16, 2, 256), grouped_variant(256, 128, 2, 256)):
+        out = torch.full((256, 4096, 3072), NAN, dtype=BF16, device="cuda")
+        weights.product.use(variant)
+        weights.product.masked(case.activation, case.device_counts, out, 16)
+        for group in (0, 131, 255):
+            operands = (
+                x[group, : counts[group]] for x in (case.activation.data, case.activation.scales)
+            )
+            expected = weights.expected(group, *operands).to(BF16)
+            assert torch.equal(out[group, : counts[group]], expected), (variant.name, group)
+        assert out[130].isnan().all()
+        assert out[254].isnan().all()
+        del out
+
+
+def test_what_the_rules_choose_is_exact_on_skewed_routing() -> None:
+    """128 tokens to 8 of 256 experts, a few of them favourites, in both layouts."""
+    weights = Weights(256, 384, 512)
+    chances = torch.ones(256, device="cuda")
+    chances[:4] = 200.0
+    picks = torch.multinomial(chances.expand(128, -1), 8, generator=weights.generator)
+    counts = torch.bincount(picks.flatten(), minlength=256).tolist()
+    masked = Masked(weights, counts, 128)
+    assert not masked.wrong(masked.run(None, FP16))
+    for alignment in (16, 128):
+        rows = Contiguous(weights, counts, alignment)
+        assert not rows.wrong(rows.run(None, FP16)), alignment
+
+
+def _unsplit(m: int, n: int, k: int) -> object:
+    from blockscale.kernels.gluon.work import dense_variant, dense_work
+
+    return dense_work(dense_variant(128, 128, 2), m, n, k, 132)
