@@ -160,9 +160,7 @@ def test_a_split_that_nothing_helps_stays_unservable_and_says_so() -> None:
     layers = attention(3, 48)
     shards = shards_of(layers, Parallelism(3), target)
     plan = plan_shards(shards, target)
-    assert [one.remedies.chosen.kind for one in shards.split if one.remedies.chosen] == [
-        RemedyKind.PAD
-    ]
+    assert [one.chosen.kind for one in shards.split if one.chosen] == [RemedyKind.PAD]
     none = Target(Device.named("sm_80"), PlanPolicy(backends=("gluon",)), BACKENDS)
     plan = plan_shards(shards_of(layers, Parallelism(3), none), none)
     assert len(plan.unservable) == 2
@@ -235,3 +233,16 @@ def test_a_plain_piece_and_a_plain_cut_agree(share: int, degree: int) -> None:
 def test_a_scale_that_two_stored_blocks_would_share_is_refused() -> None:
     with pytest.raises(FormatError, match="does not fit"):
         Span(64, 128).scale_indices(128, 128)
+
+
+@pytest.mark.parametrize("wanted", [RemedyKind.REFINE, RemedyKind.UNEVEN, RemedyKind.PAD])
+def test_a_wanted_remedy_is_taken(wanted: RemedyKind) -> None:
+    target = Target(Device.named("sm_90"), PlanPolicy(), BACKENDS, wanted)
+    shards = shards_of(mlp(384), Parallelism(2), target)
+    assert {one.shard.remedy for one in shards.requests} == {wanted}
+
+
+def test_a_wanted_remedy_that_is_not_offered_is_not_missed() -> None:
+    target = Target(Device.named("sm_90"), PlanPolicy(), BACKENDS, RemedyKind.UNEVEN)
+    shards = shards_of(attention(6, 64), Parallelism(2), target)
+    assert {one.shard.remedy for one in shards.requests} == {RemedyKind.REFINE}

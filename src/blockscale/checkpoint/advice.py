@@ -117,11 +117,7 @@ def _advice(whole: Sequence[WholeLayer], parallelism: Parallelism, target: Targe
         tuple(_over_the_model(kind, shards.split) for kind in RemedyKind)
         if shards.split and len(divisible) == len(whole)
         else (),
-        tuple(
-            dict.fromkeys(
-                one.remedies.chosen.kind for one in shards.split if one.remedies.chosen is not None
-            )
-        ),
+        tuple(dict.fromkeys(one.chosen.kind for one in shards.split if one.chosen is not None)),
     )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from blockscale.checkpoint.requests import MergedLayer
     from blockscale.checkpoint.schema import Layers
     from blockscale.planning.pieces import Piece
-    from blockscale.planning.plan import ModelPlan
+    from blockscale.planning.plan import LinearPlan, ModelPlan
     from blockscale.planning.sharding import Parallelism
 
 
@@ -32,6 +32,10 @@ class RankPlan:
     rank: int
     merged: MergedLayers
     shards: Shards
+
+    def layer(self, layer: MergedLayer) -> LinearPlan:
+        """This rank's plan of ``layer``. Raises KeyError if it cannot be divided."""
+        return self.plan.layer(layer.whole.request.name)
 
     def piece(self, layer: MergedLayer) -> Piece:
         """What this rank reads of ``layer``, which must be in the plan."""

@@ -118,6 +118,13 @@ class Remedies:
         kept = [remedy for remedy in self.offered if remedy.kind is not RemedyKind.EXPERT]
         return min(kept, key=_preference, default=None)
 
+    def choice(self, wanted: RemedyKind | None) -> Remedy | None:
+        """The wanted remedy if it is offered at the asked degrees, else the chosen one."""
+        for remedy in self.offered:
+            if remedy.kind is wanted and wanted is not RemedyKind.EXPERT:
+                return remedy
+        return self.chosen
+
 
 def _preference(remedy: Remedy) -> tuple[bool, float, int]:
     price = remedy.price

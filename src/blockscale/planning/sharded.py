@@ -26,11 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What to plan for. ``backends``: all that exist, in the registry's order."""
+    """What to plan for. ``backends``: all that exist, in the registry's order.
+
+    ``remedy``: the one to take wherever it is offered, None for the cheapest.
+    """
 
     device: Device
     policy: PlanPolicy
     backends: Sequence[PlannableBackend]
+    remedy: RemedyKind | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ class SplitSet:
 
     ``names``: in checkpoint order. ``count``: how many such sets the model has; this is the first.
     ``split_layers``: how many layers of a set are split. ``reason``: the first split, in words.
+    ``chosen``: the remedy that is planned, None if none helps.
     """
 
     names: tuple[str, ...]
@@ -46,6 +51,7 @@ class SplitSet:
     split_layers: int
     reason: str
     remedies: Remedies
+    chosen: Remedy | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +109,7 @@ def shards_of(
             plain = request_of(layer, parallelism, piece, holding)
         requests.append(plain)
     indivisible = tuple(one for one in cuts.values() if isinstance(one, Finding))
-    found = tuple(_finding(one) for one in split if one.remedies.chosen)
+    found = tuple(_finding(one) for one in split if one.chosen)
     return Shards(tuple(requests), holdings, split, (*indivisible, *found))
 
 
@@ -124,7 +130,7 @@ def _remedies(
         same[key].append(members)
     holdings = {}
     for key, sets in same.items():
-        chosen = answers[key].chosen
+        chosen = answers[key].choice(target.remedy)
         if chosen is None:
             continue
         for members in sets:
@@ -138,6 +144,7 @@ def _remedies(
             sum(bool(_split_words(layer, cuts)) for layer in sets[0]),
             _first_split(sets[0], cuts),
             answers[key],
+            answers[key].choice(target.remedy),
         )
         for key, sets in same.items()
     )
@@ -187,7 +194,7 @@ def _nameless(layer: WholeLayer) -> WholeLayer:
 
 
 def _finding(split: SplitSet) -> Finding:
-    chosen = split.remedies.chosen
+    chosen = split.chosen
     assert chosen is not None
     others = [remedy for remedy in split.remedies.offered if remedy is not chosen]
     also = "; ".join(remedy_words(other, split.count) for other in others)

@@ -1,0 +1,1 @@
+"""Layers whose weight is spread over processes, on top of torch.distributed."""
