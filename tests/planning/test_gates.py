@@ -25,7 +25,7 @@ from blockscale.planning.decision import (
     Rejection,
 )
 from blockscale.planning.device import KNOWN_DEVICES, Device, Proof, Verdict
-from blockscale.planning.planner import plan_linear
+from blockscale.planning.planner import plan_experts, plan_linear
 from blockscale.planning.policy import Determinism, Exactness, PlanPolicy, Proving
 from blockscale.planning.request import LinearRequest, Shard, ShardStyle
 
@@ -191,6 +191,9 @@ def test_every_obstacle_occurs() -> None:
     seen += plan_linear(
         request(), h200, PlanPolicy(determinism=Determinism.REQUIRED), [_Picky()]
     ).rejected
+    # One weight of the set has 1000 columns, which DeepGEMM refuses: it gets neither.
+    one, other = request(experts=8), request(experts=8, k=1000)
+    seen += plan_experts([one, other], h200, PlanPolicy(), BACKENDS)[0].rejected
     assert set(Obstacle) == {rejection.obstacle for rejection in seen}
 
 

@@ -33,7 +33,7 @@ class Merging(Enum):
     ENGINE = "engine"
     """q, k, v together; gate and up together; experts stacked: as serving engines run them."""
     MODULE = "module"
-    """Every stored weight by itself: as transformers' modules have them."""
+    """Every stored weight by itself, experts stacked: as transformers' modules have them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,11 +202,12 @@ def _grouped(
     layers: Layers, merging: Merging
 ) -> tuple[dict[str, list[QuantizedLayer]], dict[str, Counter[str]]]:
     """Layers by the name they are planned under; and which merged leaves fell apart, and why."""
-    if merging is Merging.MODULE:
-        return {layer.name: [layer] for layer in layers.quantized}, {}
     merged: dict[str, list[QuantizedLayer]] = defaultdict(list)
     for layer in layers.quantized:
-        merged[_merged_name(layer)].append(layer)
+        is_alone = merging is Merging.MODULE and not _are_experts([layer])
+        merged[layer.name if is_alone else _merged_name(layer)].append(layer)
+    if merging is Merging.MODULE:
+        return dict(merged), {}
     unquantized = {layer.name for layer in layers.skipped}
     groups: dict[str, list[QuantizedLayer]] = {}
     unmerged: dict[str, Counter[str]] = defaultdict(Counter)
@@ -270,7 +271,7 @@ def _merged_layer(
 ) -> MergedLayer:
     parts = _parts(members)
     first = members[0]
-    experts = _expert_count(members, parts) if options.merging is Merging.ENGINE else first.stacked
+    experts = _expert_count(members, parts)
     request = LinearRequest(
         name=name,
         n=sum(part.n for part in parts),

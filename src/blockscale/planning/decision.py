@@ -27,6 +27,8 @@ class Obstacle(Enum):
     ALIGNMENT = "alignment"
     SHARD_SPLITS_BLOCK = "shard_splits_block"
     GROUPING = "grouping"
+    EXPERT_SET = "expert_set"
+    """It would run one weight of a set of experts, but not the other."""
     FAILED_PROBE = "failed_probe"
     UNVERIFIED_SCALES = "unverified_scales"
     LOSSY_CONVERSION = "lossy_conversion"

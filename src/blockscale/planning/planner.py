@@ -23,6 +23,7 @@ from blockscale.planning.decision import (
     Rejection,
 )
 from blockscale.planning.device import Verdict
+from blockscale.planning.expert_sets import expert_sets, jointly
 from blockscale.planning.explain import unservable_message
 from blockscale.planning.findings import findings_of
 from blockscale.planning.measured import measured_ranges
@@ -64,15 +65,60 @@ def plan_linear(
     Raises SettingsError if the policy names a backend that does not exist; PlanError, naming every
     backend and reason, if nothing fits and ``policy.strictness`` is RAISE.
     """
-    admissible: list[Offer] = []
-    rejected: list[Rejection] = []
-    for backend in _in_order(backends, policy):
-        answer = answer_of(backend, request, device, policy)
-        if isinstance(answer, Offer):
-            admissible.append(answer)
-        else:
-            rejected.extend(answer)
+    return _decided(request, _answers([request], device, policy, backends)[0], device, policy)
+
+
+def plan_experts(
+    requests: Sequence[LinearRequest],
+    device: Device,
+    policy: PlanPolicy,
+    backends: Sequence[PlannableBackend],
+) -> tuple[LinearPlan, ...]:
+    """One decision for the stacked weights of one set of experts (w13 and w2).
+
+    Their products share the tokens' order in memory, so a backend serves all of them or none, for
+    the same numbers of tokens. Otherwise as ``plan_linear``.
+    """
+    return tuple(
+        _decided(request, answers, device, policy)
+        for request, answers in zip(
+            requests, _answers(requests, device, policy, backends), strict=True
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """What the backends said about one request: offers in order of preference, and refusals."""
+
+    admissible: list[Offer]
+    rejected: list[Rejection]
+    excluded: list[Rejection]
+
+
+def _answers(
+    requests: Sequence[LinearRequest],
+    device: Device,
+    policy: PlanPolicy,
+    backends: Sequence[PlannableBackend],
+) -> list[_Answers]:
+    """One for each of the requests, which must be served by the same backends."""
     excluded = _excluded(backends, policy)
+    answers = [_Answers([], [], excluded) for _ in requests]
+    for backend in _in_order(backends, policy):
+        found = [answer_of(backend, request, device, policy) for request in requests]
+        for each, answer in zip(answers, jointly(requests, found), strict=True):
+            if isinstance(answer, Offer):
+                each.admissible.append(answer)
+            else:
+                each.rejected.extend(answer)
+    return answers
+
+
+def _decided(
+    request: LinearRequest, answers: _Answers, device: Device, policy: PlanPolicy
+) -> LinearPlan:
+    admissible, rejected, excluded = answers.admissible, answers.rejected, answers.excluded
     anchor = next((offer for offer in admissible if offer.m_range.is_unbounded), None)
     if anchor is None:
         rejected += [_bounded_without_anchor(offer) for offer in admissible]
@@ -107,25 +153,30 @@ def plan_model(
 ) -> ModelPlan:
     """Plans for all layers of a checkpoint, with findings about what the policy gave up.
 
-    Layers that differ only in name are decided once. Raises as ``plan_linear`` does.
+    Layers that differ only in name are decided once, and so are the weights of one set of experts.
+    Raises as ``plan_linear`` does.
     """
-    decided: dict[LinearRequest, LinearPlan] = {}
-    layers: list[LinearPlan] = []
-    for request in requests:
-        nameless = replace(request, name="")
-        plan = decided.get(nameless)
-        if plan is None:
-            plan = plan_linear(request, device, policy, backends)
-            decided[nameless] = plan
-        layers.append(replace(plan, request=request))
-    lenient = replace(policy, strictness=Strictness.REPORT)
-    if_powers_of_two = {
-        nameless: plan_linear(
-            replace(nameless, power_of_two=PowerOfTwo.YES), device, lenient, backends
+    decided: dict[tuple[LinearRequest, ...], tuple[LinearPlan, ...]] = {}
+    asked = tuple(requests)
+    planned: dict[LinearRequest, LinearPlan] = {}
+    for together in expert_sets(asked):
+        nameless = tuple(replace(request, name="") for request in together)
+        plans = decided.get(nameless)
+        if plans is None:
+            plans = plan_experts(nameless, device, policy, backends)
+            decided[nameless] = plans
+        planned.update(
+            (request, replace(plan, request=request))
+            for request, plan in zip(together, plans, strict=True)
         )
-        for nameless, plan in decided.items()
-        if any(r.obstacle is Obstacle.UNVERIFIED_SCALES for r in plan.rejected)
-    }
+    layers = [planned[request] for request in asked]
+    lenient = replace(policy, strictness=Strictness.REPORT)
+    if_powers_of_two: dict[LinearRequest, LinearPlan] = {}
+    for nameless, plans in decided.items():
+        if any(r.obstacle is Obstacle.UNVERIFIED_SCALES for plan in plans for r in plan.rejected):
+            known = [replace(request, power_of_two=PowerOfTwo.YES) for request in nameless]
+            then = plan_experts(known, device, lenient, backends)
+            if_powers_of_two.update(zip(nameless, then, strict=True))
     found = (*findings, *findings_of(layers, if_powers_of_two))
     return ModelPlan(device, policy, tuple(layers), tuple(skipped), found)
 
