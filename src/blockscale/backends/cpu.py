@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blockscale.backends.gates import Gates
+from blockscale.backends.gates import UNPADDED, Gates
 from blockscale.errors import FormatError
 from blockscale.formats import K_MAJOR, ScaleFormat
 from blockscale.planning.decision import Evidence, Obstacle, Offer, OperandForm, Readiness
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from blockscale.backends.base import Multiply
+    from blockscale.backends.base import Multiply, MultiplyContiguous
     from blockscale.planning.decision import Rejection
     from blockscale.planning.device import Device
     from blockscale.planning.request import LinearRequest
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # How a Device says that a C++ compiler was found (probe.py); its version is the path.
 COMPILER = "c++"
 NAN_CODE = 0x7F
+# Codes that are looked through at a time: a stack of experts may be most of the memory there is.
+BAND_ELEMENTS = 4 << 20
 
 
 class Cpu:
@@ -53,6 +55,7 @@ class Cpu:
             f"writes the activation's dtype, {request.activation_dtype.value}",
         )
         gates.whole_blocks()
+        gates.no_bias_of_experts()
         if gates.rejections:
             return gates.rejections
         return Offer(
@@ -60,8 +63,9 @@ class Cpu:
             OperandForm(request.format.with_scale(ScaleFormat.FP32), K_MAJOR),
             None,
             evidence=Evidence.TESTED,
-            readiness=Readiness.RUNNABLE if request.experts is None else Readiness.PLAN_ONLY,
+            readiness=Readiness.RUNNABLE,
             notes=("weight-only: activations are not quantized",),
+            rows=() if request.experts is None else (UNPADDED,),
         )
 
     def prepare(self, weight: BlockScaledTensor, offer: Offer) -> BlockScaledTensor:  # noqa: ARG002 - the protocol's signature
@@ -69,13 +73,10 @@ class Cpu:
 
         Raises BackendError without a compiler, FormatError if a code is NaN.
         """
-        import torch
-
         from blockscale.kernels.cpu.build import library
 
         library()
-        codes = weight.data.view(torch.uint8)
-        if bool(((codes & NAN_CODE) == NAN_CODE).any()):
+        if _holds_nan(weight.data):
             msg = "the weight holds NaN codes; find the layer with `blockscale verify`"
             raise FormatError(msg)
         return weight
@@ -91,3 +92,23 @@ class Cpu:
 
         block = weight.format.block
         return WeightOnlyProduct(weight.data, weight.scales, (block.mn, block.k))
+
+    def bind_contiguous(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyContiguous:  # noqa: ARG002 - the protocol's signature
+        """As ``bind``, for each expert that has rows."""
+        from blockscale.kernels.cpu.grouped import GroupedWeightOnlyProduct
+
+        block = weight.format.block
+        return GroupedWeightOnlyProduct(weight.data, weight.scales, (block.mn, block.k))
+
+
+def _holds_nan(data: torch.Tensor) -> bool:
+    import torch
+
+    codes = data.view(torch.uint8)
+    rows = max(1, BAND_ELEMENTS // codes.shape[-1])
+    matrices = codes if codes.ndim > 2 else [codes]  # noqa: PLR2004 - a matrix has two axes
+    return any(
+        bool(((band & NAN_CODE) == NAN_CODE).any())
+        for matrix in matrices
+        for band in matrix.split(rows)
+    )

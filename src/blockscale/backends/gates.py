@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from blockscale.planning.decision import Obstacle, Rejection
+from blockscale.planning.decision import Arrangement, GroupedRows, MRange, Obstacle, Rejection
 from blockscale.planning.device import Installed, Verdict
 
 if TYPE_CHECKING:
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from blockscale.formats import BlockShape, DType
     from blockscale.planning.device import Device
     from blockscale.planning.request import LinearRequest
+
+
+# Rows of experts as a CPU has them: each block is one row, nothing is padded.
+UNPADDED = GroupedRows(MRange(), Arrangement.CONTIGUOUS, 1)
 
 
 @dataclass(slots=True)

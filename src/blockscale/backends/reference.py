@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blockscale.backends.gates import Gates
+from blockscale.backends.gates import UNPADDED, Gates
 from blockscale.formats import E4M3FN, K_MAJOR, BlockFormat, BlockShape, ScaleFormat
 from blockscale.planning.decision import Evidence, Offer, OperandForm, Readiness
 
@@ -34,6 +34,7 @@ class Reference:
         """An offer, unless the shard cuts through a scale block."""
         gates = Gates(self.name, request, device)
         gates.whole_blocks()
+        gates.no_bias_of_experts()
         if gates.rejections:
             return gates.rejections
         weight = request.format
@@ -45,8 +46,9 @@ class Reference:
             OperandForm(weight, K_MAJOR),
             OperandForm(activation, K_MAJOR),
             evidence=Evidence.TESTED,
-            readiness=Readiness.RUNNABLE if request.experts is None else Readiness.PLAN_ONLY,
+            readiness=Readiness.RUNNABLE,
             notes=("slow: dequantizes the weight on every call",),
+            rows=() if request.experts is None else (UNPADDED,),
         )
 
     def prepare(self, weight: BlockScaledTensor, offer: Offer) -> BlockScaledTensor:  # noqa: ARG002 - the protocol's signature

@@ -272,7 +272,7 @@ void one_group(const Product& p, int64_t row) {
 extern "C" {
 
 // Changes whenever the functions below change; the loader compares it.
-int blockscale_abi() { return 2; }
+int blockscale_abi() { return 3; }
 
 // out[m, n] = x[m, k] * weight[n, k]^T + bias, all float tensors of `dtype`; x rows are `ldx`
 // elements apart, weight rows `ldw`.
@@ -287,6 +287,38 @@ void blockscale_product(const void* x, const uint8_t* data, const float* scales,
   const int64_t groups = (n + kGroupRows - 1) / kGroupRows;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t group = 0; group < groups; ++group) one_group(product, group * kGroupRows);
+}
+
+// The same for several experts of a stack: segment i is (expert, first row, rows) in `segments`,
+// and multiplies those rows of x and out. Weights are `expert_stride` bytes apart, scales
+// `scale_stride` floats. Rows outside all segments are neither read nor written.
+void blockscale_grouped_product(const void* x, const uint8_t* data, const float* scales, void* out,
+                                const int64_t* segments, int dtype, int64_t count, int64_t n,
+                                int64_t k, int64_t ldx, int64_t ldw, int64_t expert_stride,
+                                int64_t scale_stride, int64_t block_n, int64_t block_k,
+                                int threads) {
+  int64_t rows = 0;
+  for (int64_t i = 0; i < count; ++i) rows += segments[3 * i + 2];
+  std::vector<float> wide(static_cast<size_t>(rows * k));
+  std::vector<Product> products;
+  products.reserve(static_cast<size_t>(count));
+  float* next = wide.data();
+  const int64_t blocks_k = (k + block_k - 1) / block_k, bytes = dtype == 0 ? 4 : 2;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t expert = segments[3 * i], first = segments[3 * i + 1], m = segments[3 * i + 2];
+    for (int64_t row = 0; row < m; ++row)
+      for (int64_t c = 0; c < k; ++c)
+        next[row * k + c] = read(x, (first + row) * ldx + c, dtype);
+    const Weight weight{data + expert * expert_stride, scales + expert * scale_stride,
+                        n, k, ldw, block_n, block_k, blocks_k};
+    char* rows_out = static_cast<char*>(out) + first * n * bytes;
+    products.push_back({weight, next, nullptr, rows_out, dtype, m});
+    next += m * k;
+  }
+  const int64_t groups = (n + kGroupRows - 1) / kGroupRows;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t item = 0; item < count * groups; ++item)
+    one_group(products[item / groups], item % groups * kGroupRows);
 }
 
 // out[rows, k] = the float32 values of weight rows [first, first + rows).

@@ -22,7 +22,7 @@ import torch
 from blockscale.errors import BackendError
 
 SOURCE = Path(__file__).with_name("block_fp8.cpp")
-ABI = 2
+ABI = 3
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-march=native")
 TIME_LIMIT_S = 300
@@ -66,6 +66,8 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     loaded.blockscale_product.argtypes = [pointer] * 5 + [number] + [size] * 7 + [number]
     loaded.blockscale_product.restype = None
+    loaded.blockscale_grouped_product.argtypes = [pointer] * 5 + [number] + [size] * 9 + [number]
+    loaded.blockscale_grouped_product.restype = None
     loaded.blockscale_dequantize.argtypes = [pointer] * 3 + [size] * 6 + [number]
     loaded.blockscale_dequantize.restype = None
     return loaded

@@ -1,0 +1,132 @@
+"""``BlockScaledExperts``: the planned, prepared weights of all experts of a layer."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import nn
+
+from blockscale import expert_ops
+from blockscale.backends.registry import runnable_backend_named
+from blockscale.errors import ModelError
+from blockscale.modules.prepare import check_parts, convert_into, prepare_experts, prepare_stack
+from blockscale.planning.policy import PlanPolicy
+from blockscale.reference import expert_of
+from blockscale.tensor import BlockScaledTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from blockscale.planning.expert_sets import ExpertsPlan
+
+# A stack (experts, n, k) in memory, or what reads one expert's parts, rows after rows.
+ExpertWeights: TypeAlias = BlockScaledTensor | Callable[[int], Iterable[BlockScaledTensor]]
+
+
+class BlockScaledExperts(nn.Module):
+    """out[t] = sum over choices of weight x w2[expert] (silu(gate) * up), as planned.
+
+    ``w13``: gate rows, then up rows, (2 n, k) for each expert; ``w2``: (k, n). Each is a stack in
+    memory, whose codes are shared where the plan keeps them, or a function that reads one expert
+    (``prepare_experts`` says how, and how little memory it takes). ``device`` is where functions'
+    weights go.
+
+    ``forward`` takes tokens (..., k) in the planned dtype, and for each token the same number of
+    expert ids and routing weights; all it looks up is the range of the number of tokens. An id
+    outside the stack adds nothing, so a rank of an expert-parallel group subtracts its first expert
+    from the ids and adds up the ranks' results. A token names an expert once.
+
+    Inference only. ``.to(device)`` moves data and scales; dtype casts change nothing.
+
+    Raises PlanError if the plan does not fit the weights, BackendError if a provider fails.
+    """
+
+    w13_data: torch.Tensor
+    w13_scales: torch.Tensor
+    w2_data: torch.Tensor
+    w2_scales: torch.Tensor
+
+    def __init__(
+        self,
+        plan: ExpertsPlan,
+        w13: ExpertWeights,
+        w2: ExpertWeights,
+        policy: PlanPolicy | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        self._policy = policy or PlanPolicy()
+        self._backends = tuple(runnable_backend_named(name) for name in plan.w13.backends)
+        prepared = []
+        for layer, weights in ((plan.w13, w13), (plan.w2, w2)):
+            if isinstance(weights, BlockScaledTensor):
+                prepared.append(prepare_stack(layer, weights, self._backends, self._policy))
+            else:
+                prepared.append(
+                    prepare_experts(layer, weights, self._backends, self._policy, device)
+                )
+        self._handle = self._hold((prepared[0], prepared[1]), None)
+        weakref.finalize(self, expert_ops.release, self._handle)
+
+    @property
+    def w13(self) -> BlockScaledTensor:
+        """The prepared stack of gate and up, sharing the module's storages."""
+        return self._weights[0]
+
+    @property
+    def w2(self) -> BlockScaledTensor:
+        """The prepared stack of down, sharing the module's storages."""
+        return self._weights[1]
+
+    def forward(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """(..., k), (tokens, choices) integers and (tokens, choices) floats to (..., k)."""
+        return expert_ops.experts(hidden, ids, weights, self._handle)
+
+    def update_expert(
+        self, expert: int, w13: Sequence[BlockScaledTensor], w2: Sequence[BlockScaledTensor]
+    ) -> None:
+        """Take one expert's new values from checkpoint layout into the same storages.
+
+        ``w13``: gate and up, or both in one; ``w2``: down. Captured CUDA graphs and compiled code
+        then serve them. Raises ModelError if there is no such expert, PlanError if a weight does
+        not fit the plan, both with nothing changed.
+        """
+        if not 0 <= expert < self.plan.experts:
+            msg = f"experts {self.plan.name!r}: no expert {expert}, there are {self.plan.experts}"
+            raise ModelError(msg)
+        check_parts(self.plan.w13, w13)
+        check_parts(self.plan.w2, w2)
+        for plan, stack, new in ((self.plan.w13, self.w13, w13), (self.plan.w2, self.w2, w2)):
+            convert_into(expert_of(stack, expert), plan, new, self._policy)
+
+    def extra_repr(self) -> str:
+        """Shapes, formats and backends, for ``print(model)``."""
+        up, down = self.plan.w13.request, self.plan.w2.request
+        chosen = ", ".join(f"{c.offer.backend} ({c.m_range})" for c in self.plan.w13.choices)
+        return f"{up.experts} x ({up.k}, {down.k}, {down.n}), {self.w13.format}, {chosen}"
+
+    def _hold(
+        self, weights: tuple[BlockScaledTensor, BlockScaledTensor], handle: int | None
+    ) -> int:
+        self._weights = weights
+        for name, weight in zip(("w13", "w2"), weights, strict=True):
+            self.register_buffer(f"{name}_data", weight.data)
+            self.register_buffer(f"{name}_scales", weight.scales)
+        return expert_ops.bind(self.plan, weights, self._backends, handle)
+
+    def _apply(
+        self,
+        fn: Callable[[torch.Tensor], torch.Tensor],
+        recurse: bool = True,  # noqa: FBT001, FBT002, ARG002 - torch.nn.Module's signature
+    ) -> BlockScaledExperts:
+        # As in BlockScaledLinear: torch's own would cast codes and drop strides of padded layouts.
+        device = fn(torch.empty(0, device=self.w13.device)).device
+        if device != self.w13.device:
+            self._hold((self.w13.to(device), self.w2.to(device)), self._handle)
+        return self
