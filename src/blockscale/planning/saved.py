@@ -259,7 +259,8 @@ def _offer_reason(
     answer = answer_of(backend, layer.request, device, plan.policy)
     if not isinstance(answer, Offer):
         return f"{planned.backend} would not serve it here: {answer[0].reason}"
-    if (answer.weight, answer.activation) != (planned.weight, planned.activation):
+    forms = (planned.weight, planned.activation, planned.rows)
+    if (answer.weight, answer.activation, answer.rows) != forms:
         return f"{planned.backend} wants its operands in another form here"
     wanted, offered = choice.m_range, answer.m_range
     ends = wanted.max_m is not None and offered.contains(wanted.max_m)
