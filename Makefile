@@ -8,14 +8,18 @@ TORCH   := torch==2.13.0
 # Compiles the GPU kernels without a GPU; the library runs and passes its tests without it.
 TRITON  := triton==3.6.0
 
+# vLLM's CPU build and its requirements: several GB, kept apart and cached.
+VLLM    := .cache/venv-vllm
+
 .DEFAULT_GOAL := help
-.PHONY: help install weights demo test test-kernels check format clean
+.PHONY: help install weights demo test test-kernels test-vllm check format clean
 
 help:
 	@echo "make demo    install into $(VENV), fetch SmolLM2-135M, quantize, plan, verify, generate"
 	@echo "make test    all CPU tests"
 	@echo "make check   format, lint, types, layers"
 	@echo "make test-kernels  Triton kernels in the interpreter, bit for bit (minutes)"
+	@echo "make test-vllm     vLLM's own server on this machine's CPU, with and without blockscale (minutes)"
 	@echo "make format  rewrite files in the project's format"
 
 install: $(VENV)/.installed
@@ -41,6 +45,11 @@ test: weights
 # The Triton kernels' arithmetic on the CPU, bit for bit: minutes, so not part of `make test`.
 test-kernels: install
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/kernels_triton -k interpreted
+
+# A real vLLM server, three times: with blockscale, and twice with it uninstalled.
+test-vllm: weights
+	$(PYTHON) tools/vllm_environment.py $(VLLM)
+	$(VLLM)/bin/python -m pytest -m engine -s tests/integrations/test_vllm_engine.py
 
 check: install
 	$(VENV)/bin/ruff format --check .

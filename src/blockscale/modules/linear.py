@@ -61,6 +61,11 @@ class BlockScaledLinear(nn.Module):
         return self._weight
 
     @property
+    def handle(self) -> int:
+        """The operator's name for this layer: ``ops.linear(activation, bias, handle)``."""
+        return self._handle
+
+    @property
     def in_features(self) -> int:
         """K."""
         return self.plan.request.k
