@@ -201,3 +201,22 @@ def test_a_dropped_layer_releases_its_weight() -> None:
 def test_repr_names_shape_format_and_backend() -> None:
     text = repr(BlockScaledLinear(plan_for(), weight_of()))
     assert "320, 192, e4m3fn/128x128/fp32, cpu (M >= 0)" in text
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_the_activation_gets_the_gradient_of_the_dequantized_product(backend: str) -> None:
+    layer = BlockScaledLinear(plan_for(backend), weight_of(), torch.ones(N))
+    x = activation(2, 3).requires_grad_()
+    out = layer(x)
+    assert torch.equal(out.detach(), layer(x.detach()))
+    upstream = torch.randn(2, 3, N, generator=torch.Generator().manual_seed(5))
+    out.backward(upstream)
+    assert x.grad is not None
+    assert torch.equal(x.grad, upstream @ dequantize(weight_of()))
+
+
+def test_no_graph_is_recorded_where_nothing_needs_one() -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of())
+    assert layer(activation(2)).grad_fn is None
+    with torch.no_grad():
+        assert layer(activation(2).requires_grad_()).grad_fn is None

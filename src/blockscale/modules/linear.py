@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,12 +13,30 @@ from blockscale.backends.registry import runnable_backend_named
 from blockscale.errors import ModelError
 from blockscale.modules.prepare import prepare_weight
 from blockscale.planning.policy import PlanPolicy
+from blockscale.reference import dequantize
 from blockscale.tensor import BlockScaledTensor, torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from blockscale.planning.plan import LinearPlan
+
+
+class _Differentiable(torch.autograd.Function):
+    """The planned product, with the gradient of its activation."""
+
+    @staticmethod
+    def forward(ctx: Any, activation: torch.Tensor, layer: BlockScaledLinear) -> torch.Tensor:  # noqa: ANN401 - torch's context has no public type
+        """As planned."""
+        ctx.layer = layer
+        return ops.linear(activation, layer.bias, layer._handle)  # noqa: SLF001 - same module
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: ANN401 - as above
+        """Gradient x dequantized weight, in the gradient's dtype."""
+        (gradient,) = gradients
+        weight = dequantize(ctx.layer.weight).to(gradient.dtype)
+        return gradient @ weight, None
 
 
 class BlockScaledLinear(nn.Module):
@@ -28,8 +46,10 @@ class BlockScaledLinear(nn.Module):
     ``bias`` is an (n,) tensor or None. ``forward`` takes (..., k) in the planned activation dtype
     and gives (..., n) in the planned output dtype; all it looks up is the M range.
 
-    Inference only. ``.to(device)`` moves data and scales; dtype casts (``.half()``) touch the bias
-    alone, because FP8 codes have no other dtype.
+    The weight is frozen: where autograd records, the activation gets the gradient of the product
+    with the dequantized weight (quantizing activations counts as the identity), so that adapters
+    before and beside this layer can be trained. ``.to(device)`` moves data and scales; dtype casts
+    (``.half()``) touch the bias alone, because FP8 codes have no other dtype.
 
     Raises PlanError if the plan does not fit the weight, BackendError if a provider fails.
     """
@@ -77,6 +97,9 @@ class BlockScaledLinear(nn.Module):
 
     def forward(self, activation: torch.Tensor) -> torch.Tensor:
         """(..., k) to (..., n)."""
+        if activation.requires_grad and torch.is_grad_enabled():
+            result: torch.Tensor = _Differentiable.apply(activation, self)  # type: ignore[no-untyped-call]  # torch's decorator is untyped
+            return result
         return ops.linear(activation, self.bias, self._handle)
 
     def update(self, weight: BlockScaledTensor) -> None:
