@@ -9,6 +9,7 @@ variable                         values                          meaning
 ``BLOCKSCALE_DETERMINISM``       ``any``, ``required``           same bits on every run
 ``BLOCKSCALE_PROVING``           ``any``, ``required``           only backends the probe proved
 ``BLOCKSCALE_STRICTNESS``        ``report``, ``raise``           what an unservable layer does
+``BLOCKSCALE_RANGES``            ``none``, ``nvtx``              do layers mark a timeline
 ===============================  ==============================  ==============================
 
 ``RANK`` and ``WORLD_SIZE``, as torchrun sets them, are read by ``read_process``: which of several
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from blockscale.errors import SettingsError
+from blockscale.events import Ranges
 from blockscale.planning.policy import PlanPolicy
 
 if TYPE_CHECKING:
@@ -39,8 +41,9 @@ MAX_RELATIVE_ERROR = "BLOCKSCALE_MAX_RELATIVE_ERROR"
 DETERMINISM = "BLOCKSCALE_DETERMINISM"
 PROVING = "BLOCKSCALE_PROVING"
 STRICTNESS = "BLOCKSCALE_STRICTNESS"
+RANGES = "BLOCKSCALE_RANGES"
 RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
-KNOWN = (BACKENDS, EXACTNESS, MAX_RELATIVE_ERROR, DETERMINISM, PROVING, STRICTNESS)
+KNOWN = (BACKENDS, EXACTNESS, MAX_RELATIVE_ERROR, DETERMINISM, PROVING, STRICTNESS, RANGES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class Settings:
     """
 
     policy: PlanPolicy = field(default_factory=PlanPolicy)
+    ranges: Ranges = Ranges.NONE
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
@@ -72,6 +76,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
             strictness=_member(environ, STRICTNESS, default.strictness),
             proving=_member(environ, PROVING, default.proving),
         ),
+        _member(environ, RANGES, Ranges.NONE),
     )
 
 

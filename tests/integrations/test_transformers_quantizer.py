@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -243,3 +245,28 @@ def test_other_configs_still_go_their_own_way() -> None:
         AutoHfQuantizer.merge_quantization_configs(declared, BitsAndBytesConfig(load_in_8bit=True))
     merged = AutoHfQuantizer.merge_quantization_configs(declared, None)
     assert type(merged).__name__ == "FineGrainedFP8Config"
+
+
+def test_the_model_reports_what_runs(tiny_fp8: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="blockscale"):
+        model = from_pretrained(tiny_fp8, PlanPolicy(backends=("cpu",)))
+    report = model.blockscale_report()
+    assert report.backends == {"cpu": PLANNED_LAYERS}
+    assert {layer.module for layer in report.layers} == planned(model).keys()
+    names = [record.name for record in caplog.records]
+    assert names == ["blockscale.plan", "blockscale.prepare"]
+    assert caplog.records[1].blockscale["bytes"] == report.bytes  # type: ignore[attr-defined]
+    copied = copy.deepcopy(model)
+    copied.model.layers[0].self_attn.q_proj = torch.nn.Identity()
+    assert len(copied.blockscale_report().layers) == PLANNED_LAYERS - 1
+    assert len(model.blockscale_report().layers) == PLANNED_LAYERS
+
+
+def test_ranges_come_with_the_environment(tiny_fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marks: list[str] = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", marks.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: None)
+    monkeypatch.setenv("BLOCKSCALE_RANGES", "nvtx")
+    logits(from_pretrained(tiny_fp8, PlanPolicy(backends=("cpu",))))
+    assert len(marks) == PLANNED_LAYERS
+    assert "blockscale model.layers.1.mlp.down_proj (cpu)" in marks

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,8 @@ from blockscale.reference import dequantize, quantize
 from blockscale.tensor import BlockScaledTensor, torch_dtype
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from blockscale.planning.plan import LinearPlan
 
 N, K = 192, 320
@@ -220,3 +224,27 @@ def test_no_graph_is_recorded_where_nothing_needs_one() -> None:
     assert layer(activation(2)).grad_fn is None
     with torch.no_grad():
         assert layer(activation(2).requires_grad_()).grad_fn is None
+
+
+def saved_and_loaded(layer: BlockScaledLinear) -> BlockScaledLinear:
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    loaded: BlockScaledLinear = torch.load(file, weights_only=False)
+    return loaded
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, saved_and_loaded])
+def test_a_copy_has_a_weight_of_its_own(
+    copy_of: Callable[[BlockScaledLinear], BlockScaledLinear],
+) -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of(), torch.ones(N))
+    x = activation(2)
+    expected = layer(x)
+    copied = copy_of(layer)
+    assert copied.data.data_ptr() == copied.weight.data.data_ptr() != layer.data.data_ptr()
+    layer.update(weight_of(seed=1))
+    assert torch.equal(copied(x), expected)
+    del layer
+    gc.collect()
+    assert torch.equal(copied(x), expected)

@@ -7,6 +7,7 @@ from dataclasses import fields
 import pytest
 
 from blockscale.errors import SettingsError
+from blockscale.events import Ranges
 from blockscale.planning.policy import (
     Determinism,
     Exactness,
@@ -61,6 +62,12 @@ def test_every_variable_is_read() -> None:
     )
 
 
+def test_ranges_are_no_part_of_the_policy() -> None:
+    assert read_settings({}).ranges is Ranges.NONE
+    found = read_settings({"BLOCKSCALE_RANGES": "nvtx"})
+    assert found == Settings(PlanPolicy(), Ranges.NVTX)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
@@ -76,6 +83,7 @@ def test_every_variable_is_read() -> None:
         ("BLOCKSCALE_DETERMINISM", "True", "any, required"),
         ("BLOCKSCALE_STRICTNESS", "1", "report, raise"),
         ("BLOCKSCALE_PROVING", "no", "any, required"),
+        ("BLOCKSCALE_RANGES", "on", "none, nvtx"),
     ],
 )
 def test_a_value_without_meaning_is_refused_with_what_is_allowed(

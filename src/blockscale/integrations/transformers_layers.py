@@ -7,16 +7,23 @@ checkpoint's own tensors back for ``save_pretrained``.
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from blockscale import events
 from blockscale.checkpoint.tensors import TORCH_DTYPES, read_block_scaled, read_tensor
 from blockscale.errors import ModelError
+from blockscale.events import Kind, Ranges
 from blockscale.modules.linear import BlockScaledLinear
+from blockscale.modules.ranges import add_nvtx_ranges
+from blockscale.modules.report import report_of
 from blockscale.modules.restore import restore_weight
+from blockscale.settings import read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -95,8 +102,10 @@ def fill(
 ) -> None:
     """Read, prepare and insert every slot's layer on ``place``; ``progress`` counts them.
 
-    No weight passes through another dtype, and no scale is cast.
+    No weight passes through another dtype, and no scale is cast. The model then has
+    ``blockscale_report()``, and NVTX ranges if the environment asks for them.
     """
+    started = time.perf_counter()
     for slot in slots:
         bias = None if slot.bias is None else read_tensor(slot.bias).to(place)
         # Prepared where it will run: providers compile and check on their own device.
@@ -106,6 +115,23 @@ def fill(
         model.set_submodule(slot.module, layer)
         if progress is not None:
             progress(1)
+    _observe(model, time.perf_counter() - started)
+
+
+def _observe(model: PreTrainedModel, seconds: float) -> None:
+    report = report_of(model)
+    events.emit(
+        Kind.PREPARE,
+        f"prepared {len(report.layers)} layers, {report.bytes / 1e6:.1f} MB, in {seconds:.1f} s",
+        layers=len(report.layers),
+        backends=report.backends,
+        bytes=report.bytes,
+        seconds=round(seconds, 3),
+    )
+    # On the class: an attribute of the model would be a cycle, and its copies would report on it.
+    type(model).blockscale_report = report_of  # type: ignore[attr-defined]  # a method of our own
+    if read_settings(os.environ).ranges is Ranges.NVTX:
+        add_nvtx_ranges(model)
 
 
 def stored_tensors(model: PreTrainedModel, slots: Sequence[Slot]) -> dict[str, torch.Tensor]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from blockscale import ops
+from blockscale import events, ops
 from blockscale.backends.registry import runnable_backend_named
 from blockscale.errors import ModelError
+from blockscale.events import Kind
 from blockscale.modules.prepare import prepare_weight
 from blockscale.planning.policy import PlanPolicy
 from blockscale.reference import dequantize
@@ -68,8 +71,11 @@ class BlockScaledLinear(nn.Module):
         super().__init__()
         self.plan = plan
         self._policy = policy or PlanPolicy()
+        self.updates = 0
         self._backends = tuple(runnable_backend_named(name) for name in plan.backends)
+        started = time.perf_counter()
         prepared = prepare_weight(plan, weight, self._backends, self._policy)
+        _announce(plan, prepared, time.perf_counter() - started)
         self._out_dtype = torch_dtype(plan.request.out_dtype)
         self.register_buffer("bias", None if bias is None else self._checked_bias(bias))
         self._handle = self._hold(prepared, None)
@@ -118,6 +124,20 @@ class BlockScaledLinear(nn.Module):
         prepared = prepare_weight(self.plan, weight, self._backends, self._policy)
         self._weight.data.copy_(prepared.data)
         self._weight.scales.copy_(prepared.scales)
+        self.updates += 1
+        events.emit(
+            Kind.UPDATE,
+            f"{self.plan.name}: new weight",
+            logging.DEBUG,
+            layer=self.plan.name,
+            updates=self.updates,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what was unpickled, binds its own weight: a handle names one module's."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's is untyped
+        self._handle = self._hold(self._weight, None)
+        weakref.finalize(self, ops.release, self._handle)
 
     def extra_repr(self) -> str:
         """Shape, format and backends, for ``print(model)``."""
@@ -152,3 +172,21 @@ class BlockScaledLinear(nn.Module):
             )
             raise ModelError(msg)
         return bias.detach().to(self._out_dtype).contiguous()
+
+
+def _announce(plan: LinearPlan, prepared: BlockScaledTensor, seconds: float) -> None:
+    if events.is_wanted(Kind.PREPARE, logging.DEBUG):
+        backends = ", ".join(plan.backends)
+        events.emit(
+            Kind.PREPARE,
+            f"{plan.name}: {plan.conversion.value} conversion for {backends}",
+            logging.DEBUG,
+            layer=plan.name,
+            backends=list(plan.backends),
+            conversion=plan.conversion.value,
+            lossless=plan.is_lossless,
+            format=prepared.format.name,
+            scale_layout=prepared.layout.name,
+            bytes=prepared.nbytes,
+            seconds=round(seconds, 6),
+        )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from blockscale.errors import PlanError, SettingsError
 from blockscale.formats import K_MAJOR, PowerOfTwo, ScaleFormat
+from blockscale.planning.announce import announce_plan
 from blockscale.planning.decision import (
     Evidence,
     MRange,
@@ -178,7 +179,9 @@ def plan_model(
             then = plan_experts(known, device, lenient, backends)
             if_powers_of_two.update(zip(nameless, then, strict=True))
     found = (*findings, *findings_of(layers, if_powers_of_two))
-    return ModelPlan(device, policy, tuple(layers), tuple(skipped), found)
+    plan_of_all = ModelPlan(device, policy, tuple(layers), tuple(skipped), found)
+    announce_plan(plan_of_all)
+    return plan_of_all
 
 
 def conversion_step(request: LinearRequest, target: OperandForm) -> ConversionStep:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import blockscale
+from blockscale import events
+from blockscale.events import Kind
 from blockscale.formats import DType
 from blockscale.planning.device import Device, Proof, Verdict
 
@@ -56,9 +59,23 @@ def prove(
             continue
         for proof in _prove_one(backend, dtypes, time_limit_s):
             found.append(proof)
+            _announce(proof)
             if report is not None:
                 report(proof)
     return tuple(found)
+
+
+def _announce(proof: Proof) -> None:
+    failed = proof.verdict is Verdict.FAILED
+    events.emit(
+        Kind.PROBE,
+        f"{proof.backend} {proof.verdict.value} for {proof.out_dtype.value}: {proof.detail}",
+        logging.WARNING if failed else logging.INFO,
+        backend=proof.backend,
+        out_dtype=proof.out_dtype.value,
+        verdict=proof.verdict.value,
+        detail=proof.detail,
+    )
 
 
 def load_proofs(device: Device) -> Device:

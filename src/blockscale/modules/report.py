@@ -1,0 +1,105 @@
+"""What a loaded model really runs: read from its modules, not from what was once planned."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from blockscale.modules.linear import BlockScaledLinear
+from blockscale.planning.explain import layer_groups
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from blockscale.planning.plan import LinearPlan
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One planned layer as it is in memory.
+
+    ``module``: its name in the model; ``layer``: in the checkpoint. ``backends``: in order of
+    rising M. ``bytes``: of codes and scales, padding included. ``updates``: times it took new
+    weights. ``lossless`` None: nobody knew when it was planned.
+    """
+
+    module: str
+    layer: str
+    n: int
+    k: int
+    backends: tuple[str, ...]
+    format: str
+    scale_layout: str
+    conversion: str
+    lossless: bool | None
+    bytes: int
+    device: str
+    updates: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReport:
+    """Every planned layer of a model; ``str()`` is for people, ``document()`` for machines."""
+
+    layers: tuple[LayerReport, ...]
+    _plans: tuple[LinearPlan, ...]
+
+    @property
+    def backends(self) -> dict[str, int]:
+        """How many layers each backend serves for some M."""
+        return dict(Counter(name for layer in self.layers for name in layer.backends))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all codes and scales."""
+        return sum(layer.bytes for layer in self.layers)
+
+    def document(self) -> dict[str, Any]:
+        """JSON values, schema 1."""
+        return {
+            "schema": 1,
+            "backends": self.backends,
+            "bytes": self.bytes,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    def __str__(self) -> str:
+        """One line for each kind of layer, with the reasons against every other backend."""
+        megabytes = self.bytes / 1e6
+        lines = [f"{len(self.layers)} planned layers, {megabytes:.1f} MB of codes and scales"]
+        for group in layer_groups(self._plans):
+            plan = group.plan
+            chosen = ", ".join(f"{c.offer.backend} ({c.m_range})" for c in plan.choices)
+            shape = f"{plan.request.n}x{plan.request.k}"
+            lines.append(f"{len(group.names):5d}  {group.pattern}  {shape}  {chosen}")
+            reasons = dict.fromkeys(f"{r.backend}: {r.reason}" for r in plan.rejected)
+            lines += [f"         not {reason}" for reason in reasons]
+        return "\n".join(lines)
+
+
+def report_of(model: nn.Module) -> ModelReport:
+    """What ``model``'s planned layers run now."""
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, BlockScaledLinear)]
+    return ModelReport(
+        tuple(_layer(name, module) for name, module in found),
+        tuple(module.plan for _, module in found),
+    )
+
+
+def _layer(name: str, module: BlockScaledLinear) -> LayerReport:
+    plan, weight = module.plan, module.weight
+    return LayerReport(
+        module=name,
+        layer=plan.name,
+        n=plan.request.n,
+        k=plan.request.k,
+        backends=plan.backends,
+        format=weight.format.name,
+        scale_layout=weight.layout.name,
+        conversion=plan.conversion.value,
+        lossless=plan.is_lossless,
+        bytes=weight.nbytes,
+        device=str(weight.device),
+        updates=module.updates,
+    )
