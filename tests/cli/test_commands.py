@@ -281,3 +281,22 @@ def test_closed_pipe_is_quiet(fp8_checkpoint: Path) -> None:
     command = f"{sys.executable} -m blockscale.cli.main verify {fp8_checkpoint} --json | head -c 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)  # noqa: S602 - our own words
     assert done.stderr == ""
+
+
+def test_convert_refuses_what_would_lose_and_measures_it_if_allowed(
+    fp8_checkpoint: Path, tmp_path: Path
+) -> None:
+    wanted = ("convert", fp8_checkpoint, tmp_path / "out", "--scales", "e8m0")
+    assert_one_line_error(blockscale(*wanted), "weight_scale_inv", "--allow-lossy")
+    assert not (tmp_path / "out").exists()
+    document = blockscale(*wanted, "--allow-lossy", "--json").document
+    assert document["lossless"] is False
+    errors = [loss["relative_error"] for loss in document["losses"]]
+    assert len(errors) == 2
+    assert all(0 < error < 0.03 for error in errors)
+    text = blockscale("convert", fp8_checkpoint, tmp_path / "text", "--to", "modelopt")
+    assert text.code == 0
+    assert "no value changed" in text.out
+    text = blockscale(*wanted[:2], tmp_path / "lossy", *wanted[3:], "--allow-lossy")
+    assert "2 layers requantized" in text.out
+    assert "down_proj" in text.out

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from blockscale.checkpoint.header import DTYPE_BITS
 from blockscale.checkpoint.read import read_bytes
 from blockscale.formats import PowerOfTwo
 from blockscale.formats.scale import (
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
     from blockscale.checkpoint.header import TensorEntry
     from blockscale.checkpoint.schema import QuantizedLayer
+
+
+# Scales are read this many bytes at a time: an expert stack in MXFP8 has hundreds of megabytes.
+FACTS_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +53,59 @@ def read_scales(entry: TensorEntry) -> NDArray[np.float32]:
 
     Raises CheckpointError if the file cannot be read.
     """
-    raw = read_bytes(entry)
-    if entry.dtype == "F32":
-        values = np.frombuffer(raw, "<f4").astype(np.float32)
-    elif entry.dtype == "F16":
-        values = np.frombuffer(raw, "<f2").astype(np.float32)
-    elif entry.dtype == "BF16":
-        values = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
-    else:
-        codes = np.frombuffer(raw, np.uint8)
-        values = np.ldexp(np.float32(1), codes.astype(np.int32) - 127).astype(np.float32)
-        values[codes == UE8M0_NAN_BYTE] = np.nan
-    return values.reshape(entry.shape)
+    return _restated(read_bytes(entry), entry.dtype).reshape(entry.shape)
+
+
+def read_scale_rows(entry: TensorEntry, first: int, count: int) -> NDArray[np.float32]:
+    """Rows [first, first + count) of the scales seen as a matrix: all axes but the last are rows.
+
+    Raises CheckpointError if the file cannot be read.
+    """
+    columns = entry.shape[-1]
+    row_bytes = columns * DTYPE_BITS[entry.dtype] // 8
+    raw = read_bytes(entry, first * row_bytes, (first + count) * row_bytes)
+    return _restated(raw, entry.dtype).reshape(count, columns)
+
+
+def _restated(raw: bytes, dtype: str) -> NDArray[np.float32]:
+    if dtype == "F32":
+        return np.frombuffer(raw, "<f4").astype(np.float32)
+    if dtype == "F16":
+        return np.frombuffer(raw, "<f2").astype(np.float32)
+    if dtype == "BF16":
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    codes = np.frombuffer(raw, np.uint8)
+    values = np.ldexp(np.float32(1), codes.astype(np.int32) - 127).astype(np.float32)
+    values[codes == UE8M0_NAN_BYTE] = np.nan
+    return values
+
+
+def read_scale_facts(entry: TensorEntry) -> ScaleFacts:
+    """``scale_facts`` of stored scales, reading a bounded number of them at a time.
+
+    Raises CheckpointError if the file cannot be read.
+    """
+    facts = scale_facts(np.empty(0, np.float32))
+    for begin in range(0, entry.length, FACTS_BYTES):
+        raw = read_bytes(entry, begin, min(begin + FACTS_BYTES, entry.length))
+        facts = _together(facts, scale_facts(_restated(raw, entry.dtype)))
+    return facts
+
+
+def _together(one: ScaleFacts, two: ScaleFacts) -> ScaleFacts:
+    smallest = [facts.smallest for facts in (one, two) if facts.smallest is not None]
+    largest = [facts.largest for facts in (one, two) if facts.largest is not None]
+    inexact = one.not_power_of_two + two.not_power_of_two
+    return ScaleFacts(
+        count=one.count + two.count,
+        power_of_two=PowerOfTwo.NO if inexact else PowerOfTwo.YES,
+        not_power_of_two=inexact,
+        nonfinite=one.nonfinite + two.nonfinite,
+        zero=one.zero + two.zero,
+        negative=one.negative + two.negative,
+        smallest=min(smallest, default=None),
+        largest=max(largest, default=None),
+    )
 
 
 def scale_facts(values: NDArray[np.float32]) -> ScaleFacts:
@@ -94,7 +140,7 @@ def read_power_of_two(
     """
     found = {}
     for layer in layers:
-        found[layer.name] = scale_facts(read_scales(layer.scale)).power_of_two
+        found[layer.name] = read_scale_facts(layer.scale).power_of_two
         if progress is not None:
             progress(1)
     return found

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf, log10, prod, sqrt
 from typing import TYPE_CHECKING
 
-from blockscale.checkpoint.scales import ScaleFacts, read_scales, scale_facts
+from blockscale.checkpoint.compare import DataError, compare
+from blockscale.checkpoint.scales import ScaleFacts, read_scale_facts
 from blockscale.checkpoint.schema import (
     Foreign,
     Layers,
@@ -15,32 +15,14 @@ from blockscale.checkpoint.schema import (
     read_layers,
     survey,
 )
-from blockscale.errors import CheckpointError
-from blockscale.formats import K_MAJOR, BlockFormat, PowerOfTwo, ScaleFormat
+from blockscale.formats import BlockFormat, PowerOfTwo, ScaleFormat
 from blockscale.planning.plan import Finding, Severity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
-    from numpy.typing import NDArray
-
+    from blockscale.checkpoint.header import TensorEntry
     from blockscale.checkpoint.read import Checkpoint
-
-NAN_CODE = 0x7F
-
-
-@dataclass(frozen=True, slots=True)
-class DataError:
-    """How far a layer's values are from the float weights they came from.
-
-    ``relative_error``: Frobenius norm of the difference over that of the float weights.
-    ``max_error``: largest absolute difference. ``snr_db``: signal to noise, infinite if exact.
-    """
-
-    relative_error: float
-    max_error: float
-    snr_db: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +72,9 @@ def verify_layers(
     against: Checkpoint | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Verification:
-    """Read all scales, and with ``against`` (the float checkpoint) all data, and say what is wrong.
+    """Read all scales, and with ``against`` all data, and say what is wrong.
+
+    ``against`` is the float checkpoint, or another block-FP8 version of this one.
 
     Memory is bounded by one band of rows, whatever the layers' size. ``progress`` is called with
     the layers done since its last call.
@@ -100,15 +84,17 @@ def verify_layers(
     """
     checks: list[LayerCheck] = []
     findings = list(layers.findings)
+    counterparts = {} if against is None else _counterparts(layers, against)
     for layer in layers.quantized:
-        values = read_scales(layer.scale)
-        facts = scale_facts(values)
+        facts = read_scale_facts(layer.scale)
         findings += _scale_faults(layer, facts)
         error = None
         if against is not None:
-            error, nan_codes = _compare(layer, values, against)
-            if nan_codes:
-                findings.append(_fault("nan_codes", f"{nan_codes} codes are NaN", layer.name))
+            compared = compare(layer, counterparts[layer.name])
+            error = compared.error
+            if compared.nan_codes:
+                message = f"{compared.nan_codes} codes are NaN"
+                findings.append(_fault("nan_codes", message, layer.name))
         checks.append(LayerCheck(layer.name, layer.n, layer.k, layer.format, facts, error))
         if progress is not None:
             progress(1)
@@ -119,10 +105,7 @@ def verify_layers(
 
 
 def _badness(check: LayerCheck) -> float:
-    if check.error is None:
-        return 0.0
-    error = check.error.relative_error
-    return inf if error != error else error  # noqa: PLR0124 - NaN is the worst
+    return 0.0 if check.error is None else check.error.badness
 
 
 def _fault(code: str, message: str, layer: str) -> Finding:
@@ -165,45 +148,10 @@ def _declaration_findings(layers: Layers, checks: list[LayerCheck]) -> list[Find
     ]
 
 
-def _compare(
-    layer: QuantizedLayer, scales: NDArray[np.float32], against: Checkpoint
-) -> tuple[DataError, int]:
-    """Error of the data against the float tensor, and how many codes are NaN."""
-    import torch
-
-    from blockscale.checkpoint.tensors import read_rows, row_bands
-    from blockscale.reference import dequantize
-    from blockscale.tensor import BlockScaledTensor
-
-    original = against.tensor(layer.weight.name)
-    if original.shape != layer.weight.shape:
-        raise CheckpointError(
-            original.path,
-            f"has shape {original.shape}, but {layer.weight.path} has {layer.weight.shape}",
-            tensor=original.name,
-        )
-    fmt = layer.format.with_scale(ScaleFormat.FP32)
-    grid = torch.from_numpy(scales).reshape(prod(layer.weight.shape[:-2]), *scales.shape[-2:])
-    difference_squared = signal_squared = largest = 0.0
-    nan_codes = 0
-    for index in range(grid.shape[0]):
-        for first, count in row_bands(layer.n, layer.k, fmt.block.mn):
-            data = read_rows(layer.weight, index * layer.n + first, count)
-            nan_codes += int(((data.view(torch.uint8) & NAN_CODE) == NAN_CODE).sum())
-            block_row = first // fmt.block.mn
-            rows = grid[index, block_row : block_row + fmt.block.grid(count, 1)[0]].contiguous()
-            wanted = read_rows(original, index * layer.n + first, count).float()
-            change = dequantize(BlockScaledTensor(data, rows, fmt, K_MAJOR)) - wanted
-            difference_squared += float(change.double().square().sum())
-            signal_squared += float(wanted.double().square().sum())
-            largest = max(largest, float(change.abs().max()) if count else 0.0)
-    return _data_error(difference_squared, signal_squared, largest), nan_codes
-
-
-def _data_error(difference_squared: float, signal_squared: float, largest: float) -> DataError:
-    if difference_squared == 0.0:
-        return DataError(0.0, 0.0, inf)
-    if signal_squared == 0.0:
-        return DataError(inf, largest, -inf)
-    ratio = difference_squared / signal_squared
-    return DataError(sqrt(ratio), largest, -10.0 * log10(ratio) if ratio == ratio else ratio)  # noqa: PLR0124 - NaN stays NaN
+def _counterparts(layers: Layers, against: Checkpoint) -> dict[str, TensorEntry | QuantizedLayer]:
+    """By layer, what it is compared with: a float tensor, or a block-FP8 layer of ``against``."""
+    quantized = {layer.weight.name: layer for layer in survey(against).layers.quantized}
+    return {
+        layer.name: quantized.get(layer.weight.name) or against.tensor(layer.weight.name)
+        for layer in layers.quantized
+    }

@@ -1,15 +1,32 @@
-"""``blockscale convert``: another spelling of the same checkpoint, without loss."""
+"""``blockscale convert``: another spelling of the same checkpoint, without loss unless allowed."""
 
 from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from blockscale.cli.options import Json, Memory, Workers, crew_from
-from blockscale.cli.output import ExitCode, console, human_bytes, print_json, progress
+from blockscale.cli.output import (
+    ExitCode,
+    console,
+    error_cells,
+    error_document,
+    human_bytes,
+    print_json,
+    progress,
+    table,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from blockscale.checkpoint.convert import Loss
+
+
+SHOWN_LAYERS = 8
 
 
 class DialectName(str, Enum):
@@ -17,6 +34,7 @@ class DialectName(str, Enum):
 
     HF_FP8 = "hf-fp8"
     COMPRESSED_TENSORS = "compressed-tensors"
+    MODELOPT = "modelopt"
 
 
 class StorageName(str, Enum):
@@ -34,11 +52,17 @@ def convert(
     scales: Annotated[
         StorageName, typer.Option(help="e8m0 needs scales that are powers of two.")
     ] = StorageName.KEEP,
+    allow_lossy: Annotated[
+        bool,
+        typer.Option(
+            "--allow-lossy", help="Requantize layers whose scales E8M0 cannot hold; measure it."
+        ),
+    ] = False,
     workers: Workers = None,
     memory: Memory = None,
     as_json: Json = False,
 ) -> int:
-    """Rewrite names, config and storage of scales; no value changes, or nothing is written.
+    """Rewrite names, config and storage of scales; what would change a value is refused.
 
     The same command goes on after an interruption; under torchrun all processes share the work.
     """
@@ -50,9 +74,11 @@ def convert(
         convert_checkpoint,
     )
     from blockscale.checkpoint.read import read_checkpoint
+    from blockscale.planning.policy import Exactness
 
     checkpoint = read_checkpoint(source)
-    options = ConvertOptions(Dialect(to.value), ScaleStorage(scales.value))
+    exactness = Exactness.ALLOW_LOSSY if allow_lossy else Exactness.EXACT
+    options = ConvertOptions(Dialect(to.value), ScaleStorage(scales.value), exactness)
     with progress("converting", checkpoint.tensor_bytes, unit="bytes") as advance:
         summary = convert_checkpoint(checkpoint, target, options, advance, crew)
     if as_json:
@@ -65,11 +91,38 @@ def convert(
                 "rewritten": summary.rewritten,
                 "bytes_after": summary.bytes_after,
                 "files": summary.shards,
+                "lossless": not summary.losses,
+                "losses": [
+                    {"layer": loss.layer, **error_document(loss.error)} for loss in summary.losses
+                ],
             }
         )
         return ExitCode.FINE
-    console().print(
+    out = console()
+    outcome = "no value changed" if not summary.losses else _loss_words(summary.losses)
+    out.print(
         f"{target}: {summary.layers} layers as {to.value}, scales of {summary.rewritten} in "
-        f"another dtype; {human_bytes(summary.bytes_after)}; no value changed"
+        f"another dtype; {human_bytes(summary.bytes_after)}; {outcome}"
     )
+    if summary.losses:
+        out.print()
+        out.print(_loss_rows(summary.losses))
     return ExitCode.FINE
+
+
+def _loss_words(losses: tuple[Loss, ...]) -> str:
+    errors = [loss.error.relative_error for loss in losses]
+    return (
+        f"{len(losses)} layers requantized, and their values changed: relative error mean "
+        f"{sum(errors) / len(errors):.4f}, worst {max(errors):.4f}"
+    )
+
+
+def _loss_rows(losses: tuple[Loss, ...]) -> Table:
+    numbers = ("rel. error", "max", "SNR dB")
+    rows = table("layer", *numbers, numbers=numbers)
+    for loss in losses[:SHOWN_LAYERS]:
+        rows.add_row(loss.layer, *error_cells(loss.error))
+    if len(losses) > SHOWN_LAYERS:
+        rows.caption = f"and {len(losses) - SHOWN_LAYERS} more, less changed (--json lists them)"
+    return rows

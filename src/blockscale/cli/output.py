@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import ExitStack, contextmanager
 from enum import IntEnum
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from blockscale.checkpoint.compare import DataError
     from blockscale.planning.plan import Finding
 
 SCHEMA = 1
@@ -92,6 +94,21 @@ def finding_documents(findings: Iterable[Finding]) -> list[dict[str, str | None]
         {"severity": f.severity.value, "code": f.code, "message": f.message, "layer": f.layer}
         for f in findings
     ]
+
+
+def error_cells(error: DataError) -> tuple[str, str, str]:
+    """Relative error, largest error and signal to noise, as table cells."""
+    return f"{error.relative_error:.4f}", f"{error.max_error:.3g}", f"{error.snr_db:.1f}"
+
+
+def error_document(error: DataError) -> dict[str, float | None]:
+    """The same as JSON values. JSON has no infinity: an exact layer has ``snr_db`` null."""
+    values = {
+        "relative_error": error.relative_error,
+        "max_error": error.max_error,
+        "snr_db": error.snr_db,
+    }
+    return {name: value if isfinite(value) else None for name, value in values.items()}
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,8 @@ from blockscale.cli.options import CheckpointPath, Json
 from blockscale.cli.output import (
     ExitCode,
     console,
+    error_cells,
+    error_document,
     finding_documents,
     print_findings,
     print_json,
@@ -85,9 +86,7 @@ def _rows(checks: tuple[LayerCheck, ...]) -> Any:  # noqa: ANN401 - a rich table
     rows = table("layer", *names, numbers=names)
     for check in checks:
         scales, error = check.scales, check.error
-        cells = ("", "", "")
-        if error is not None:
-            cells = (f"{error.relative_error:.4f}", f"{error.max_error:.3g}", f"{error.snr_db:.1f}")
+        cells = ("", "", "") if error is None else error_cells(error)
         rows.add_row(
             check.name,
             str(check.n),
@@ -126,16 +125,5 @@ def _layer_document(check: LayerCheck) -> dict[str, Any]:
             "smallest": scales.smallest,
             "largest": scales.largest,
         },
-        # JSON has no infinity: an exact layer has snr_db null.
-        "error": None
-        if error is None
-        else {
-            "relative_error": _finite(error.relative_error),
-            "max_error": _finite(error.max_error),
-            "snr_db": _finite(error.snr_db),
-        },
+        "error": None if error is None else error_document(error),
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if isfinite(value) else None
