@@ -13,10 +13,13 @@ import torch
 
 pytest.importorskip("triton", reason="the Gluon kernels need Triton 3.6")
 
+from blockscale.backends.registry import runnable_backend_named
 from blockscale.formats import FP8_1X128_FP32, FP8_128X128_FP32, K_MAJOR, MN_MAJOR_TMA_ALIGNED
 from blockscale.kernels.gluon.grouped_product import GroupedProduct
 from blockscale.kernels.gluon.grouped_work import grouped_small_variant, grouped_variant
 from blockscale.kernels.gluon.product import GluonProduct
+from blockscale.kernels.triton.grouped_product import GroupedTritonProduct
+from blockscale.planning.decision import Offer, OperandForm
 from blockscale.reference import expert_of
 from blockscale.tensor import BlockScaledTensor, as_stored
 
@@ -34,6 +37,11 @@ pytestmark = [
 ]
 
 NAN = float("nan")
+OFFER = Offer(
+    "gluon",
+    OperandForm(FP8_128X128_FP32, K_MAJOR),
+    OperandForm(FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED),
+)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Each is compiled, some seconds each: every tile in bfloat16, some in the others.
 MASKED = (
@@ -317,6 +325,37 @@ def test_what_the_rules_choose_is_exact_on_skewed_routing() -> None:
     for alignment in (16, 128):
         rows = Contiguous(weights, counts, alignment)
         assert not rows.wrong(rows.run(None, FP16)), alignment
+
+
+@pytest.mark.parametrize("name", ["gluon", "triton", "deep_gemm"])
+def test_each_backend_serves_both_arrangements(name: str) -> None:
+    if name == "deep_gemm":
+        pytest.importorskip("deep_gemm", reason="pip install sgl-deep-gemm==0.1.5")
+    backend = runnable_backend_named(name)
+    weights = Weights(8, 448, 1152)
+    counts = (0, 1, 64, 65, 0, 128, 384, 0)
+    rows, slots = Contiguous(weights, counts, 128), Masked(weights, counts, 384)
+    contiguous = backend.bind_contiguous(weights.tensor, OFFER)
+    masked = backend.bind_masked(weights.tensor, OFFER)
+    out = torch.full((rows.activation.mn, weights.n), NAN, dtype=BF16, device="cuda")
+    contiguous(rows.activation, rows.groups, out)
+    assert not rows.wrong(out)
+    out = torch.full((8, 384, weights.n), NAN, dtype=BF16, device="cuda")
+    for expected_rows in (8, 200):
+        out.fill_(NAN)
+        masked(slots.activation, slots.device_counts, out, expected_rows)
+        assert not slots.wrong(out)
+
+
+@pytest.mark.parametrize("alignment", [16, 64, 128])
+def test_plain_triton_is_exact_in_every_row_block(alignment: int) -> None:
+    weights = Weights(8, 200, 592)
+    product = GroupedTritonProduct(weights.tensor)
+    for counts in (*COUNTS, (1000, 0, 129, 2000, 1, 0, 0, 513)):
+        case = Contiguous(weights, counts, alignment)
+        out = torch.full((case.activation.mn, weights.n), NAN, dtype=FP16, device="cuda")
+        product.contiguous(case.activation, case.groups, out)
+        assert not case.wrong(out), counts
 
 
 def _unsplit(m: int, n: int, k: int) -> object:

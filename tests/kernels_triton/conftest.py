@@ -43,13 +43,13 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    from blockscale.kernels.triton import arithmetic, product, quantize
+    from blockscale.kernels.triton import arithmetic, grouped_product, product, quantize
 
     monkeypatch.setattr(interpreter, "_convert_float", _convert)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", _counting(interpreter))
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", _fused(interpreter))
     monkeypatch.setattr(arithmetic, "reciprocal_exactly", lambda values: tl.div_rn(1.0, values))
-    for module in (quantize, product):
+    for module in (quantize, product, grouped_product):
         monkeypatch.setattr(module, "launcher", _launcher)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(

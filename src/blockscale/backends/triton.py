@@ -3,6 +3,7 @@
 Architectures: SM89 and newer (FP8 tensor cores). Output: bfloat16, float16, float32; fused bias.
 Blocks: weights 128x128, 64x128 or 32x32, activations one row of that; float32 scales; any N and K.
 Scales lie as stored, K-major, for weights, and MN-major, TMA-aligned for activations.
+Experts in both arrangements, by one kernel.
 """
 
 from __future__ import annotations
@@ -20,14 +21,24 @@ from blockscale.formats import (
     DType,
     ScaleFormat,
 )
-from blockscale.planning.decision import Evidence, Obstacle, Offer, OperandForm, Readiness
+from blockscale.planning.decision import (
+    Arrangement,
+    Evidence,
+    GroupedRows,
+    MRange,
+    Obstacle,
+    Offer,
+    OperandForm,
+    Readiness,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
 
-    from blockscale.backends.base import Multiply
+    from blockscale.backends.base import Multiply, MultiplyContiguous, MultiplyMasked
+    from blockscale.kernels.triton.grouped_product import GroupedTritonProduct
     from blockscale.kernels.triton.product import TritonProduct
     from blockscale.planning.decision import Rejection
     from blockscale.planning.device import Device
@@ -42,10 +53,14 @@ TESTED_ARCHITECTURES = ((9, 0),)
 BLOCKS = (BlockShape(128, 128), BlockShape(64, 128), BlockShape(32, 32))
 # The kernel is compiled for weights that start on this many bytes.
 WEIGHT_ALIGNMENT = 16
+# Rows of a row block, and up to how many tokens an expert: with 8 experts a token, half of such a
+# block is full then. Estimates; every alignment is right for any number of tokens.
+ALIGNMENTS = ((16, 1), (64, 8))
+LAST_ALIGNMENT = 128
 
 
 class Triton:
-    """The plain Triton kernel for dense layers; experts are planned only."""
+    """The plain Triton kernels."""
 
     name = "triton"
 
@@ -61,6 +76,7 @@ class Triton:
         gates.blocks(BLOCKS)
         gates.out_dtypes((DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32))
         gates.whole_blocks()
+        gates.no_bias_of_experts()
         if gates.rejections:
             return gates.rejections
         is_dense = request.experts is None
@@ -73,7 +89,8 @@ class Triton:
                 BlockFormat(E4M3FN, ScaleFormat.FP32, BlockShape(1, block.k)), MN_MAJOR_TMA_ALIGNED
             ),
             evidence=Evidence.TESTED if is_tested else Evidence.DOCUMENTED,
-            readiness=Readiness.RUNNABLE if is_dense else Readiness.PLAN_ONLY,
+            readiness=Readiness.RUNNABLE,
+            rows=() if request.experts is None else _rows(request.experts),
         )
 
     def prepare(self, weight: BlockScaledTensor, offer: Offer) -> BlockScaledTensor:  # noqa: ARG002 - the protocol's signature
@@ -90,7 +107,8 @@ class Triton:
         if not data.is_contiguous() or data.data_ptr() % WEIGHT_ALIGNMENT:
             data = data.clone(memory_format=torch.contiguous_format)
             weight = BlockScaledTensor(data, weight.scales, weight.format, weight.layout)
-        _product(weight).compile((torch.bfloat16, torch.float16, torch.float32))
+        product = _grouped_product(weight) if weight.leading else _product(weight)
+        product.compile((torch.bfloat16, torch.float16, torch.float32))
         return weight
 
     def quantize_activation(self, activation: torch.Tensor, offer: Offer) -> BlockScaledTensor:
@@ -104,6 +122,26 @@ class Triton:
         """Tiles for every token count, looked up once."""
         return _product(weight)
 
+    def bind_contiguous(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyContiguous:  # noqa: ARG002 - the protocol's signature
+        """Row blocks of 16, 64 or 128 rows."""
+        return _grouped_product(weight).contiguous
+
+    def bind_masked(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyMasked:  # noqa: ARG002 - the protocol's signature
+        """Slots of any height."""
+        return _grouped_product(weight).masked
+
+
+def _rows(experts: int) -> tuple[GroupedRows, ...]:
+    """Low row blocks while experts get few rows each."""
+    found = []
+    first = 0
+    for alignment, tokens in ALIGNMENTS:
+        last = tokens * experts
+        found.append(GroupedRows(MRange(first, last), Arrangement.CONTIGUOUS, alignment))
+        first = last + 1
+    found.append(GroupedRows(MRange(first, None), Arrangement.CONTIGUOUS, LAST_ALIGNMENT))
+    return tuple(found)
+
 
 def _product(weight: BlockScaledTensor) -> TritonProduct:
     try:
@@ -112,3 +150,12 @@ def _product(weight: BlockScaledTensor) -> TritonProduct:
         msg = f"the triton backend needs Triton (pip install triton): {error}"
         raise BackendError(msg) from error
     return TritonProduct(weight)
+
+
+def _grouped_product(weight: BlockScaledTensor) -> GroupedTritonProduct:
+    try:
+        from blockscale.kernels.triton.grouped_product import GroupedTritonProduct
+    except ImportError as error:
+        msg = f"the triton backend needs Triton (pip install triton): {error}"
+        raise BackendError(msg) from error
+    return GroupedTritonProduct(weight)

@@ -11,11 +11,13 @@ module           holds
 ``waves``        device code: multiplying one tile, scaling as it goes
 ``dense``        the persistent, warp-specialised kernel
 ``small_m``      the kernel for few tokens: weights take the rows of the tensor-core tile
+``grouped*``     the same for groups: ``grouped``, ``grouped_small``, with their own schedule, plain
+                 values, choice and product
 ``build``        compiling a kernel, with or without a GPU
 ``launch``       a kernel loaded on a device: descriptors, launch
 ``product``      torch-facing: a weight ready to multiply
 ===============  ===================================================================================
 
-Only ``choice`` and ``work`` can be imported without Triton. ``blockscale.testing.gluon_kernels``
-runs the device code on the CPU.
+Only ``choice``, ``work`` and their grouped twins can be imported without Triton.
+``blockscale.testing.gluon_kernels`` runs the device code on the CPU.
 """

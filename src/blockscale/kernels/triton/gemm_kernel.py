@@ -55,6 +55,46 @@ def promoted(
 
 
 @triton.jit
+def summed(
+    a_places,
+    w_places,
+    a_scale_places,
+    w_scale_places,
+    k,
+    activation_scales_stride,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr,
+    SWAPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The (TILE_M, TILE_N) float32 sums over all of K; the places are those of its first block."""
+    inside = tl.arange(0, BLOCK_K)
+    blocks = tl.cdiv(k, BLOCK_K)
+    SHAPE: tl.constexpr = (TILE_N, TILE_M) if SWAPS else (TILE_M, TILE_N)
+    result = tl.zeros(SHAPE, tl.float32)
+    # With its stages named here, Triton pipelines the loads of scales too; otherwise only those
+    # that feed the tensor core, and every block would wait for its scales (0.4 us on an H200).
+    for block in tl.range(blocks, num_stages=STAGES):
+        a_scale = tl.load(a_scale_places + block * activation_scales_stride)
+        w_scale = tl.load(w_scale_places + block)
+        if WHOLE_BLOCKS:
+            a_tile = tl.load(a_places)
+            w_tile = tl.load(w_places)
+        else:
+            in_k = (block * BLOCK_K + inside < k)[None, :]
+            a_tile = tl.load(a_places, mask=in_k, other=0.0)
+            w_tile = tl.load(w_places, mask=in_k, other=0.0)
+        a_places += BLOCK_K
+        w_places += BLOCK_K
+        result = promoted(result, a_tile, w_tile, a_scale, w_scale, SWAPS, BLOCK_N % TILE_N == 0)
+
+    return tl.trans(result) if SWAPS else result
+
+
+@triton.jit
 def gemm_kernel(
     activation,
     activation_scales,
@@ -100,25 +140,21 @@ def gemm_kernel(
     scale_columns = column_tile * TILE_N if BLOCK_N % TILE_N == 0 else read_columns
     w_scale_places = weight_scales + (scale_columns // BLOCK_N) * blocks
 
-    SHAPE: tl.constexpr = (TILE_N, TILE_M) if SWAPS else (TILE_M, TILE_N)
-    result = tl.zeros(SHAPE, tl.float32)
-    # With its stages named here, Triton pipelines the loads of scales too; otherwise only those
-    # that feed the tensor core, and every block would wait for its scales (0.4 us on an H200).
-    for block in tl.range(blocks, num_stages=STAGES):
-        a_scale = tl.load(a_scale_places + block * activation_scales_stride)
-        w_scale = tl.load(w_scale_places + block)
-        if WHOLE_BLOCKS:
-            a_tile = tl.load(a_places)
-            w_tile = tl.load(w_places)
-        else:
-            in_k = (block * BLOCK_K + inside < k)[None, :]
-            a_tile = tl.load(a_places, mask=in_k, other=0.0)
-            w_tile = tl.load(w_places, mask=in_k, other=0.0)
-        a_places += BLOCK_K
-        w_places += BLOCK_K
-        result = promoted(result, a_tile, w_tile, a_scale, w_scale, SWAPS, BLOCK_N % TILE_N == 0)
-
-    result = tl.trans(result) if SWAPS else result
+    result = summed(
+        a_places,
+        w_places,
+        a_scale_places,
+        w_scale_places,
+        k,
+        activation_scales_stride,
+        TILE_M,
+        TILE_N,
+        BLOCK_N,
+        BLOCK_K,
+        WHOLE_BLOCKS,
+        SWAPS,
+        STAGES,
+    )
     addend = tl.load(bias + columns, mask=(columns < n) & (has_bias != 0), other=0.0)
     result += addend.to(tl.float32)[None, :]
     tl.store(
