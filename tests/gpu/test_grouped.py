@@ -6,6 +6,9 @@ product, rounded once, for any counts. What no row counts in is NaN, before and 
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +18,7 @@ pytest.importorskip("triton", reason="the Gluon kernels need Triton 3.6")
 
 from blockscale.backends.registry import runnable_backend_named
 from blockscale.formats import FP8_1X128_FP32, FP8_128X128_FP32, K_MAJOR, MN_MAJOR_TMA_ALIGNED
+from blockscale.kernels.gluon.build import Form, compile_ahead
 from blockscale.kernels.gluon.grouped_product import GroupedProduct
 from blockscale.kernels.gluon.grouped_work import grouped_small_variant, grouped_variant
 from blockscale.kernels.gluon.product import GluonProduct
@@ -68,6 +72,24 @@ FEW = (
     (FP16, grouped_small_variant(64, 16, 2)),
     (BF16, grouped_small_variant(128, 64, 2)),
 )
+
+
+# What the tests below let the rules choose, beside these.
+CHOSEN = (
+    Form(grouped_small_variant(64, 16, 2, 256), BF16, overlap=True),
+    Form(grouped_variant(256, 128, 2, 256), BF16, overlap=True),
+    Form(grouped_variant(128, 128, 2, 256), FP16, overlap=True),
+    Form(grouped_variant(128, 128, 2), FP16, overlap=True),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """Everything at once, by several processes: Triton keeps it on disk. Saves two minutes."""
+    forms = [Form(variant, dtype, overlap=True) for dtype, variant in (*MASKED, *CONTIGUOUS, *FEW)]
+    workers = min(12, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        list(pool.map(compile_ahead, [*forms, *CHOSEN]))
 
 
 def nan_codes(*shape: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 
 from blockscale.errors import BackendError
@@ -36,9 +37,10 @@ from blockscale.kernels.gluon.work import (
 )
 
 if TYPE_CHECKING:
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import CompiledKernel
 
+SM90 = 90
+WARP_SIZE = 32
 WARPS = 4
 KERNELS = {
     DenseVariant: dense_kernel,
@@ -142,6 +144,11 @@ def compile_form(form: Form, target: GPUTarget) -> CompiledKernel:
     except Exception as error:
         msg = f"Triton {triton.__version__} cannot compile {form.name}: {error}"
         raise BackendError(msg) from error
+
+
+def compile_ahead(form: Form) -> None:
+    """Have Triton's disk cache hold the kernel for SM90: what a pool of processes is given."""
+    compile_form(form, GPUTarget("cuda", SM90, WARP_SIZE))
 
 
 def boxes(form: Form) -> dict[str, BoxType]:

@@ -18,7 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from blockscale.errors import BackendError
-from blockscale.kernels.gluon.build import boxes, compile_form, integers
+from blockscale.kernels.gluon.build import SM90, WARP_SIZE, boxes, compile_form, integers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from blockscale.kernels.gluon.build import Form
 
-SM90 = 90
-WARP_SIZE = 32
 TMA_BYTES = 16
 # Descriptors that one launcher keeps, about 400 bytes each, before it starts again.
 MAX_BOXES = 4096
