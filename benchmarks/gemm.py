@@ -10,9 +10,9 @@ one CUDA graph goes through all copies; graphs are replayed in turns. A result t
 float64 product of the dequantized operands is reported and not timed. Activations are quantized
 already: quantizing is not part of any backend's time. The reduction of a split sum is.
 
-``--experiments``: also the Gluon variants that ``kernels.gluon.choice`` does not offer: consumers
-that take turns, four slots with scales by loads, launches that overlap. One JSON line for each
-measurement; a table of ratios to DeepGEMM, by range of M, at the end.
+``--experiments``: also every Gluon candidate that ``kernels.gluon.choice`` does not hold for much
+slower than its choice. One JSON line for each measurement; a table of ratios to DeepGEMM, by range
+of M, at the end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
@@ -39,8 +39,8 @@ from blockscale.formats import (
     MN_MAJOR_TMA_ALIGNED,
     DType,
 )
+from blockscale.kernels.gluon.choice import promising
 from blockscale.kernels.gluon.product import GluonProduct
-from blockscale.kernels.gluon.work import DenseWork
 from blockscale.planning.decision import Offer
 from blockscale.planning.request import LinearRequest
 from blockscale.probe import detect_device
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from blockscale.formats import ScaleLayout
-    from blockscale.kernels.gluon.work import Work
     from blockscale.tensor import BlockScaledTensor
 
 # baseline/h200.md.
@@ -71,8 +70,6 @@ CHECKED_ROWS = 256
 LIMITS = {DType.FLOAT32: 3e-4, DType.FLOAT16: 5e-4, DType.BFLOAT16: 2.5e-3}
 BF16_OPERANDS_LIMIT = 1e-2
 BIG = 8192
-# The tile for which a fourth slot fits if scales are loaded instead of copied.
-FOUR_SLOT_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,25 +278,15 @@ def bf16_matmul(copies: list[Copy]) -> Variant:
 
 
 def experiments(copies: list[Copy], dtype: DType) -> Iterator[Variant]:
-    """Forms of the chosen Gluon kernel that the model does not choose from."""
-    m, out_dtype = copies[0].activation.mn, torch_dtype(dtype)
-    products = [GluonProduct(copy.weight) for copy in copies]
-    chosen = products[0].work(m, out_dtype)
-    tried: dict[str, tuple[Work, bool]] = {"overlap": (chosen, True)}
-    if isinstance(chosen, DenseWork):
-        variant = chosen.variant
-        tried["alternate"] = (replace(chosen, variant=replace(variant, alternate=True)), False)
-        loads = replace(variant, scales_by_tma=False)
-        if variant.rows == FOUR_SLOT_ROWS and dtype is not DType.FLOAT32:
-            loads = replace(loads, stages=4, buffers=1)
-        tried["loads"] = (replace(chosen, variant=loads), False)
-        both = replace(loads, alternate=True)
-        tried["loads alternate"] = (replace(chosen, variant=both), False)
-    for label, (work, overlap) in tried.items():
-        bound = [GluonProduct(copy.weight, overlap=overlap) for copy in copies]
+    """What the model chose from."""
+    activation, out_dtype = copies[0].activation, torch_dtype(dtype)
+    m, (n, k) = activation.mn, copies[0].weight.data.shape
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    for work in promising(m, n, k, dtype.bytes, processors):
+        bound = [GluonProduct(copy.weight) for copy in copies]
         for product in bound:
             product.use(work, m, out_dtype)
-        empty = Variant("gluon", dtype, [], [], f"{label}: {work.name}")
+        empty = Variant("gluon", dtype, [], [], f"candidate: {work.name}")
         yield bound_variant(empty, bound, copies, MN_MAJOR_TMA_ALIGNED)
 
 

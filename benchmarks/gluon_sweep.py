@@ -2,10 +2,10 @@
 
     python benchmarks/gluon_sweep.py --out FILE [--seconds 200] [--seed 0]
 
-For random (M, N, K), N and K from real models (tests/data/shapes.csv), M from 1 to 8192, every
-candidate that ``kernels.gluon.choice`` compares is timed: CUDA graphs over weights rotated beyond
-L2, candidates in turns. One JSON line for each (M, N, K): {"m", "n", "k", "times": {work: us}}.
-Shapes are drawn until the time is up, so a short run is a smaller sample of the same thing.
+For random (M, N, K), N and K from real models (tests/data/shapes.csv), M from 1 to 8192, the
+candidates that ``kernels.gluon.choice.promising`` gives are timed: CUDA graphs over weights rotated
+beyond L2, candidates in turns. One JSON line for each (M, N, K): {"m", "n", "k", "times": {work:
+us}}. Shapes are drawn until the time is up, so a short run is a smaller sample of the same thing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from blockscale.formats import FP8_1X128_FP32, FP8_128X128_FP32, K_MAJOR, MN_MAJOR_TMA_ALIGNED
-from blockscale.kernels.gluon.choice import candidates, variants
+from blockscale.kernels.gluon.choice import promising, variants
 from blockscale.kernels.gluon.product import GluonProduct
 from blockscale.reference import quantize, relayout
 from blockscale.tensor import BlockScaledTensor
@@ -74,7 +74,7 @@ def compile_number(number: int) -> None:
 
     from blockscale.kernels.gluon.build import Form, compile_form
 
-    compile_form(Form(variants(2)[number], torch.float16), GPUTarget("cuda", 90, 32))
+    compile_form(Form(variants(2)[number], torch.float16, overlap=True), GPUTarget("cuda", 90, 32))
 
 
 def real_shapes() -> list[tuple[int, int]]:
@@ -113,7 +113,7 @@ def times(products: list[GluonProduct], m: int) -> dict[str, float]:
     out = torch.empty((m, n), dtype=torch.float16, device="cuda")
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     graphs = {}
-    for work in candidates(m, n, k, 2, processors):
+    for work in promising(m, n, k, 2, processors):
         for product in products:
             product.use(work, m, torch.float16)
         products[0](activation, out, None)

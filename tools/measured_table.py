@@ -16,7 +16,7 @@ from pathlib import Path
 from blockscale.backends.registry import BACKENDS
 
 ROOT = Path(__file__).resolve().parent.parent
-EXPERIMENTS = ("overlap", "alternate", "loads")
+EXPERIMENTS = ("overlap", "alternate", "loads", "candidate")
 
 
 def main() -> None:

@@ -151,7 +151,7 @@ def gemm() -> str:
     last = {
         (r["m"], r["n"], r["k"], r["backend"], r["out_dtype"]): r["time_us"]
         for r in records("gemm")
-        if not r["detail"].startswith(("overlap", "alternate", "loads"))
+        if not r["detail"].startswith(("overlap", "alternate", "loads", "candidate"))
     }
     variants = list(dict.fromkeys(key[3:] for key in last))
     body: list[list[object]] = []

@@ -7,8 +7,6 @@ once.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -97,15 +95,12 @@ def wide(tensor: BlockScaledTensor, rows: int) -> torch.Tensor:
 
 
 def works(m: int, n: int, k: int, out_bytes: int, processors: int) -> list[Work]:
-    """Every variant once on this shape, those that alternate or load scales included."""
+    """Every variant once on this shape."""
     found: list[Work] = []
     for variant in variants(out_bytes):
         if isinstance(variant, DenseVariant):
             pieces = 3 if variant.split else 1
             found.append(dense_work(variant, m, n, k, processors, pieces=pieces))
-            if not variant.split and variant.columns == 128:
-                others = (replace(variant, alternate=True), replace(variant, scales_by_tma=False))
-                found += [dense_work(other, m, n, k, processors) for other in others]
         elif m <= variant.tokens or (variant.tokens >= 32 and m <= 4 * variant.tokens):
             found.append(small_work(variant, m, n, k, 3 if variant.split else 1))
     return found

@@ -89,8 +89,8 @@ def _stand_in_modules() -> dict[str, ModuleType]:
             MBarrierLayout=lambda: "mbarrier",
             init=_init_barrier,
             expect=_expect,
-            arrive=lambda barrier, count: barrier.arrive(count),
-            wait=lambda barrier, phase: barrier.wait(int(machine.plain(phase))),
+            arrive=_arrive,
+            wait=_wait,
         ),
         tma=SimpleNamespace(
             async_load=_load_box, async_store=_store_box, store_wait=_wait_for_stores
@@ -132,6 +132,7 @@ def _language() -> ModuleType:
         SwizzledSharedLayout=_some_layout,
         static_assert=_check,
         static_range=range,
+        to_tensor=_as_it_is,
         warp_specialize=_specialize,
         program_id=lambda axis: thread().program.ids[axis],
         num_programs=lambda axis: thread().program.grid[axis],
@@ -195,13 +196,23 @@ def _allocate(dtype: ElementType, shape: Sequence[int], layout: str) -> Any:  # 
     return Shared(data)
 
 
-def _init_barrier(barrier: Barrier, count: int) -> None:
-    barrier.count = barrier.pending = count
-
-
-def _expect(barrier: Barrier, count: int, pred: Any = True) -> None:  # noqa: ANN401, FBT002 - Value or bool
+def _expect(barrier: Barrier, count: int, pred: object = True) -> None:  # noqa: FBT002 - Gluon's signature
     if pred:
         barrier.arrive(1, count)
+
+
+def _arrive(barrier: Barrier, count: int, pred: object = True) -> None:  # noqa: FBT002 - as above
+    if pred:
+        barrier.arrive(count)
+
+
+def _wait(barrier: Barrier, phase: Any, pred: object = True) -> None:  # noqa: ANN401, FBT002 - as above
+    if pred:
+        barrier.wait(int(machine.plain(phase)))
+
+
+def _init_barrier(barrier: Barrier, count: int) -> None:
+    barrier.count = barrier.pending = count
 
 
 def _scan(value: Value, axis: int, combine: Callable[[Value, Value], Value]) -> Value:

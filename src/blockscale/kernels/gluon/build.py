@@ -88,7 +88,9 @@ class Form:
     @property
     def is_wide(self) -> bool:
         """Whether one program has a multiprocessor to itself, and two consumers."""
-        return isinstance(self.variant, DenseVariant | GroupedVariant)
+        if isinstance(self.variant, DenseVariant):
+            return self.variant.programs_per_processor == 1
+        return isinstance(self.variant, GroupedVariant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +191,7 @@ def integers(form: Form) -> tuple[str, ...]:
 def _types(form: Form) -> dict[str, str]:
     out, _ = ELEMENTS[form.out_dtype]
     types = dict.fromkeys(form.kernel.arg_names, "i32")
-    types |= dict.fromkeys(("a_scales", "b_scales", "workspace"), "*fp32")
+    types |= dict.fromkeys(("b_scales", "workspace"), "*fp32")
     types |= {"out": f"*{out}", "bias": f"*{out}", "tickets": "*i32", "routing": "*i32"}
     types["slot_stride"] = "i64"
     return types | {name: box.signature for name, box in boxes(form).items()}

@@ -22,7 +22,6 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from blockscale.kernels.gluon.work import (
-    CONSUMERS,
     FLOAT_BYTES,
     K_BLOCK,
     NARROW_PER_FULL,
@@ -41,16 +40,20 @@ if TYPE_CHECKING:
 
     from blockscale.kernels.gluon.work import DenseVariant, SmallVariant
 
-# Up to here no tensor-core row of a dense tile would pay; beyond MAX_SMALL_M weights would be read
-# from L2 more than four times.
-SMALL_M, MAX_SMALL_M = 64, 256
+# Beyond MAX_SMALL_M the small-M kernel would read weights from L2 more than four times. Dense tiles
+# of 64 rows are for FEW_M tokens and more, taller ones for more than SMALL_M.
+FEW_M, SMALL_M, MAX_SMALL_M = 17, 64, 256
+# A multiple of DENSE_TILES' lowest: more rows of tiles than this are better served by taller tiles.
+MAX_LOW_M = 512
 TOKEN_TILES = (8, 16, 32, 64)
 WEIGHT_TILES = (64, 128)
-DENSE_TILES = ((256, 128), (128, 128), (128, 64), (128, 32))
-# Only tiles of this width have a variant for a last column of half of it.
-NARROW_COLUMNS = 128
+DENSE_TILES = ((256, 128), (128, 128), (128, 64), (128, 32), (64, 128), (64, 64), (64, 32))
+# These have a variant for a last column of half their width.
+NARROW_TILES = ((256, 128), (128, 128))
 SMALL_PROGRAMS_PER_PROCESSOR = 2
 PIECES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
+# The model is trusted this far.
+FAR = 1.7
 # A shorter piece is all latency (estimate).
 MIN_PIECE_BLOCKS = 4
 
@@ -73,14 +76,14 @@ class Costs:
     workspace: float
 
 
-SMALL = Costs(1468.0, 120.0, 7671.0, 2119.0, 871.0, 1775.0, 17.4)
-DENSE = Costs(687.0, 73.4, 6944.0, 3199.0, 1720.0, 185.0, 19.7)
+SMALL = Costs(193.9, 78.2, 7792.0, 5405.0, 199.3, 1428.0, 14.3)
+DENSE = Costs(1135.0, 62.8, 7384.0, 14760.0, 1239.0, 114.5, 15.2)
 # A small-M program's chain for one K block.
-SMALL_BLOCK_CLOCKS = 282.0
+SMALL_BLOCK_CLOCKS = 222.7
 # From the end of a dense consumer's wave to the start of its next, with its two barriers.
-WAVE_OVERHEAD_CLOCKS = 290.0
+WAVE_OVERHEAD_CLOCKS = 91.3
 # Rounding and staging one wave's rows, beside their bytes.
-WRITE_CLOCKS = 380.0
+WRITE_CLOCKS = 1137.0
 
 
 @lru_cache(maxsize=8192)
@@ -100,9 +103,16 @@ def candidates(m: int, n: int, k: int, out_bytes: int, processors: int) -> tuple
     found: list[Work] = []
     if m <= MAX_SMALL_M:
         found += _small_candidates(m, n, k, out_bytes)
-    if m > SMALL_M:
+    if m >= FEW_M:
         found += _dense_candidates(m, n, k, out_bytes, processors)
     return tuple(dict.fromkeys(found))
+
+
+def promising(m: int, n: int, k: int, out_bytes: int, processors: int) -> list[Work]:
+    """The candidates that the model does not hold for far slower than its choice: to be timed."""
+    found = candidates(m, n, k, out_bytes, processors)
+    costs = [clocks(work, m, n, out_bytes, processors) for work in found]
+    return [work for work, cost in zip(found, costs, strict=True) if cost <= FAR * min(costs)]
 
 
 def variants(out_bytes: int) -> tuple[DenseVariant | SmallVariant, ...]:
@@ -110,7 +120,7 @@ def variants(out_bytes: int) -> tuple[DenseVariant | SmallVariant, ...]:
     found: list[DenseVariant | SmallVariant] = []
     for rows, columns in DENSE_TILES:
         found += [dense_variant(rows, columns, out_bytes, split=split) for split in (False, True)]
-        if columns == NARROW_COLUMNS:
+        if (rows, columns) in NARROW_TILES:
             found.append(dense_variant(rows, columns, out_bytes, narrow=True))
     for weights in WEIGHT_TILES:
         for tokens in TOKEN_TILES:
@@ -126,16 +136,18 @@ def clocks(work: Work, m: int, n: int, out_bytes: int, processors: int) -> float
         return _small_clocks(work, processors)
     k = work.k_blocks * K_BLOCK
     from_memory = (n * k + m * k + m * n * out_bytes) / DENSE.memory
-    return DENSE.start + max(from_memory, _dense_clocks(work, out_bytes))
+    return DENSE.start + max(from_memory, _dense_clocks(work, out_bytes, processors))
 
 
 def _dense_candidates(
     m: int, n: int, k: int, out_bytes: int, processors: int
 ) -> Iterator[DenseWork]:
     for rows, columns in DENSE_TILES:
+        if not (m > SMALL_M if rows > WAVE_ROWS else m <= MAX_LOW_M):
+            continue
         plain = dense_variant(rows, columns, out_bytes)
         yield dense_work(plain, m, n, k, processors)
-        if columns == NARROW_COLUMNS:
+        if (rows, columns) in NARROW_TILES:
             narrow = dense_variant(rows, columns, out_bytes, narrow=True)
             with_narrow = dense_work(narrow, m, n, k, processors)
             if with_narrow.narrow_tiles:
@@ -147,10 +159,10 @@ def _dense_candidates(
                 yield work
 
 
-def _dense_clocks(work: DenseWork, out_bytes: int) -> float:
+def _dense_clocks(work: DenseWork, out_bytes: int, processors: int) -> float:
     variant = work.variant
     write = variant.waves * (WRITE_CLOCKS + variant.columns * out_bytes)
-    block = _dense_block_clocks(variant, variant.columns, work.programs)
+    block = _dense_block_clocks(variant, variant.columns, work.programs, processors)
     whole = work.k_blocks * block + write
     total = ceil(work.whole_tiles / work.programs) * whole
     if work.split_tiles:
@@ -168,21 +180,24 @@ def _narrow_clocks(work: DenseWork, whole: float, write: float) -> float:
     """What the narrow tiles add; the programs that idle in the last round take them first."""
     variant = work.variant
     # Few of them run at a time, beside whole tiles: each may have its multiprocessor's full rate.
-    narrow = work.k_blocks * _dense_block_clocks(variant, variant.columns // 2, 1) + write / 2
+    narrow = work.k_blocks * _dense_block_clocks(variant, variant.columns // 2, 1, 1) + write / 2
     idle = -work.whole_tiles % work.programs
     beside = min(NARROW_PER_FULL * idle, work.narrow_tiles)
     late = max(0.0, ceil(beside / max(idle, 1)) * narrow - whole)
     return late + ceil((work.narrow_tiles - beside) / work.programs) * narrow
 
 
-def _dense_block_clocks(variant: DenseVariant, columns: int, programs: int) -> float:
+def _dense_block_clocks(
+    variant: DenseVariant, columns: int, programs: int, processors: int
+) -> float:
     """One K block of one tile: the slowest of tensor cores, a consumer's chain, and L2."""
-    tensor = CONSUMERS * variant.waves * 2 * columns
+    beside = ceil(programs / processors)
+    tensor = beside * variant.consumers * variant.waves * 2 * columns
     # 64 x columns results over 128 threads, one FFMA each.
     promotion = WAVE_ROWS * columns / 128
     chain = variant.waves * (2 * columns + promotion + WAVE_OVERHEAD_CLOCKS)
-    rate = min(DENSE.l2_of_one, DENSE.l2_of_all / programs)
-    return max(tensor, chain, (variant.rows + columns) * K_BLOCK / rate)
+    rate = min(DENSE.l2_of_one, DENSE.l2_of_all / min(programs, processors))
+    return max(tensor, chain, beside * (variant.rows + columns) * K_BLOCK / rate)
 
 
 def _small_candidates(m: int, n: int, k: int, out_bytes: int) -> Iterator[SmallWork]:

@@ -2,11 +2,11 @@
 
 One producer warp copies tiles into a ring of shared-memory slots (TMA); two consumer warpgroups
 multiply (wgmma), each its own half of the tile's rows, in one or two waves of 64 rows (``waves``).
+A tile of 64 rows has one consumer, and two programs share a multiprocessor.
 Rows beyond M and columns beyond N and K are read as zeros and not written, by TMA.
 
 Two partitions rather than one of eight warps, so that no barrier spans both consumers and one can
-promote while the other has the tensor cores (facts/kernels.md 2.5). ``ALTERNATE`` makes them take
-turns at issuing waves.
+promote while the other has the tensor cores (facts/kernels.md 2.5).
 """
 
 from __future__ import annotations
@@ -28,20 +28,44 @@ from blockscale.kernels.gluon.schedule import (
     tile_position,
 )
 from blockscale.kernels.gluon.split import add_pieces, draw_ticket, piece_offsets
-from blockscale.kernels.gluon.waves import CONSUMERS, WAVE_ROWS, accumulate
+from blockscale.kernels.gluon.waves import WAVE_ROWS, accumulate
 
 # K of a slot: one scale block.
 K_BLOCK = gl.constexpr(128)
 
 
 @gluon.jit
-def _fill(ring, operands, row, column, first_block, blocks, slot, phase,
-          STAGES: gl.constexpr, SCALES_BY_TMA: gl.constexpr):  # fmt: skip
-    """Copy the slots of one tile; ``slot`` and ``phase`` go on where the last tile stopped."""
+def _weights_ahead(ring, operands, column, first_block, blocks, STAGES: gl.constexpr):
+    """Start copying the first slots' weights, then wait for the kernel ahead; how many slots.
+
+    Weights are no result of that kernel (``product`` says what this asks of who writes them).
+    """
+    _a_slots, b_slots, _a_scale_slots, _b_scale_slots, full, _empty = ring
+    a, b, a_scales, _b_scales, _b_scale_stride = operands
+    slot_bytes: gl.constexpr = (
+        a.block_type.nbytes + b.block_type.nbytes + a_scales.block_type.nbytes
+    )
+    early = gl.minimum(blocks, STAGES)
+    for slot in range(early):
+        mbarrier.expect(full.index(slot), slot_bytes)
+        load_box(b, [column, (first_block + slot) * K_BLOCK], full.index(slot), b_slots.index(slot))
+    gdc_wait()
+    gdc_launch_dependents()
+    return early
+
+
+@gluon.jit
+def _fill(ring, operands, row, column, first_block, blocks, slot, phase, early,
+          STAGES: gl.constexpr):  # fmt: skip
+    """Copy the slots of one tile; ``slot`` and ``phase`` go on where the last tile stopped.
+
+    ``early``: for so many slots from here on, ``_weights_ahead`` has copied the weights.
+    """
     a_slots, b_slots, a_scale_slots, b_scale_slots, full, empty = ring
     a, b, a_scales, b_scales, b_scale_stride = operands
-    slot_bytes: gl.constexpr = a.block_type.nbytes + b.block_type.nbytes
-    scale_bytes: gl.constexpr = a_scales.block_type.nbytes if SCALES_BY_TMA else 0
+    slot_bytes: gl.constexpr = (
+        a.block_type.nbytes + b.block_type.nbytes + a_scales.block_type.nbytes
+    )
     b_scale = first_weight_scale(b_scales, column, b_scale_stride, first_block)
     next_scale = gl.load(b_scale)
     for block in range(first_block, first_block + blocks):
@@ -50,14 +74,15 @@ def _fill(ring, operands, row, column, first_block, blocks, slot, phase,
         b_scale += gl.where(block + 1 < first_block + blocks, 1, 0)
         next_scale = gl.load(b_scale)
         mbarrier.wait(empty.index(slot), phase)
-        mbarrier.expect(full.index(slot), slot_bytes + scale_bytes)
-        load_box(b, [column, block * K_BLOCK], full.index(slot), b_slots.index(slot))
+        is_late = early <= 0
+        mbarrier.expect(full.index(slot), slot_bytes, pred=is_late)
+        load_box(b, [column, block * K_BLOCK], full.index(slot), b_slots.index(slot), pred=is_late)
         load_box(a, [row, block * K_BLOCK], full.index(slot), a_slots.index(slot))
-        if SCALES_BY_TMA:
-            load_box(a_scales, [block, row], full.index(slot), a_scale_slots.index(slot))
+        load_box(a_scales, [block, row], full.index(slot), a_scale_slots.index(slot))
         hand_over_scale(scale, b_scale_slots, full, slot)
+        early -= 1
         slot, phase = next_slot(slot, phase, STAGES)
-    return slot, phase
+    return slot, phase, early
 
 
 @gluon.jit
@@ -80,24 +105,33 @@ def _item(item, whole_tiles, pieces, piece_blocks, all_blocks, SPLIT: gl.constex
 @gluon.jit
 def _produce(ring, operands, shape, split, BM: gl.constexpr, BN: gl.constexpr,
              STAGES: gl.constexpr, BAND: gl.constexpr, SPLIT: gl.constexpr, NARROW: gl.constexpr,
-             SCALES_BY_TMA: gl.constexpr):  # fmt: skip
+             OVERLAP: gl.constexpr):  # fmt: skip
     """The producer partition."""
     row_tiles, column_tiles, all_blocks = shape
     whole_tiles, pieces, piece_blocks, items, narrow_tiles = split
     slot = 0
     phase = 1
+    early = 0
+    if OVERLAP:
+        own = gl.program_id(0)
+        tile, _piece, first_block, blocks = _item(
+            own, whole_tiles, pieces, piece_blocks, all_blocks, SPLIT
+        )
+        _row, column = tile_position(tile, row_tiles, column_tiles, BAND)
+        blocks = gl.where(own < items, blocks, 0)
+        early = _weights_ahead(ring, operands, column * BN, first_block, blocks, STAGES)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         tile, _piece, first_block, blocks = _item(
             item, whole_tiles, pieces, piece_blocks, all_blocks, SPLIT
         )
         row, column = tile_position(tile, row_tiles, column_tiles, BAND)
-        slot, phase = _fill(ring, operands, row * BM, column * BN, first_block, blocks, slot,
-                            phase, STAGES, SCALES_BY_TMA)  # fmt: skip
+        slot, phase, early = _fill(ring, operands, row * BM, column * BN, first_block, blocks,
+                                   slot, phase, early, STAGES)  # fmt: skip
     if NARROW:
         narrow, head, idle = first_narrow(items, narrow_tiles)
         while narrow < narrow_tiles:
-            slot, phase = _fill(ring, operands, narrow * BM, column_tiles * BN, 0, all_blocks,
-                                slot, phase, STAGES, SCALES_BY_TMA)  # fmt: skip
+            slot, phase, early = _fill(ring, operands, narrow * BM, column_tiles * BN, 0,
+                                       all_blocks, slot, phase, early, STAGES)  # fmt: skip
             narrow = next_narrow(narrow, head, idle)
 
 
@@ -120,7 +154,7 @@ def _write(result, out, staging, buffer, bias, has_bias, row, column, n, ME: gl.
 
 @gluon.jit
 def _publish(result0, result1, workspace, tickets, part, piece, pieces, ME: gl.constexpr,
-             BM: gl.constexpr, BN: gl.constexpr, TWO_WAVES: gl.constexpr,
+             BM: gl.constexpr, BN: gl.constexpr, CONSUMERS: gl.constexpr, TWO_WAVES: gl.constexpr,
              LAYOUT: gl.constexpr):  # fmt: skip
     """Write this piece's sums; tell where the first piece's lie and whether all have come."""
     first = workspace + part * pieces * (BM * BN) + ME * (BM // CONSUMERS) * BN
@@ -137,14 +171,15 @@ def _publish(result0, result1, workspace, tickets, part, piece, pieces, ME: gl.c
 
 @gluon.jit
 def _finish(result0, result1, is_whole, target, sums, row, column, tile, piece, pieces, buffer, n,
-            ME: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BUFFERS: gl.constexpr,
-            TWO_WAVES: gl.constexpr, SPLIT: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+            ME: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, CONSUMERS: gl.constexpr,
+            BUFFERS: gl.constexpr, TWO_WAVES: gl.constexpr, SPLIT: gl.constexpr,
+            LAYOUT: gl.constexpr):  # fmt: skip
     """Write a whole tile, or publish a piece and write the tile if it is the last one."""
     out, staging, bias, has_bias = target
     workspace, tickets = sums
     if SPLIT and not is_whole:
         first, is_last = _publish(result0, result1, workspace, tickets, tile, piece, pieces, ME,
-                                  BM, BN, TWO_WAVES, LAYOUT)  # fmt: skip
+                                  BM, BN, CONSUMERS, TWO_WAVES, LAYOUT)  # fmt: skip
         if is_last:
             total = add_pieces(first, BM * BN, pieces, WAVE_ROWS, BN, LAYOUT)
             buffer = _write(total, out, staging, buffer, bias, has_bias, row, column, n, ME, BN,
@@ -163,35 +198,31 @@ def _finish(result0, result1, is_whole, target, sums, row, column, tile, piece, 
 
 
 @gluon.jit
-def _consume(ring, turns, a_scales, a_scale_stride, target, sums, limits, shape, split,
-             ME: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+def _consume(ring, target, sums, n, shape, split, ME: gl.constexpr, BM: gl.constexpr,
+             BN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
              BUFFERS: gl.constexpr, BAND: gl.constexpr, TWO_WAVES: gl.constexpr,
-             SPLIT: gl.constexpr, NARROW: gl.constexpr, ALTERNATE: gl.constexpr,
-             SCALES_BY_TMA: gl.constexpr):  # fmt: skip
-    """A consumer partition: number ``ME`` of two."""
+             SPLIT: gl.constexpr, NARROW: gl.constexpr):  # fmt: skip
+    """A consumer partition: number ``ME`` of ``CONSUMERS``."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 32]
     )
     OWN: gl.constexpr = ME * (BM // CONSUMERS)
-    m, n = limits
     row_tiles, column_tiles, all_blocks = shape
     whole_tiles, pieces, piece_blocks, items, narrow_tiles = split
     slot = 0
     phase = 0
-    turn_phase = 1 - ME
     buffer = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        tile, piece, first_block, blocks = _item(
+        tile, piece, _first_block, blocks = _item(
             item, whole_tiles, pieces, piece_blocks, all_blocks, SPLIT
         )
         tile_row, tile_column = tile_position(tile, row_tiles, column_tiles, BAND)
-        result0, result1, turn_phase, slot, phase = accumulate(
-            ring, turns, turn_phase, a_scales, a_scale_stride, m, tile_row * BM, first_block,
-            blocks, slot, phase, ME, BM, BN, STAGES, TWO_WAVES, ALTERNATE, SCALES_BY_TMA,
-            LAYOUT)  # fmt: skip
+        result0, result1, slot, phase = accumulate(
+            ring, blocks, slot, phase, OWN, BN, STAGES, TWO_WAVES, LAYOUT
+        )
         buffer = _finish(result0, result1, item < whole_tiles, target, sums, tile_row * BM + OWN,
                          tile_column * BN, tile - whole_tiles, piece, pieces, buffer, n, ME, BM,
-                         BN, BUFFERS, TWO_WAVES, SPLIT, LAYOUT)  # fmt: skip
+                         BN, CONSUMERS, BUFFERS, TWO_WAVES, SPLIT, LAYOUT)  # fmt: skip
     if NARROW:
         HALF: gl.constexpr = BN // 2
         NARROW_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -199,24 +230,22 @@ def _consume(ring, turns, a_scales, a_scale_stride, target, sums, limits, shape,
         )
         narrow, head, idle = first_narrow(items, narrow_tiles)
         while narrow < narrow_tiles:
-            result0, result1, turn_phase, slot, phase = accumulate(
-                ring, turns, turn_phase, a_scales, a_scale_stride, m, narrow * BM, 0, all_blocks,
-                slot, phase, ME, BM, HALF, STAGES, TWO_WAVES, ALTERNATE, SCALES_BY_TMA,
-                NARROW_LAYOUT)  # fmt: skip
+            result0, result1, slot, phase = accumulate(
+                ring, all_blocks, slot, phase, OWN, HALF, STAGES, TWO_WAVES, NARROW_LAYOUT
+            )
             buffer = _finish(result0, result1, True, target, sums, narrow * BM + OWN,
-                             column_tiles * BN, 0, 0, 1, buffer, n, ME, BM, HALF, BUFFERS,
-                             TWO_WAVES, False, NARROW_LAYOUT)  # fmt: skip
+                             column_tiles * BN, 0, 0, 1, buffer, n, ME, BM, HALF, CONSUMERS,
+                             BUFFERS, TWO_WAVES, False, NARROW_LAYOUT)  # fmt: skip
             narrow = next_narrow(narrow, head, idle)
     tma.store_wait(0)
 
 
 @gluon.jit
-def dense_kernel(a, b, a_scale_boxes, out, a_scales, b_scales, bias, workspace, tickets, m, n,
-                 a_scale_stride, b_scale_stride, has_bias, row_tiles, column_tiles, all_blocks,
-                 whole_tiles, pieces, piece_blocks, items, narrow_tiles, STAGES: gl.constexpr,
+def dense_kernel(a, b, a_scale_boxes, out, b_scales, bias, workspace, tickets, n,
+                 b_scale_stride, has_bias, row_tiles, column_tiles, all_blocks, whole_tiles,
+                 pieces, piece_blocks, items, narrow_tiles, STAGES: gl.constexpr,
                  BUFFERS: gl.constexpr, BAND: gl.constexpr, SPLIT: gl.constexpr,
-                 NARROW: gl.constexpr, ALTERNATE: gl.constexpr, SCALES_BY_TMA: gl.constexpr,
-                 OVERLAP: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+                 NARROW: gl.constexpr, OVERLAP: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
                  PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
     """One program a multiprocessor takes items ``program_id, program_id + programs, ...``.
 
@@ -225,23 +254,14 @@ def dense_kernel(a, b, a_scale_boxes, out, a_scales, b_scales, bias, workspace, 
     """
     BM: gl.constexpr = a.block_type.shape[0]
     BN: gl.constexpr = b.block_type.shape[0]
+    CONSUMERS: gl.constexpr = 2 if BM > WAVE_ROWS else 1
     TWO_WAVES: gl.constexpr = BM > CONSUMERS * WAVE_ROWS
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
     a_slots = gl.allocate_shared_memory(a.dtype, [STAGES, BM, K_BLOCK], a.layout)
     b_slots = gl.allocate_shared_memory(b.dtype, [STAGES, BN, K_BLOCK], b.layout)
-    SCALE_SLOTS: gl.constexpr = STAGES if SCALES_BY_TMA else 1
-    SCALE_ROWS: gl.constexpr = BM if SCALES_BY_TMA else 4
-    a_scale_slots = gl.allocate_shared_memory(
-        gl.float32, [SCALE_SLOTS, 1, SCALE_ROWS], a_scale_boxes.layout
-    )
+    a_scale_slots = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM], a_scale_boxes.layout)
     b_scale_slots = allocate_scale_slots(STAGES)
     staging = gl.allocate_shared_memory(out.dtype, [CONSUMERS * BUFFERS, WAVE_ROWS, BN], out.layout)
     full, empty = allocate_barriers(STAGES, CONSUMERS)
-    turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    for consumer in gl.static_range(CONSUMERS):
-        mbarrier.init(turns.index(consumer), count=1)
 
     ring = (a_slots, b_slots, a_scale_slots, b_scale_slots, full, empty)
     operands = (a, b, a_scale_boxes, b_scales, b_scale_stride)
@@ -249,17 +269,27 @@ def dense_kernel(a, b, a_scale_boxes, out, a_scales, b_scales, bias, workspace, 
     sums = (workspace, tickets)
     shape = (row_tiles, column_tiles, all_blocks)
     split = (whole_tiles, pieces, piece_blocks, items, narrow_tiles)
-    gl.warp_specialize(
-        [
-            (_consume, (ring, turns, a_scales, a_scale_stride, target, sums, (m, n), shape, split,
-                        0, BM, BN, STAGES, BUFFERS, BAND, TWO_WAVES, SPLIT, NARROW, ALTERNATE,
-                        SCALES_BY_TMA)),
-            (_consume, (ring, turns, a_scales, a_scale_stride, target, sums, (m, n), shape, split,
-                        1, BM, BN, STAGES, BUFFERS, BAND, TWO_WAVES, SPLIT, NARROW, ALTERNATE,
-                        SCALES_BY_TMA)),
-            (_produce, (ring, operands, shape, split, BM, BN, STAGES, BAND, SPLIT, NARROW,
-                        SCALES_BY_TMA)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (_consume, (ring, target, sums, n, shape, split, 0, BM, BN, CONSUMERS, STAGES,
+                            BUFFERS, BAND, TWO_WAVES, SPLIT, NARROW)),
+                (_produce, (ring, operands, shape, split, BM, BN, STAGES, BAND, SPLIT, NARROW,
+                            OVERLAP)),
+            ],
+            [1],
+            [PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (ring, target, sums, n, shape, split, 0, BM, BN, CONSUMERS, STAGES,
+                            BUFFERS, BAND, TWO_WAVES, SPLIT, NARROW)),
+                (_consume, (ring, target, sums, n, shape, split, 1, BM, BN, CONSUMERS, STAGES,
+                            BUFFERS, BAND, TWO_WAVES, SPLIT, NARROW)),
+                (_produce, (ring, operands, shape, split, BM, BN, STAGES, BAND, SPLIT, NARROW,
+                            OVERLAP)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip

@@ -39,11 +39,12 @@ from blockscale.kernels.gluon.schedule import (
     next_slot,
     tile_position,
 )
-from blockscale.kernels.gluon.waves import CONSUMERS, WAVE_ROWS, accumulate
+from blockscale.kernels.gluon.waves import WAVE_ROWS, accumulate
 
 K_BLOCK = gl.constexpr(128)
 # Rows that belong to one group in the contiguous layout, and rows of one copy.
 GROUP_ROWS = gl.constexpr(128)
+CONSUMERS = gl.constexpr(2)
 CONSUMER_WARPS = gl.constexpr(4)
 
 
@@ -181,17 +182,6 @@ def _skip(ring, blocks, slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(ring, blocks, slot, phase, ME: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-              STAGES: gl.constexpr, TWO_WAVES: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
-    """``accumulate`` over all of K, without what only ``dense`` asks of it."""
-    full = ring[4]
-    result0, result1, _turn, slot, phase = accumulate(
-        ring, full, phase, 0, 0, 0, 0, 0, blocks, slot, phase, ME, BM, BN, STAGES, TWO_WAVES, False,
-        True, LAYOUT)  # fmt: skip
-    return result0, result1, slot, phase
-
-
-@gluon.jit
 def _consume(ring, mailbox, target, all_blocks, ME: gl.constexpr,
              BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
              BUFFERS: gl.constexpr):  # fmt: skip
@@ -209,22 +199,22 @@ def _consume(ring, mailbox, target, all_blocks, ME: gl.constexpr,
     while rows > 0:
         if (BM > GROUP_ROWS) and rows > GROUP_ROWS:
             if (ME == 0) or rows > WIDE_OWN + WAVE_ROWS:
-                result0, result1, slot, phase = _multiply(
-                    ring, all_blocks, slot, phase, ME, BM, BN, STAGES, True, LAYOUT
+                result0, result1, slot, phase = accumulate(
+                    ring, all_blocks, slot, phase, WIDE_OWN, BN, STAGES, True, LAYOUT
                 )
                 buffer = _store(result0, out, staging, buffer, out_slot, row + WIDE_OWN, column, ME,
                                 BN, BUFFERS)  # fmt: skip
                 buffer = _store(result1, out, staging, buffer, out_slot, row + WIDE_OWN + WAVE_ROWS,
                                 column, ME, BN, BUFFERS)  # fmt: skip
             else:
-                result0, result1, slot, phase = _multiply(
-                    ring, all_blocks, slot, phase, ME, BM, BN, STAGES, False, LAYOUT
+                result0, result1, slot, phase = accumulate(
+                    ring, all_blocks, slot, phase, WIDE_OWN, BN, STAGES, False, LAYOUT
                 )
                 buffer = _store(result0, out, staging, buffer, out_slot, row + WIDE_OWN, column, ME,
                                 BN, BUFFERS)  # fmt: skip
         elif rows > OWN:
-            result0, result1, slot, phase = _multiply(
-                ring, all_blocks, slot, phase, ME, GROUP_ROWS, BN, STAGES, False, LAYOUT
+            result0, result1, slot, phase = accumulate(
+                ring, all_blocks, slot, phase, OWN, BN, STAGES, False, LAYOUT
             )
             buffer = _store(result0, out, staging, buffer, out_slot, row + OWN, column, ME, BN,
                             BUFFERS)  # fmt: skip

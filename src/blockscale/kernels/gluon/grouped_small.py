@@ -12,11 +12,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from blockscale.kernels.gluon.dialect import load_box
@@ -36,6 +32,7 @@ from blockscale.kernels.gluon.schedule import (
     hand_over_scale,
     next_slot,
 )
+from blockscale.kernels.gluon.waves import accumulate_tokens
 
 K_BLOCK = gl.constexpr(128)
 WARP = gl.constexpr(32)
@@ -133,29 +130,6 @@ def _produce(ring, operands, mailbox, routing, slot_rows, groups, all_blocks, BW
 
 
 @gluon.jit
-def _accumulate(ring, blocks, slot, phase, BW: gl.constexpr, BT: gl.constexpr,
-                STAGES: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
-    """The (BW, BT) float32 sums over all K blocks."""
-    TOKENS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    a_slots, b_slots, a_scale_slots, b_scale_slots, full, empty = ring
-    result = gl.zeros((BW, BT), gl.float32, LAYOUT)
-    partial = gl.zeros((BW, BT), gl.float32, LAYOUT)
-    for _ in range(blocks):
-        mbarrier.wait(full.index(slot), phase)
-        b_scale = b_scale_slots.index(slot).load(TOKENS)
-        scale_slot = a_scale_slots.index(slot).reshape((a_scale_slots.shape[2],))
-        a_scale = scale_slot.slice(0, BT).load(TOKENS)
-        partial = warpgroup_mma(
-            b_slots.index(slot), a_slots.index(slot).permute((1, 0)), partial, use_acc=False,
-            is_async=True)  # fmt: skip
-        partial = warpgroup_mma_wait(0, deps=(partial,))
-        mbarrier.arrive(empty.index(slot), count=1)
-        result += partial * gl.expand_dims(a_scale * b_scale, 0)
-        slot, phase = next_slot(slot, phase, STAGES)
-    return result, slot, phase
-
-
-@gluon.jit
 def _write(result, out, token, rows, weight_row, n, BW: gl.constexpr, BT: gl.constexpr):
     """Round, and store with neighbouring threads on neighbouring columns of ``out``, a slot."""
     OUT: gl.constexpr = out.dtype.element_ty
@@ -183,7 +157,9 @@ def _consume(ring, mailbox, out, slot_stride, n, all_blocks, BW: gl.constexpr, B
     phase = 0
     rows, group, token, weight_row, place, read_phase = receive(mailbox, 0, 0, WARPS)
     while rows > 0:
-        result, slot, phase = _accumulate(ring, all_blocks, slot, phase, BW, BT, STAGES, LAYOUT)
+        result, slot, phase = accumulate_tokens(
+            ring, all_blocks, slot, phase, BW, BT, STAGES, LAYOUT
+        )
         _write(result, out + group * slot_stride, token, rows, weight_row, n, BW, BT)
         rows, group, token, weight_row, place, read_phase = receive(
             mailbox, place, read_phase, WARPS

@@ -42,7 +42,9 @@ class GluonProduct:
 
     ``weight``: (n, k) E4M3FN, on an SM90 device, one float32 scale a 128x128 block, K-major. Its
     storages are read on every call. ``overlap``: launches may start before the kernel ahead of them
-    in the stream has ended (programmatic dependent launch); they wait for its results.
+    in the stream has ended (programmatic dependent launch). They read weights at once and wait
+    before they read anything else: whoever writes weights must have another kernel run between that
+    and the product, as quantizing the activation is one.
 
     Calls on different streams may run at the same time: each stream has its own tickets, each call
     its own workspace. A CUDA graph keeps those of the stream it was captured on, so two graphs of
@@ -132,7 +134,7 @@ class GluonProduct:
             *launch.box(2, scales_address, self._k_blocks, m, aligned_scale_stride(m)),
         )
         if step.is_dense:
-            target = (*launch.box(3, out_address, m, self._n, self._n), scales_address)
+            target = launch.box(3, out_address, m, self._n, self._n)
         else:
             if out_address % TMA_BYTES:
                 msg = f"the output must start on {TMA_BYTES} bytes, not at {out_address:#x}"

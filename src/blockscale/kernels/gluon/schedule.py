@@ -21,6 +21,16 @@ def next_slot(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def slot_before(slot, STAGES: gl.constexpr):
+    """The pipeline slot before ``slot``.
+
+    Not a variable that a loop hands on: Triton 3.6 takes ``before = slot`` at the end of a loop for
+    unchanged if it started as ``slot`` did; the kernel then waited for ever (H100, 2026-11-25).
+    """
+    return gl.where(slot == 0, STAGES - 1, slot - 1)
+
+
+@gluon.jit
 def tile_position(tile, row_tiles, column_tiles, BAND: gl.constexpr):
     """Row and column of the ``tile``-th tile: down the rows of a band, then to the next column.
 

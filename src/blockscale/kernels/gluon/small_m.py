@@ -12,11 +12,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from blockscale.kernels.gluon.dialect import load_box
@@ -28,6 +24,7 @@ from blockscale.kernels.gluon.schedule import (
     next_slot,
 )
 from blockscale.kernels.gluon.split import add_pieces, draw_ticket, piece_offsets
+from blockscale.kernels.gluon.waves import accumulate_tokens
 
 K_BLOCK = gl.constexpr(128)
 WARP = gl.constexpr(32)
@@ -38,8 +35,13 @@ STORE_BYTES = gl.constexpr(16)
 
 
 @gluon.jit
-def _produce(ring, operands, row, token, first_block, blocks, STAGES: gl.constexpr):
-    """The producer partition: copy K blocks into the ring."""
+def _produce(ring, operands, row, token, first_block, blocks, STAGES: gl.constexpr,
+             OVERLAP: gl.constexpr):  # fmt: skip
+    """The producer partition: copy K blocks into the ring.
+
+    The first slots' weights are copied before the kernel ahead has ended: they are no result of it
+    (``product`` says what this asks of who writes them).
+    """
     a_slots, b_slots, a_scale_slots, b_scale_slots, full, empty = ring
     a, b, a_scales, b_scales, b_scale_stride = operands
     slot_bytes: gl.constexpr = (
@@ -47,6 +49,15 @@ def _produce(ring, operands, row, token, first_block, blocks, STAGES: gl.constex
     )
     b_scale = first_weight_scale(b_scales, row, b_scale_stride, first_block)
     next_scale = gl.load(b_scale)
+    early = first_block
+    if OVERLAP:
+        early = first_block + gl.minimum(blocks, STAGES)
+        for block in range(first_block, early):
+            ahead = block - first_block
+            mbarrier.expect(full.index(ahead), slot_bytes)
+            load_box(b, [row, block * K_BLOCK], full.index(ahead), b_slots.index(ahead))
+        gdc_wait()
+        gdc_launch_dependents()
     slot = 0
     phase = 1
     for block in range(first_block, first_block + blocks):
@@ -55,37 +66,13 @@ def _produce(ring, operands, row, token, first_block, blocks, STAGES: gl.constex
         b_scale += gl.where(block + 1 < first_block + blocks, 1, 0)
         next_scale = gl.load(b_scale)
         mbarrier.wait(empty.index(slot), phase)
-        mbarrier.expect(full.index(slot), slot_bytes)
-        load_box(b, [row, block * K_BLOCK], full.index(slot), b_slots.index(slot))
+        is_late = block >= early
+        mbarrier.expect(full.index(slot), slot_bytes, pred=is_late)
+        load_box(b, [row, block * K_BLOCK], full.index(slot), b_slots.index(slot), pred=is_late)
         load_box(a, [token, block * K_BLOCK], full.index(slot), a_slots.index(slot))
         load_box(a_scales, [block, token], full.index(slot), a_scale_slots.index(slot))
         hand_over_scale(scale, b_scale_slots, full, slot)
         slot, phase = next_slot(slot, phase, STAGES)
-
-
-@gluon.jit
-def _accumulate(ring, blocks, BW: gl.constexpr, BT: gl.constexpr, STAGES: gl.constexpr,
-                LAYOUT: gl.constexpr):  # fmt: skip
-    """The (BW, BT) float32 sums over ``blocks`` K blocks."""
-    TOKENS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    a_slots, b_slots, a_scale_slots, b_scale_slots, full, empty = ring
-    result = gl.zeros((BW, BT), gl.float32, LAYOUT)
-    partial = gl.zeros((BW, BT), gl.float32, LAYOUT)
-    slot = 0
-    phase = 0
-    for _block in range(blocks):
-        mbarrier.wait(full.index(slot), phase)
-        b_scale = b_scale_slots.index(slot).load(TOKENS)
-        scale_slot = a_scale_slots.index(slot).reshape((a_scale_slots.shape[2],))
-        a_scale = scale_slot.slice(0, BT).load(TOKENS)
-        partial = warpgroup_mma(
-            b_slots.index(slot), a_slots.index(slot).permute((1, 0)), partial, use_acc=False,
-            is_async=True)  # fmt: skip
-        partial = warpgroup_mma_wait(0, deps=(partial,))
-        mbarrier.arrive(empty.index(slot), count=1)
-        result += partial * gl.expand_dims(a_scale * b_scale, 0)
-        slot, phase = next_slot(slot, phase, STAGES)
-    return result
 
 
 @gluon.jit
@@ -120,7 +107,10 @@ def _consume(ring, out, bias, has_bias, workspace, tickets, limits, place, part,
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BT, 32]
     )
     m, n = limits
-    result = _accumulate(ring, blocks, BW, BT, STAGES, LAYOUT)
+    start = gl.to_tensor(0)
+    result, _slot, _phase = accumulate_tokens(
+        ring, blocks, start, gl.to_tensor(0), BW, BT, STAGES, LAYOUT
+    )
     if SPLIT:
         first = workspace + part * pieces * (BW * BT)
         gl.store(first + piece * (BW * BT) + piece_offsets(BW, BT, LAYOUT), result)
@@ -143,9 +133,6 @@ def small_m_kernel(a, b, a_scale_boxes, out, b_scales, bias, workspace, tickets,
     """
     BW: gl.constexpr = b.block_type.shape[0]
     BT: gl.constexpr = a.block_type.shape[0]
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
     a_slots = gl.allocate_shared_memory(a.dtype, [STAGES, BT, K_BLOCK], a.layout)
     b_slots = gl.allocate_shared_memory(b.dtype, [STAGES, BW, K_BLOCK], b.layout)
     # A box is wider than BT where BT scales would not fill what TMA's alignment asks for.
@@ -167,7 +154,7 @@ def small_m_kernel(a, b, a_scale_boxes, out, b_scales, bias, workspace, tickets,
         [
             (_consume, (ring, out, bias, has_bias, workspace, tickets, (m, n), (row, token), part,
                         piece, pieces, blocks, BW, BT, STAGES, SPLIT)),
-            (_produce, (ring, operands, row, token, first_block, blocks, STAGES)),
+            (_produce, (ring, operands, row, token, first_block, blocks, STAGES, OVERLAP)),
         ],
         [1],
         [PRODUCER_REGISTERS],

@@ -19,22 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from blockscale.kernels.gluon.schedule import next_slot
+from blockscale.kernels.gluon.dialect import partition_barrier
+from blockscale.kernels.gluon.schedule import next_slot, slot_before
 
 # Rows of one wgmma.
 WAVE_ROWS = gl.constexpr(64)
-CONSUMERS = gl.constexpr(2)
-
-
-@gluon.jit
-def _wave(a, b, partial, turns, turn_phase, ME: gl.constexpr, ALTERNATE: gl.constexpr):
-    """64 rows x 128 of K times the weight tile: the unscaled sums."""
-    if ALTERNATE:
-        mbarrier.wait(turns.index(ME), turn_phase)
-    partial = warpgroup_mma(a, b, partial, use_acc=False, is_async=True)
-    if ALTERNATE:
-        mbarrier.arrive(turns.index(1 - ME), count=1)
-    return warpgroup_mma_wait(0, deps=(partial,))
 
 
 @gluon.jit
@@ -47,60 +36,101 @@ def _promote(result, partial, scales):
 
 
 @gluon.jit
-def accumulate(ring, turns, turn_phase, a_scales, a_scale_stride, m, row, first_block, blocks,
-                slot, phase, ME: gl.constexpr, BM: gl.constexpr, COLUMNS: gl.constexpr,
-                STAGES: gl.constexpr, TWO_WAVES: gl.constexpr, ALTERNATE: gl.constexpr,
-                SCALES_BY_TMA: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
-    """This consumer's rows of one tile: one or two (64, COLUMNS) float32 results."""
+def _load_scales(ring, slot, FIRST: gl.constexpr, TWO_WAVES: gl.constexpr,
+                 ROWS: gl.constexpr):  # fmt: skip
+    """A slot's scales of the first and of the second wave's rows: activation's times weight's."""
+    _a_slots, _b_slots, a_scale_slots, b_scale_slots, _full, _empty = ring
+    b_scale = b_scale_slots.index(slot).load(ROWS)
+    slot_scales = a_scale_slots.index(slot).reshape((a_scale_slots.shape[2],))
+    scale0 = slot_scales.slice(FIRST, WAVE_ROWS, dim=0).load(ROWS)
+    scale1 = scale0
+    if TWO_WAVES:
+        scale1 = slot_scales.slice(FIRST + WAVE_ROWS, WAVE_ROWS, dim=0).load(ROWS)
+    return scale0 * b_scale, scale1 * b_scale
+
+
+@gluon.jit
+def accumulate(ring, blocks, slot, phase, FIRST: gl.constexpr, COLUMNS: gl.constexpr,
+               STAGES: gl.constexpr, TWO_WAVES: gl.constexpr,
+               LAYOUT: gl.constexpr):  # fmt: skip
+    """One consumer's rows of one tile, from row ``FIRST`` on: one or two (64, COLUMNS) results.
+
+    Between the end of a wave and the start of the next stand its FFMAs and nothing else. While the
+    tensor cores work, the slot before is released, the next one is waited for and its scales are
+    loaded: done between two waves, that took 500 clocks a K block, as long as the waves of a
+    128x128 tile (H200, 2026-11-23; docs/perf-log.md G12).
+    """
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    FIRST: gl.constexpr = ME * (BM // CONSUMERS)
-    SECOND: gl.constexpr = FIRST + WAVE_ROWS
-    a_slots, b_slots, a_scale_slots, b_scale_slots, full, empty = ring
+    a_slots, b_slots, _a_scale_slots, _b_scale_slots, full, empty = ring
     result0 = gl.zeros((WAVE_ROWS, COLUMNS), gl.float32, LAYOUT)
     result1 = gl.zeros((WAVE_ROWS, COLUMNS), gl.float32, LAYOUT)
     partial = gl.zeros((WAVE_ROWS, COLUMNS), gl.float32, LAYOUT)
-    scale0 = gl.zeros((WAVE_ROWS,), gl.float32, ROWS)
-    scale1 = gl.zeros((WAVE_ROWS,), gl.float32, ROWS)
-    rows0 = row + FIRST + gl.arange(0, WAVE_ROWS, layout=ROWS)
-    rows1 = rows0 + WAVE_ROWS
-    pointers0 = a_scales + first_block * a_scale_stride + rows0
-    pointers1 = pointers0 + WAVE_ROWS
-    if not SCALES_BY_TMA:
-        scale0 = gl.load(pointers0, mask=rows0 < m, other=0.0)
-        if TWO_WAVES:
-            scale1 = gl.load(pointers1, mask=rows1 < m, other=0.0)
-
+    mbarrier.wait(full.index(slot), phase)
+    scale0, scale1 = _load_scales(ring, slot, FIRST, TWO_WAVES, ROWS)
     for block in range(blocks):
-        mbarrier.wait(full.index(slot), phase)
-        b_scale = b_scale_slots.index(slot).load(ROWS)
-        if SCALES_BY_TMA:
-            slot_scales = a_scale_slots.index(slot).reshape((a_scale_slots.shape[2],))
-            scale0 = slot_scales.slice(FIRST, WAVE_ROWS, dim=0).load(ROWS)
-            if TWO_WAVES:
-                scale1 = slot_scales.slice(SECOND, WAVE_ROWS, dim=0).load(ROWS)
         a = a_slots.index(slot)
         b = b_slots.index(slot).slice(0, COLUMNS, dim=0).permute((1, 0))
-        partial = _wave(a.slice(FIRST, WAVE_ROWS, dim=0), b, partial, turns, turn_phase, ME,
-                        ALTERNATE)  # fmt: skip
-        turn_phase ^= 1
-        if not TWO_WAVES:
-            mbarrier.arrive(empty.index(slot), count=1)
-        product0 = scale0 * b_scale
-        if not SCALES_BY_TMA:
-            # The last round loads its own scales again, rather than beyond the end.
-            step = gl.where(block + 1 < blocks, a_scale_stride, 0)
-            pointers0 += step
-            scale0 = gl.load(pointers0, mask=rows0 < m, other=0.0)
-        result0 = _promote(result0, partial, product0)
+        following, following_phase = next_slot(slot, phase, STAGES)
+        this0 = scale0
+        this1 = scale1
+        partial = warpgroup_mma(
+            a.slice(FIRST, WAVE_ROWS, dim=0), b, partial, use_acc=False, is_async=True)  # fmt: skip
+        mbarrier.arrive(empty.index(slot_before(slot, STAGES)), count=1, pred=block > 0)
+        # Triton's own barrier after an arrival would stand in front of the next wave.
+        partition_barrier()
         if TWO_WAVES:
-            partial = _wave(a.slice(SECOND, WAVE_ROWS, dim=0), b, partial, turns, turn_phase, ME,
-                            ALTERNATE)  # fmt: skip
-            turn_phase ^= 1
-            mbarrier.arrive(empty.index(slot), count=1)
-            product1 = scale1 * b_scale
-            if not SCALES_BY_TMA:
-                pointers1 += step
-                scale1 = gl.load(pointers1, mask=rows1 < m, other=0.0)
-            result1 = _promote(result1, partial, product1)
-        slot, phase = next_slot(slot, phase, STAGES)
-    return result0, result1, turn_phase, slot, phase
+            partial = warpgroup_mma_wait(0, deps=(partial,))
+            result0 = _promote(result0, partial, this0)
+            partial = warpgroup_mma(
+                a.slice(FIRST + WAVE_ROWS, WAVE_ROWS, dim=0), b, partial, use_acc=False,
+                is_async=True)  # fmt: skip
+        mbarrier.wait(full.index(following), following_phase, pred=block + 1 < blocks)
+        # After the last block: of a slot that may be being filled, and not used.
+        scale0, scale1 = _load_scales(ring, following, FIRST, TWO_WAVES, ROWS)
+        partial = warpgroup_mma_wait(0, deps=(partial,))
+        if TWO_WAVES:
+            result1 = _promote(result1, partial, this1)
+        else:
+            result0 = _promote(result0, partial, this0)
+        slot = following
+        phase = following_phase
+    mbarrier.arrive(empty.index(slot_before(slot, STAGES)), count=1)
+    return result0, result1, slot, phase
+
+
+@gluon.jit
+def _load_token_scales(ring, slot, BT: gl.constexpr, TOKENS: gl.constexpr):
+    """A slot's scales by token: activation's times weight's."""
+    _a_slots, _b_slots, a_scale_slots, b_scale_slots, _full, _empty = ring
+    b_scale = b_scale_slots.index(slot).load(TOKENS)
+    scale_slot = a_scale_slots.index(slot).reshape((a_scale_slots.shape[2],))
+    return scale_slot.slice(0, BT).load(TOKENS) * b_scale
+
+
+@gluon.jit
+def accumulate_tokens(ring, blocks, slot, phase, BW: gl.constexpr, BT: gl.constexpr,
+                      STAGES: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+    """Weights as rows, tokens as columns: the (BW, BT) sums; steps in ``accumulate``'s order."""
+    TOKENS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    a_slots, b_slots, _a_scale_slots, _b_scale_slots, full, empty = ring
+    result = gl.zeros((BW, BT), gl.float32, LAYOUT)
+    partial = gl.zeros((BW, BT), gl.float32, LAYOUT)
+    mbarrier.wait(full.index(slot), phase)
+    scale = _load_token_scales(ring, slot, BT, TOKENS)
+    for block in range(blocks):
+        following, following_phase = next_slot(slot, phase, STAGES)
+        this = scale
+        partial = warpgroup_mma(
+            b_slots.index(slot), a_slots.index(slot).permute((1, 0)), partial, use_acc=False,
+            is_async=True)  # fmt: skip
+        mbarrier.arrive(empty.index(slot_before(slot, STAGES)), count=1, pred=block > 0)
+        partition_barrier()
+        mbarrier.wait(full.index(following), following_phase, pred=block + 1 < blocks)
+        # After the last block: of a slot that may be being filled, and not used.
+        scale = _load_token_scales(ring, following, BT, TOKENS)
+        partial = warpgroup_mma_wait(0, deps=(partial,))
+        result += partial * gl.expand_dims(this, 0)
+        slot = following
+        phase = following_phase
+    mbarrier.arrive(empty.index(slot_before(slot, STAGES)), count=1)
+    return result, slot, phase

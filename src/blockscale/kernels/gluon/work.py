@@ -42,8 +42,7 @@ class DenseVariant:
     """One compiled form of the dense kernel: tile, depth of the ring, and what it can do.
 
     ``buffers``: staging buffers of each consumer. ``split``: it can split sums. ``narrow``: a last
-    column of half width takes half the time. ``alternate``: the consumers take turns at issuing
-    waves. ``scales_by_tma``: activation scales come through the ring, else by loads a block ahead.
+    column of half width takes half the time.
     """
 
     rows: int
@@ -52,13 +51,21 @@ class DenseVariant:
     buffers: int
     split: bool = False
     narrow: bool = False
-    alternate: bool = False
-    scales_by_tma: bool = True
+
+    @property
+    def consumers(self) -> int:
+        """Consumer warpgroups."""
+        return min(CONSUMERS, self.rows // WAVE_ROWS)
 
     @property
     def waves(self) -> int:
         """Waves of 64 rows of each consumer."""
-        return self.rows // (CONSUMERS * WAVE_ROWS)
+        return self.rows // (self.consumers * WAVE_ROWS)
+
+    @property
+    def programs_per_processor(self) -> int:
+        """How many programs share a multiprocessor."""
+        return CONSUMERS // self.consumers
 
     def constants(self, *, overlap: bool) -> dict[str, int]:
         """The kernel's compile-time parameters, in order; ``overlap``: see ``build.Form``."""
@@ -68,8 +75,6 @@ class DenseVariant:
             "BAND": BAND,
             "SPLIT": self.split,
             "NARROW": self.narrow,
-            "ALTERNATE": self.alternate,
-            "SCALES_BY_TMA": self.scales_by_tma,
             "OVERLAP": overlap,
             "CONSUMER_REGISTERS": CONSUMER_REGISTERS,
             "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
@@ -78,26 +83,22 @@ class DenseVariant:
     @property
     def name(self) -> str:
         """``256x128s3b2`` and the letters of what it can do."""
-        letters = (
-            (self.split, "+split"),
-            (self.narrow, "+narrow"),
-            (self.alternate, "+alternate"),
-            (not self.scales_by_tma, "+loads"),
-        )
         tile = f"{self.rows}x{self.columns}s{self.stages}b{self.buffers}"
-        return tile + "".join(letter for on, letter in letters if on)
+        return tile + "+split" * self.split + "+narrow" * self.narrow
 
 
 def dense_variant(
     rows: int, columns: int, out_bytes: int, *, split: bool = False, narrow: bool = False
 ) -> DenseVariant:
     """The variant of a tile with the deepest ring that fits beside the staging buffers."""
-    waves = rows // (CONSUMERS * WAVE_ROWS)
+    consumers = min(CONSUMERS, rows // WAVE_ROWS)
+    waves = rows // (consumers * WAVE_ROWS)
     # Two buffers let the second wave be rounded while the first is still being stored.
     buffers = waves if out_bytes < FLOAT_BYTES else 1
-    staging = CONSUMERS * buffers * WAVE_ROWS * columns * out_bytes
+    staging = consumers * buffers * WAVE_ROWS * columns * out_bytes
     slot = (rows + columns) * K_BLOCK + rows * FLOAT_BYTES
-    stages = min(MAX_STAGES, (SHARED_BYTES - RESERVED_BYTES - staging) // slot)
+    room = SHARED_BYTES if consumers == CONSUMERS else HALF_SHARED_BYTES
+    stages = min(MAX_STAGES, (room - RESERVED_BYTES - staging) // slot)
     return DenseVariant(rows, columns, stages, buffers, split, narrow)
 
 
@@ -129,14 +130,12 @@ class DenseWork:
     @property
     def tickets(self) -> int:
         """Counters that the pieces draw from: one a split tile and consumer."""
-        return self.split_tiles * CONSUMERS
+        return self.split_tiles * self.variant.consumers
 
-    def arguments(self, m: int, n: int, b_scale_stride: int) -> dict[str, int]:
-        """The kernel's integer arguments by name, but for ``has_bias``."""
+    def arguments(self, _m: int, n: int, b_scale_stride: int) -> dict[str, int]:
+        """The kernel's integer arguments by name, but for ``has_bias``; TMA knows M."""
         return {
-            "m": m,
             "n": n,
-            "a_scale_stride": aligned_scale_stride(m),
             "b_scale_stride": b_scale_stride,
             "row_tiles": self.row_tiles,
             "column_tiles": self.column_tiles,
@@ -173,7 +172,8 @@ def dense_work(
     tiles = row_tiles * column_tiles
     piece_blocks = ceil(k_blocks / pieces)
     pieces = ceil(k_blocks / piece_blocks)
-    whole_tiles = tiles if pieces == 1 else tiles // processors * processors
+    places = processors * variant.programs_per_processor
+    whole_tiles = tiles if pieces == 1 else tiles // places * places
     items = whole_tiles + (tiles - whole_tiles) * pieces
     return DenseWork(
         variant,
@@ -185,7 +185,7 @@ def dense_work(
         piece_blocks,
         items,
         narrow_tiles,
-        min(processors, items + narrow_tiles),
+        min(places, items + narrow_tiles),
     )
 
 
