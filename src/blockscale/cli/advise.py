@@ -15,8 +15,9 @@ from blockscale.cli.options import (
     device_from,
     policy_from,
 )
-from blockscale.cli.output import ExitCode, console, human_bytes, print_json, table
+from blockscale.cli.output import ExitCode, console, print_json, table
 from blockscale.cli.source import open_headers
+from blockscale.planning.explain import human_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -14,11 +14,11 @@ from blockscale.cli.output import (
     console,
     error_cells,
     error_document,
-    human_bytes,
     print_json,
     progress,
     table,
 )
+from blockscale.planning.explain import human_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

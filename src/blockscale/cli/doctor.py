@@ -10,12 +10,12 @@ from blockscale.cli.options import Json, device_from
 from blockscale.cli.output import (
     ExitCode,
     console,
-    human_bytes,
     print_json,
     progress,
     table,
 )
 from blockscale.formats import DType
+from blockscale.planning.explain import human_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,12 +10,12 @@ from blockscale.cli.output import (
     ExitCode,
     console,
     finding_documents,
-    human_bytes,
     print_findings,
     print_json,
     table,
 )
 from blockscale.cli.source import open_headers
+from blockscale.planning.explain import human_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

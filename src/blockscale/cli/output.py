@@ -163,15 +163,3 @@ def late_progress(description: str, *, unit: str) -> Iterator[Callable[[int, int
             last = done
 
         yield step
-
-
-def human_bytes(count: float) -> str:
-    """``1.5 GB``: decimal units, as disks and model cards count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < _KILO:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= _KILO
-    return f"{count:.1f} TB"
-
-
-_KILO = 1000.0

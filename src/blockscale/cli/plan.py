@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from blockscale.checkpoint.read import Checkpoint
+    from blockscale.checkpoint.requests import RequestOptions
     from blockscale.checkpoint.schema import Layers
     from blockscale.formats import PowerOfTwo
     from blockscale.planning.plan import LinearPlan, ModelPlan
+    from blockscale.planning.sharded import Target
 
 # Reasons that the summary leaves out: --explain gives them, and findings name every split block.
 _OBVIOUS = ("excluded_by_policy", "outranked", "shard_splits_block")
@@ -59,6 +62,9 @@ def plan(
     ] = LayersOf.ENGINE,
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the plan to run it elsewhere.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a report, one page for a browser.")
     ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 if a layer has no backend.")
@@ -99,6 +105,8 @@ def plan(
         from blockscale.checkpoint.plan_file import saved_plan, write_plan
 
         write_plan(save, saved_plan(planned, checkpoint, options))
+    if html is not None:
+        _write_report(html, planned, checkpoint, options, target)
     if as_json:
         from blockscale.planning.serialize import plan_document
 
@@ -108,6 +116,25 @@ def plan(
     else:
         _print_plan(planned, options)
     return ExitCode.FINDING if strict and _is_unservable(planned) else ExitCode.FINE
+
+
+def _write_report(
+    file: Path,
+    planned: ModelPlan,
+    checkpoint: Checkpoint,
+    options: RequestOptions,
+    target: Target,
+) -> None:
+    from blockscale.checkpoint.advice import advise as plan_degrees
+    from blockscale.checkpoint.plan_file import write_text
+    from blockscale.checkpoint.schema import read_layers
+    from blockscale.report.plan_page import Subject, plan_page
+
+    parallel = options.parallelism
+    dtype = options.activation_dtype
+    advice = plan_degrees(checkpoint, read_layers(checkpoint), dtype, target)
+    subject = Subject(str(checkpoint.path), dtype.value, parallel.tensor, parallel.expert)
+    write_text(file, plan_page(planned, subject, advice))
 
 
 def _is_unservable(planned: ModelPlan) -> bool:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from blockscale.cli.options import Json, Memory, ShardSize, Workers, bytes_from, crew_from
-from blockscale.cli.output import ExitCode, console, human_bytes, print_json, progress
+from blockscale.cli.output import ExitCode, console, print_json, progress
 from blockscale.errors import SettingsError
+from blockscale.planning.explain import human_bytes
 
 if TYPE_CHECKING:
     from blockscale.formats import BlockShape

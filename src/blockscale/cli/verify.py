@@ -35,6 +35,9 @@ def verify(
         ),
     ] = None,
     all_layers: Annotated[bool, typer.Option("--all", help="Show every layer.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a report, one page for a browser.")
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Read the data: scale faults, powers of two, and the error of each layer."""
@@ -47,6 +50,11 @@ def verify(
     count = len(survey(checkpoint).layers.quantized)
     with progress("verifying", count, unit="layers") as advance:
         result = verify_checkpoint(checkpoint, original, advance)
+    if html is not None:
+        from blockscale.checkpoint.plan_file import write_text
+        from blockscale.report.verify_page import verify_page
+
+        write_text(html, verify_page(result, str(path), str(against) if against else None))
     if as_json:
         print_json(_document(path, result))
     else:

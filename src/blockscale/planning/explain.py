@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from blockscale.planning.plan import LinearPlan, ModelPlan
     from blockscale.planning.request import LinearRequest
 
+_KILO = 1000.0
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 _EVIDENCE = {
@@ -114,6 +115,15 @@ def rows_words(rows: GroupedRows) -> str:
         Arrangement.MASKED: "in a slot for each expert, a multiple of",
     }[rows.arrangement]
     return f"rows for {rows.m_range}: {what} {rows.alignment}"
+
+
+def human_bytes(count: float) -> str:
+    """``1.5 GB``: decimal units, as disks and model cards count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < _KILO:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= _KILO
+    return f"{count:.1f} TB"
 
 
 def layer_count(count: int) -> str:
