@@ -84,6 +84,11 @@ def load_model(
     """
     from torch import nn
 
+    from blockscale.integrations.transformers_experts import (
+        dense_part,
+        expert_slots_of,
+        fill_experts,
+    )
     from blockscale.integrations.transformers_layers import fill, slots_of
 
     checkpoint = read_checkpoint(path)
@@ -97,7 +102,10 @@ def load_model(
         dtype = decided.layers[0].request.activation_dtype
     model = _empty_model(checkpoint, dtype)
     place = "cpu" if device.is_cpu else "cuda"
-    fill(model, slots_of(model, decided, checkpoint, layers), decided, place, progress)
+    experts = expert_slots_of(model, decided, checkpoint, layers)
+    slots = slots_of(model, dense_part(decided), checkpoint, layers)
+    fill(model, slots, decided, place, progress)
+    fill_experts(model, experts, decided, place, progress)
     _load_rest(model, checkpoint, layers, dtype)
     if not device.is_cpu:
         nn.Module.to(model, "cuda")
@@ -187,17 +195,26 @@ def _empty_model(checkpoint: Checkpoint, dtype: DType) -> PreTrainedModel:
 def _load_rest(
     model: PreTrainedModel, checkpoint: Checkpoint, layers: Layers, dtype: DType
 ) -> None:
-    """Every parameter that is not part of a replaced layer, cast to the model's dtype."""
+    """Everything that is not part of a replaced layer; parameters are cast to the model's dtype.
+
+    Buffers that files have keep their own dtype (a router's correction of scores is float32).
+    """
+    from torch import nn
+
     from blockscale.checkpoint.tensors import read_tensor
+    from blockscale.integrations.transformers_layers import renamed_tensors
     from blockscale.tensor import torch_dtype
 
     taken = {entry.name for layer in layers.quantized for entry in (layer.weight, layer.scale)}
     taken |= {layer.name + ".bias" for layer in layers.quantized}
-    wanted = dict(model.named_parameters())
+    wanted = model.state_dict(keep_vars=True)
     state = {}
-    for name, entry in checkpoint.tensors.items():
-        if name not in taken and name in wanted:
-            state[name] = read_tensor(entry).to(torch_dtype(dtype))
+    left = [name for name in checkpoint.tensors if name not in taken]
+    for stored, name in renamed_tensors(model, left).items():
+        if name in wanted:
+            own = wanted[name]
+            kept = torch_dtype(dtype) if isinstance(own, nn.Parameter) else own.dtype
+            state[name] = read_tensor(checkpoint.tensors[stored]).to(kept)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, value in model.named_parameters() if value.is_meta]

@@ -26,7 +26,7 @@ from blockscale.modules.restore import restore_weight
 from blockscale.settings import read_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import torch
     from transformers import PreTrainedModel
@@ -66,6 +66,12 @@ def slots_of(
     Raises ModelError, naming the layer, if the model class has no such module, or one of another
     shape or with another idea of a bias.
     """
+    if any(layer.request.experts is not None for layer in plan.layers):
+        msg = (
+            f"{checkpoint.path} has experts, which only blockscale.integrations.transformers"
+            ".load_model puts into a model yet"
+        )
+        raise ModelError(msg)
     stored = {layer.name: layer for layer in layers.quantized}
     names = _module_names(model, [stored[layer.name] for layer in plan.layers])
     slots = []
@@ -163,6 +169,21 @@ def stored_tensors(model: PreTrainedModel, slots: Sequence[Slot]) -> dict[str, t
     return found
 
 
+def renamed_tensors(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """Tensor name on disk to name in the model, by transformers' own table of renamed weights."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    state = model.state_dict()
+    names = {}
+    for name in stored:
+        renamed, _ = rename_source_key(name, renamings, [], model.base_model_prefix, state)
+        names[name] = renamed if renamed in state else name
+    return names
+
+
 def _as_entry(tensor: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
     wanted = TORCH_DTYPES[entry.dtype]
     if tensor.dtype is not wanted:
@@ -199,7 +220,7 @@ def _linear_at(model: PreTrainedModel, name: str, plan: LinearPlan) -> nn.Linear
         found = "nothing" if module is None else type(module).__name__
         msg = (
             f"the checkpoint has an FP8 layer {plan.name!r}, but {type(model).__name__} has "
-            f"{found} there; expert layers cannot be loaded yet"
+            f"{found} there"
         )
         raise ModelError(msg)
     if (module.out_features, module.in_features) != (plan.request.n, plan.request.k):
