@@ -12,7 +12,7 @@ TRITON  := triton==3.6.0
 VLLM    := .cache/venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help install weights demo test test-kernels test-vllm check format clean
+.PHONY: help install weights demo test test-kernels test-vllm test-sglang check format clean
 
 help:
 	@echo "make demo    install into $(VENV), fetch SmolLM2-135M, quantize, plan, verify, generate"
@@ -20,6 +20,7 @@ help:
 	@echo "make check   format, lint, types, layers"
 	@echo "make test-kernels  Triton kernels in the interpreter, bit for bit (minutes)"
 	@echo "make test-vllm     vLLM's own server on this machine's CPU, with and without blockscale (minutes)"
+	@echo "make test-sglang   the plugin against SGLang's own sources, no GPU needed"
 	@echo "make format  rewrite files in the project's format"
 
 install: $(VENV)/.installed
@@ -50,6 +51,10 @@ test-kernels: install
 test-vllm: weights
 	$(PYTHON) tools/vllm_environment.py $(VLLM)
 	$(VLLM)/bin/python -m pytest -m engine -s tests/integrations/test_vllm_engine.py
+
+test-sglang: install
+	$(PYTHON) tools/sglang_source.py
+	$(PYTHON) -m pytest -m engine tests/integrations/test_sglang_source.py
 
 check: install
 	$(VENV)/bin/ruff format --check .

@@ -105,9 +105,9 @@ def take(request: LinearRequest) -> LinearPlan | str:
     return plan
 
 
-def log_refusal(request: LinearRequest, reason: str) -> None:
+def log_refusal(name: str, reason: str) -> None:
     """One line for a layer that stays with the engine."""
-    LOGGER.info("blockscale: %s stays with the engine: %s", request.name, reason)
+    LOGGER.info("blockscale: %s stays with the engine: %s", name, reason)
 
 
 def log_plan(plan: LinearPlan, level: int = logging.INFO) -> None:

@@ -8,7 +8,7 @@ itself is not imported; its layers are known by their attributes: ``weight`` (N,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -18,13 +18,12 @@ from blockscale.backends.registry import BACKENDS
 from blockscale.errors import ModelError
 from blockscale.formats import (
     E4M3FN,
-    K_MAJOR,
     BlockFormat,
     BlockShape,
     DType,
-    PowerOfTwo,
     ScaleFormat,
 )
+from blockscale.integrations.engine import block_scaled, powers_of_two
 from blockscale.planning.decision import Offer
 from blockscale.planning.plan import LinearPlan, ModelPlan
 from blockscale.planning.planner import plan_linear
@@ -98,19 +97,24 @@ def process_weights_after_loading_block_quant(
     """Plan a loaded layer on its real shape and dtype, and prepare its weight, once.
 
     Reads the scales, so powers of two are known. Afterwards ``layer.block_scaled_linear`` runs the
-    layer (also after a second load: calling this again updates the same storages). The layer's own
-    parameters keep their checkpoint values.
+    layer. Calling this again after a second load writes the new values into the same storages,
+    under the same plan, so captured graphs serve them. The layer's own parameters keep their
+    checkpoint values.
 
-    Raises ModelError if the layer lacks what is needed, PlanError if no backend may serve it.
+    Raises ModelError if the layer lacks what is needed, PlanError if no backend may serve it or a
+    second load does not fit the first one's plan.
     """
     weight = _weight_of(layer, weight_block_size)
-    plan = _plan(layer, weight, policy or PlanPolicy(), device or detect_device())
-    existing = getattr(layer, "block_scaled_linear", None)
-    if existing is not None and existing.plan == plan:
+    existing: BlockScaledLinear | None = getattr(layer, "block_scaled_linear", None)
+    if existing is not None:
         existing.update(weight)
-        return Processed(plan, existing)
+        return Processed(existing.plan, existing)
+    request = request_of_layer(layer, weight)
+    plan = plan_linear(request, device or detect_device(), policy or PlanPolicy(), BACKENDS)
     linear = _linear(plan, weight, getattr(layer, "bias", None), policy)
-    layer.block_scaled_linear = linear
+    # Beside torch's registry of submodules: SGLang copies every registered buffer when it frees
+    # memory, and these share their storage with the layer's own weight.
+    object.__setattr__(layer, "block_scaled_linear", linear)
     return Processed(plan, linear)
 
 
@@ -173,10 +177,10 @@ def _decide(
     block_size: Sequence[int],
     weight_scale: torch.Tensor,
 ) -> BlockScaledLinear:
-    tensor = _tensor(weight, weight_scale, block_size)
+    tensor = block_scaled(weight, weight_scale, block_size)
     order = (*FLASHINFER_FIRST, *(b.name for b in BACKENDS if b.name not in FLASHINFER_FIRST))
     policy = PlanPolicy(backends=order)
-    request = _request("weight", tensor, activation.dtype, has_bias=False)
+    request = _request("weight", tensor, activation.dtype)
     plan = plan_linear(request, detect_device(), policy, BACKENDS)
     linear = _linear(plan, tensor, None, policy)
     _DECIDED.setdefault(weight, {})[id(weight_scale), activation.dtype] = linear
@@ -191,65 +195,31 @@ def _weight_of(layer: nn.Module, weight_block_size: Sequence[int] | None) -> Blo
             "weight_block_size"
         )
         raise ModelError(msg)
-    return _tensor(layer.weight, layer.weight_scale_inv, block)
+    return block_scaled(layer.weight, layer.weight_scale_inv, block)
 
 
-def _tensor(
-    weight: torch.Tensor, scales: torch.Tensor, block_size: Sequence[int]
-) -> BlockScaledTensor:
-    """The pair as one value; a dtype or shape that contradicts the block is a FormatError."""
-    import torch
+def request_of_layer(layer: nn.Module, weight: BlockScaledTensor) -> LinearRequest:
+    """The loaded layer as a request: its name, shard, dtype and bias, and what its scales are.
 
-    from blockscale.tensor import BlockScaledTensor
-
-    rows, columns = block_size
-    scale = ScaleFormat.UE8M0 if scales.dtype is torch.float8_e8m0fnu else ScaleFormat.FP32
-    fmt = BlockFormat(E4M3FN, scale, BlockShape(rows, columns))
-    return BlockScaledTensor(weight.detach(), scales.detach(), fmt, K_MAJOR)
-
-
-def _plan(
-    layer: nn.Module, weight: BlockScaledTensor, policy: PlanPolicy, device: Device
-) -> LinearPlan:
+    Raises ModelError if the layer does not say which dtype its activations have.
+    """
     dtype = getattr(layer, "orig_dtype", None)
     if dtype is None:
         msg = f"{type(layer).__name__} has no orig_dtype: the dtype of activations is not known"
         raise ModelError(msg)
     name = getattr(layer, "prefix", "") or type(layer).__name__
     has_bias = getattr(layer, "bias", None) is not None
-    return plan_linear(_request(name, weight, dtype, has_bias=has_bias), device, policy, BACKENDS)
+    parts = tuple(getattr(layer, "logical_widths", ()))
+    return replace(_request(name, weight, dtype), has_bias=has_bias, parts=parts or (weight.mn,))
 
 
-def _request(
-    name: str, weight: BlockScaledTensor, dtype: torch.dtype, *, has_bias: bool
-) -> LinearRequest:
+def _request(name: str, weight: BlockScaledTensor, dtype: torch.dtype) -> LinearRequest:
     from blockscale.tensor import dtype_of
 
     known = dtype_of(dtype)
     return LinearRequest(
-        name,
-        weight.mn,
-        weight.k,
-        weight.format,
-        known,
-        known,
-        _powers_of_two(weight),
-        has_bias=has_bias,
+        name, weight.mn, weight.k, weight.format, known, known, powers_of_two(weight)
     )
-
-
-def _powers_of_two(weight: BlockScaledTensor) -> PowerOfTwo:
-    """Reading a loaded weight's scales costs one small copy; nothing stays unknown."""
-    from blockscale.errors import FormatError
-    from blockscale.reference import relayout
-
-    if weight.format.scale is ScaleFormat.UE8M0:
-        return PowerOfTwo.YES
-    try:
-        relayout(weight, K_MAJOR, ScaleFormat.UE8M0)
-    except FormatError:
-        return PowerOfTwo.NO
-    return PowerOfTwo.YES
 
 
 def _linear(

@@ -70,7 +70,7 @@ class BlockscaleBlockFp8Kernel(Fp8BlockScaledMMLinearKernel):  # type: ignore[mi
         answer = BATCH_INVARIANCE if envs.VLLM_BATCH_INVARIANT else take(request)
         if not isinstance(answer, str):
             return True, None
-        log_refusal(request, answer)
+        log_refusal(request.name, answer)
         return False, answer
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
