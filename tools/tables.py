@@ -146,6 +146,27 @@ def transformers_model() -> str:
 M_RANGES = ((1, 16), (32, 64), (128, 512), (1024, 8192))
 
 
+def tensor_parallel() -> str:
+    """A model over several GPUs beside one: times, and how far logits are apart."""
+    last = {(r["dtype"], r["phase"], r["m"]): r for r in records("tensor_parallel")}
+    return rows(
+        "dtype | phase | tokens | one GPU | all ranks | speed-up | logits differ by | in float32",
+        [
+            [
+                dtype,
+                phase,
+                tokens,
+                f"{r['one_us']:.0f} us",
+                f"{r['cut_us']:.0f} us ({r['ranks']} ranks)",
+                f"{r['speedup']:.2f}x",
+                f"{r['relative_error']:.1e}",
+                f"{r['float32_error']:.1e}",
+            ]
+            for (dtype, phase, tokens), r in last.items()
+        ],
+    )
+
+
 def gemm() -> str:
     """Speed relative to DeepGEMM's bfloat16 kernel, geometric mean and worst, by range of M."""
     last = {
@@ -222,6 +243,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantize_memory": quantize_memory,
     "fp16_model": fp16_model,
     "transformers_model": transformers_model,
+    "tensor_parallel": tensor_parallel,
     "gemm": gemm,
     "quantize": quantize,
     "call_overhead": call_overhead,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from blockscale.errors import ModelError
 from blockscale.parallel.experts import TravellingExperts
 from blockscale.parallel.ranks import Ranks
+from blockscale.testing.ranks import PASSED, run_ranks
 
 WORKER = Path(__file__).with_name("worker.py")
 CASES = (
@@ -33,24 +31,12 @@ def results(
 ) -> list[dict[str, str]]:
     """What every rank says about every case."""
     size: int = request.param
-    folder = tmp_path_factory.mktemp(f"ranks{size}")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, WORKER, str(rank), str(size), folder],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    outputs = [process.communicate(timeout=400)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * size, outputs
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
+    return run_ranks(WORKER, size, tmp_path_factory.mktemp(f"ranks{size}"))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_agree_with_one_process(results: list[dict[str, str]], case: str) -> None:
-    assert [found[case] for found in results] == ["ok"] * len(results)
+    assert [found[case] for found in results] == [PASSED] * len(results)
 
 
 def test_every_case_is_listed(results: list[dict[str, str]]) -> None:

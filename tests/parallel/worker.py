@@ -1,17 +1,12 @@
-"""One rank of a test: ``python worker.py RANK SIZE FOLDER [CASE ...]``, over gloo.
+"""One rank of a test: ``python worker.py RANK SIZE FOLDER``, over gloo.
 
-Runs the cases that fit this number of ranks and writes what happened to FOLDER/RANK.json. Every
-rank also computes what one process would, and compares.
+Every rank also computes what one process would, and compares.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-import traceback
 from dataclasses import replace
-from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,9 +35,10 @@ from blockscale.planning.sharded import Target
 from blockscale.planning.sharding import Parallelism
 from blockscale.reference import dequantize, quantize
 from blockscale.tensor import torch_dtype
+from blockscale.testing.ranks import serve_cases
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from pathlib import Path
 
 HIDDEN, WIDTH, HEAD = 256, 768, 64
 HEADS, KV_HEADS = 8, 4
@@ -265,52 +261,16 @@ def summed_experts_are_those_of_one_process(folder: Path, ranks: Ranks) -> None:
     assert (mine(hidden, ids, weights) - expected).norm() <= 1e-6 * expected.norm()
 
 
-CASES: dict[str, Callable[[Path, Ranks], None]] = {
-    case.__name__: case
-    for case in (
-        column_parallel_is_bitwise,
-        row_parallel_is_within_the_rounding_of_its_sum,
-        remedies_compute_the_whole_mlp,
-        attention_remedies_keep_heads,
-        gathered_outputs_are_the_whole_output,
-        a_plan_for_other_ranks_is_refused,
-        travelling_experts_are_bitwise_those_of_one_process,
-        summed_experts_are_those_of_one_process,
-    )
-}
-
-
-def outcome(case: Callable[[Path, Ranks], None], folder: Path, ranks: Ranks) -> str:
-    try:
-        case(folder, ranks)
-    except Exception:  # noqa: BLE001 - the parent shows what it was
-        print(f"rank {ranks.rank}:", trace := traceback.format_exc(), flush=True)  # noqa: T201 - for whoever runs this by hand
-        return trace
-    return "ok"
-
-
-def main() -> None:
-    rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=100),
-    )
-    if rank == 0:
-        write_checkpoint(folder / "checkpoint")
-    distributed.barrier()
-    ranks = Ranks.joined()
-    results = {}
-    with torch.inference_mode():
-        for name, case in CASES.items():
-            results[name] = outcome(case, folder, ranks)
-    (folder / f"{rank}.json").write_text(json.dumps(results))
-    distributed.barrier()
-    distributed.destroy_process_group()
-
+CASES = (
+    column_parallel_is_bitwise,
+    row_parallel_is_within_the_rounding_of_its_sum,
+    remedies_compute_the_whole_mlp,
+    attention_remedies_keep_heads,
+    gathered_outputs_are_the_whole_output,
+    a_plan_for_other_ranks_is_refused,
+    travelling_experts_are_bitwise_those_of_one_process,
+    summed_experts_are_those_of_one_process,
+)
 
 if __name__ == "__main__":
-    main()
+    serve_cases(CASES, lambda folder: write_checkpoint(folder / "checkpoint"))

@@ -100,13 +100,13 @@ def load_model(
     else:
         decided = _saved_modules(plan, checkpoint, layers, dtype, device)
         dtype = decided.layers[0].request.activation_dtype
-    model = _empty_model(checkpoint, dtype)
+    model = empty_model(checkpoint, dtype)
     place = "cpu" if device.is_cpu else "cuda"
     experts = expert_slots_of(model, decided, checkpoint, layers)
     slots = slots_of(model, dense_part(decided), checkpoint, layers)
     fill(model, slots, decided, place, progress)
     fill_experts(model, experts, decided, place, progress)
-    _load_rest(model, checkpoint, layers, dtype)
+    load_rest(model, checkpoint, layers, dtype)
     if not device.is_cpu:
         nn.Module.to(model, "cuda")
     return LoadedModel(model, decided)
@@ -164,7 +164,7 @@ def plan_modules(
     )
 
 
-def _empty_model(checkpoint: Checkpoint, dtype: DType) -> PreTrainedModel:
+def empty_model(checkpoint: Checkpoint, dtype: DType) -> PreTrainedModel:
     """The model class: parameters on the meta device, buffers (rotary tables) made for real."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -192,9 +192,7 @@ def _empty_model(checkpoint: Checkpoint, dtype: DType) -> PreTrainedModel:
     return model  # type: ignore[no-any-return]  # transformers is untyped here
 
 
-def _load_rest(
-    model: PreTrainedModel, checkpoint: Checkpoint, layers: Layers, dtype: DType
-) -> None:
+def load_rest(model: PreTrainedModel, checkpoint: Checkpoint, layers: Layers, dtype: DType) -> None:
     """Everything that is not part of a replaced layer; parameters are cast to the model's dtype.
 
     Buffers that files have keep their own dtype (a router's correction of scores is float32).

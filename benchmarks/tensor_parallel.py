@@ -1,0 +1,346 @@
+"""A transformers model over the ranks of a torchrun, beside the same model on one GPU.
+
+    torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py --out FILE    two Hopper GPUs, NCCL
+    torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py --smoke       tiny, gloo on the CPU
+
+Qwen3-8B's layers (12 of 36), random weights written as a block-FP8 checkpoint on the spot, loaded
+whole on every GPU and cut over all of them. Logits of the two are compared, then each is timed:
+decoding (one token for each sequence of a batch, no cache) in a CUDA graph, and a prefill. The time
+of a cut model is that of its slowest rank. A record for each dtype and number of tokens.
+
+NVLink multicast stays off (NCCL_NVLS_ENABLE=0) unless the environment says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import distributed
+
+from blockscale.formats import FP8_128X128_FP32, DType
+from blockscale.integrations.transformers import load_model
+from blockscale.integrations.transformers_parallel import load_model_shard
+from blockscale.parallel.ranks import Ranks
+from blockscale.planning.policy import PlanPolicy
+from blockscale.reference import quantize
+from record import record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+    from blockscale.integrations.transformers_parallel import ModelShard
+
+QWEN3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 32768,
+}
+TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 256,
+}
+# Every layer rounds activations to E4M3. A sum over ranks rounds otherwise than one process's, so a
+# few codes fall on the other side, each a tenth of its value away, and random layers amplify that.
+# In float32 hardly any code does: there the two models must be the same.
+LARGEST_ERROR = 0.25
+LARGEST_FLOAT32_ERROR = 0.005
+WARM_UP_CALLS = 3
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured. ``decode``: batches of one token each; ``prefill``: tokens of a prompt."""
+
+    shape: dict[str, int]
+    layers: int
+    decode: tuple[int, ...]
+    prefill: tuple[int, ...]
+    rounds: int
+
+
+FULL = Size(QWEN3_8B, 12, (1, 16, 64), (512, 4096), 30)
+SMOKE = Size(TINY, 2, (1, 3), (32,), 2)
+
+
+def main() -> int:
+    """Write a checkpoint, compare, measure, print, clean up."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="two tiny layers, gloo on the CPU")
+    parser.add_argument("--layers", type=int, help="decoder layers, 12 by default")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--out", type=Path, help="JSON lines, one record for each measurement")
+    options = parser.parse_args()
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    on_gpu = not options.smoke
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    ranks = Ranks.joined()
+    size = SMOKE if options.smoke else FULL
+    bench = Bench(size, options.layers or size.layers, ranks, on_gpu, on_gpu and not options.eager)
+    folder = shared_folder(ranks)
+    try:
+        lines = bench.run(folder)
+    finally:
+        distributed.barrier()
+        if ranks.rank == 0:
+            shutil.rmtree(folder)
+    if ranks.rank == 0 and options.out:
+        options.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    distributed.destroy_process_group()
+    return 0 if all(is_the_same_model(line) for line in lines) else 1
+
+
+def is_the_same_model(line: dict[str, Any]) -> bool:
+    """Whether a record's errors are those of rounding."""
+    return (
+        line["relative_error"] <= LARGEST_ERROR and line["float32_error"] <= LARGEST_FLOAT32_ERROR
+    )
+
+
+def shared_folder(ranks: Ranks) -> Path:
+    """A new folder that all ranks of this machine know, in memory where there is enough."""
+    memory = Path("/dev/shm")  # noqa: S108 - tempfile makes the folder
+    has_room = memory.is_dir() and shutil.disk_usage(memory).free > 16e9
+    name = [tempfile.mkdtemp(prefix="blockscale-tp-", dir=memory if has_room else None)]
+    if ranks.rank > 0:
+        Path(name[0]).rmdir()
+    distributed.broadcast_object_list(name, src=0)
+    return Path(name[0])
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to measure, and where."""
+
+    size: Size
+    layers: int
+    ranks: Ranks
+    on_gpu: bool
+    use_graphs: bool
+
+    @property
+    def place(self) -> torch.device:
+        """This rank's device."""
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if self.on_gpu
+            else torch.device("cpu")
+        )
+
+    def say(self, text: str) -> None:
+        """Print once, not once a rank."""
+        if self.ranks.rank == 0:
+            print(text, flush=True)
+
+    def run(self, folder: Path) -> list[dict[str, Any]]:
+        """Records of both dtypes."""
+        started = time.perf_counter()
+        if self.ranks.rank == 0:
+            self.write_checkpoint(folder)
+        distributed.barrier()
+        self.say(
+            f"checkpoint of {self.layers} layers written in {time.perf_counter() - started:.1f} s"
+        )
+        error = self.float32_error(folder)
+        self.say(f"float32: logits differ by {error:.2e}")
+        lines = []
+        for dtype in (DType.FLOAT16, DType.BFLOAT16):
+            lines += self.measure(folder, dtype)
+            gc.collect()
+        return [{**line, "float32_error": error} for line in lines]
+
+    def float32_error(self, folder: Path) -> float:
+        """Relative error of the cut model where next to nothing is rounded between layers."""
+        _, models = self.load(folder, DType.FLOAT32)
+        tokens = self.size.prefill[0]
+        calls = {name: self.call(model, "prefill", tokens) for name, model in models.items()}
+        return self.compare(calls)[0]
+
+    def load(self, folder: Path, dtype: DType) -> tuple[ModelShard, dict[str, PreTrainedModel]]:
+        """The model whole and cut, on this rank's device."""
+        started = time.perf_counter()
+        # On a CPU the reference, which quantizes activations as GPU kernels do.
+        policy = None if self.on_gpu else PlanPolicy(backends=("reference",))
+        one = load_model(folder, dtype=dtype, policy=policy)
+        cut = load_model_shard(folder, self.ranks, dtype=dtype, policy=policy)
+        self.say(f"{dtype.value}: loaded in {time.perf_counter() - started:.1f} s")
+        return cut, {"one": one.model, "cut": cut.model}
+
+    def write_checkpoint(self, folder: Path) -> None:
+        """Random Qwen3 weights: block FP8 for linear layers, bfloat16 for the rest."""
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM, Qwen3Config
+
+        config = Qwen3Config(
+            **self.size.shape, num_hidden_layers=self.layers, tie_word_embeddings=False
+        )
+        with init_empty_weights():
+            shapes = {
+                name: value.shape
+                for name, value in AutoModelForCausalLM.from_config(config).named_parameters()
+            }
+        generator = torch.Generator(device=self.place).manual_seed(0)
+        tensors = {}
+        for name, shape in shapes.items():
+            if len(shape) == 1:
+                tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
+                continue
+            values = torch.randn(shape, generator=generator, device=self.place)
+            if "proj" in name:
+                weight = quantize(values / shape[-1] ** 0.5, FP8_128X128_FP32)
+                tensors[name] = weight.data.cpu()
+                tensors[name + "_scale_inv"] = weight.scales.cpu()
+            else:
+                tensors[name] = (values / shape[-1] ** 0.5).to(torch.bfloat16).cpu()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        document = config.to_dict()
+        document["architectures"] = ["Qwen3ForCausalLM"]
+        document["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        (folder / "config.json").write_text(json.dumps(document, default=str))
+
+    def measure(self, folder: Path, dtype: DType) -> list[dict[str, Any]]:
+        """Load whole and cut, compare, time."""
+        cut, models = self.load(folder, dtype)
+        lines = []
+        for phase, counts in (("decode", self.size.decode), ("prefill", self.size.prefill)):
+            for tokens in counts:
+                calls = {name: self.call(model, phase, tokens) for name, model in models.items()}
+                error, agreement = self.compare(calls)
+                times, timing = self.times(calls)
+                backends = {name for layer in cut.plan.plan.layers for name in layer.backends}
+                lines.append(
+                    record(
+                        "tensor_parallel",
+                        dtype=dtype.value,
+                        phase=phase,
+                        m=tokens,
+                        layers=self.layers,
+                        ranks=self.ranks.size,
+                        one_us=round(times["one"], 2),
+                        cut_us=round(times["cut"], 2),
+                        speedup=round(times["one"] / times["cut"], 3),
+                        relative_error=error,
+                        same_best_token=agreement,
+                        backends=sorted(backends),
+                        timing=timing,
+                        nvls=os.environ["NCCL_NVLS_ENABLE"],
+                    )
+                )
+                self.say(
+                    f"{dtype.value} {phase:8s}{tokens:6d} tokens: one {times['one']:9.1f} us, "
+                    f"{self.ranks.size} ranks {times['cut']:9.1f} us, "
+                    f"{times['one'] / times['cut']:.2f}x ({timing}); logits differ by {error:.2e}, "
+                    f"best token the same {agreement:.1%}"
+                )
+        return lines
+
+    def call(self, model: PreTrainedModel, phase: str, tokens: int) -> Callable[[], torch.Tensor]:
+        """One forward pass on fixed tokens, the same on every rank: logits of the last tokens."""
+        shape = (tokens, 1) if phase == "decode" else (1, tokens)
+        generator = torch.Generator().manual_seed(tokens)
+        ids = torch.randint(self.size.shape["vocab_size"], shape, generator=generator).to(
+            self.place
+        )
+        positions = torch.arange(shape[1], device=self.place).expand(shape)
+        # A mask that is there already: making one reads data on the host in some releases.
+        closed = torch.full((shape[1], shape[1]), -1e4, dtype=model.dtype, device=self.place)
+        mask = closed.triu(1).expand(shape[0], 1, -1, -1)
+
+        def forward() -> torch.Tensor:
+            with torch.inference_mode():
+                out: torch.Tensor = model(
+                    input_ids=ids,
+                    position_ids=positions,
+                    attention_mask=mask,
+                    use_cache=False,
+                    logits_to_keep=1,
+                ).logits
+                return out
+
+        return forward
+
+    def compare(self, calls: dict[str, Callable[[], torch.Tensor]]) -> tuple[float, float]:
+        """Relative error of the cut model's logits and how often the best token is the same.
+
+        The worst of all ranks.
+        """
+        one, cut = (calls[name]().float() for name in ("one", "cut"))
+        error = float((cut - one).norm() / one.norm())
+        agreement = float((cut.argmax(-1) == one.argmax(-1)).float().mean())
+        worst = torch.tensor([error, -agreement], device=self.place)
+        distributed.all_reduce(worst, distributed.ReduceOp.MAX)
+        return float(f"{float(worst[0]):.3g}"), -float(worst[1])
+
+    def times(self, calls: dict[str, Callable[[], torch.Tensor]]) -> tuple[dict[str, float], str]:
+        """Median microseconds in turns, of the slowest rank."""
+        runs, timing = dict(calls), "eager"
+        if self.use_graphs:
+            runs, timing = {name: graph_of(call) for name, call in calls.items()}, "cuda_graph"
+        found: dict[str, list[float]] = {name: [] for name in runs}
+        for call in runs.values():
+            for _ in range(WARM_UP_CALLS):
+                call()
+        for _ in range(self.size.rounds):
+            for name, call in runs.items():
+                distributed.barrier()
+                found[name].append(self.timed(call))
+        medians = torch.tensor([statistics.median(t) for t in found.values()], device=self.place)
+        distributed.all_reduce(medians, distributed.ReduceOp.MAX)
+        return dict(zip(found, medians.tolist(), strict=True)), timing
+
+    def timed(self, call: Callable[[], object]) -> float:
+        """Microseconds of one call, the second of two: the first brings the ranks together."""
+        if not self.on_gpu:
+            started = time.perf_counter()
+            call()
+            return (time.perf_counter() - started) * 1e6
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        call()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1000
+
+
+def graph_of(call: Callable[[], torch.Tensor]) -> Callable[[], object]:
+    """The call's kernels and messages as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP_CALLS):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # NCCL's watchdog looks at events from a thread of its own meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        call()
+    return graph.replay
+
+
+if __name__ == "__main__":
+    sys.exit(main())
