@@ -8,7 +8,9 @@ codes and scales change together, and the error is measured on what was written.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
+from enum import Enum
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -34,9 +36,10 @@ from blockscale.formats.scale import FLOAT32_MANTISSA_BITS
 from blockscale.planning.policy import Exactness
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator
     from pathlib import Path
 
+    from blockscale.checkpoint.header import TensorEntry
     from blockscale.checkpoint.output import PlannedShard, ShardWriter
     from blockscale.checkpoint.read import Checkpoint
     from blockscale.checkpoint.schema import Layers, QuantizedLayer
@@ -168,26 +171,14 @@ class _Job:
 def _write_all(
     job: _Job, target: Path, progress: Callable[[int], None] | None, crew: Crew | None
 ) -> None:
-    source, wanted = job.source, job.wanted
-    by_scale = {layer.scale.name: layer for layer in job.layers.quantized}
-    by_weight = {layer.weight.name: layer for layer in job.layers.quantized}
-    shards = plan_shards(_planned(source, by_scale, wanted), MAX_SHARD_BYTES)
-    original = {
-        wanted.scale_name(by_scale[name]) if name in by_scale else name: name
-        for name in source.tensors
-    }
+    items = {item.planned.name: item for item in _items(job)}
+    shards = plan_shards((item.planned for item in items.values()), MAX_SHARD_BYTES)
 
     def fill(writer: ShardWriter, shard: PlannedShard) -> None:
         for planned in shard.tensors:
-            name = original[planned.name]
-            layer = by_scale.get(name) or by_weight.get(name)
-            if layer is not None and layer.name in job.requantized:
-                _write_requantized(writer, planned, layer, is_scale=name in by_scale)
-            elif name in by_scale:
-                _write_scale(writer, planned, by_scale[name])
-            else:
-                writer.copy(source.tensors[name], planned.name)
+            _write(writer, items[planned.name])
 
+    source, wanted = job.source, job.wanted
     texts = documents(source, job.layers, wanted)
     beside = tuple(
         path
@@ -198,17 +189,52 @@ def _write_all(
     write_checkpoint(output, fill, crew, progress)
 
 
-def _planned(
-    source: Checkpoint, by_scale: Mapping[str, QuantizedLayer], wanted: Spelling
-) -> Iterator[PlannedTensor]:
-    for name, entry in source.tensors.items():
-        layer = by_scale.get(name)
-        if layer is None:
-            yield PlannedTensor(name, entry.dtype, entry.shape, entry.length)
-            continue
-        dtype = wanted.scale_dtype(layer)
-        shape = wanted.scale_shape(layer, entry.shape)
-        yield PlannedTensor(wanted.scale_name(layer), dtype, shape, _SIZES[dtype] * prod(shape))
+class _Part(Enum):
+    OTHER = "copied as it is"
+    SCALE = "scales"
+    NEW_SCALE = "scales of a requantized layer"
+    NEW_DATA = "codes of a requantized layer"
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A tensor to write, from the stored ``entry``; ``layer`` is set for all parts but OTHER."""
+
+    planned: PlannedTensor
+    part: _Part
+    entry: TensorEntry
+    layer: QuantizedLayer | None = None
+
+
+def _items(job: _Job) -> Iterator[_Item]:
+    """What is written, in the order of the source; a shared scale tensor gives one for each."""
+    by_weight = {layer.weight.name: layer for layer in job.layers.quantized}
+    by_scale: dict[str, list[QuantizedLayer]] = defaultdict(list)
+    for layer in job.layers.quantized:
+        by_scale[layer.scale.name].append(layer)
+    for name, entry in job.source.tensors.items():
+        for layer in by_scale.get(name, ()):
+            dtype = job.wanted.scale_dtype(layer)
+            shape = job.wanted.scale_shape(layer, entry.shape)
+            planned = PlannedTensor(
+                job.wanted.scale_name(layer), dtype, shape, _SIZES[dtype] * prod(shape)
+            )
+            part = _Part.NEW_SCALE if layer.name in job.requantized else _Part.SCALE
+            yield _Item(planned, part, layer.scale, layer)
+        if name not in by_scale:
+            planned = PlannedTensor(name, entry.dtype, entry.shape, entry.length)
+            of = by_weight.get(name)
+            is_new = of is not None and of.name in job.requantized
+            yield _Item(planned, _Part.NEW_DATA if is_new else _Part.OTHER, entry, of)
+
+
+def _write(writer: ShardWriter, item: _Item) -> None:
+    if item.layer is None or item.part is _Part.OTHER:
+        writer.copy(item.entry, item.planned.name)
+    elif item.part is _Part.SCALE:
+        _write_scale(writer, item.planned, item.layer)
+    else:
+        _write_requantized(writer, item.planned, item.layer, item.part)
 
 
 def _write_scale(writer: ShardWriter, planned: PlannedTensor, layer: QuantizedLayer) -> None:
@@ -225,7 +251,7 @@ def _write_scale(writer: ShardWriter, planned: PlannedTensor, layer: QuantizedLa
 
 
 def _write_requantized(
-    writer: ShardWriter, planned: PlannedTensor, layer: QuantizedLayer, *, is_scale: bool
+    writer: ShardWriter, planned: PlannedTensor, layer: QuantizedLayer, part: _Part
 ) -> None:
     """Codes, or scales, of a layer in UE8M0. Each is computed anew: a file may hold only one."""
     import torch
@@ -234,5 +260,5 @@ def _write_requantized(
 
     for _, band in bands(layer):
         result = requantize(band, band.format.with_scale(ScaleFormat.UE8M0)).tensor
-        part = result.scales if is_scale else result.data
-        writer.write(part.view(torch.uint8).numpy().tobytes(), planned.name)
+        written = result.scales if part is _Part.NEW_SCALE else result.data
+        writer.write(written.view(torch.uint8).numpy().tobytes(), planned.name)

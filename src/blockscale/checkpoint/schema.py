@@ -11,6 +11,7 @@ blocks).
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -24,6 +25,8 @@ from blockscale.formats import E4M3FN, BlockFormat, BlockShape, ScaleFormat
 from blockscale.planning.plan import Finding, SkippedLayer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from blockscale.checkpoint.header import TensorEntry
     from blockscale.checkpoint.read import Checkpoint
     from blockscale.checkpoint.skips import Reader
@@ -61,6 +64,19 @@ SCALE_DTYPES = {
 _SUFFIXES = ("_scale_inv", "_scale")
 _STEM_SUFFIXES = (".scale", ".scale_inv", ".qscale_weight")
 
+_EXPERT = re.compile(
+    r"(?P<prefix>.+\.experts)\.(?P<index>\d{1,9})\.(?P<leaf>gate_proj|up_proj|down_proj|w[123])\.weight"
+)
+# Name of the stack, this weight's part of its rows, and how many parts there are.
+_STACKED_SCALES = {
+    "gate_proj": ("gate_up_proj_scale_inv", 0, 2),
+    "up_proj": ("gate_up_proj_scale_inv", 1, 2),
+    "down_proj": ("down_proj_scale_inv", 0, 1),
+    "w1": ("gate_up_proj_scale_inv", 0, 2),
+    "w3": ("gate_up_proj_scale_inv", 1, 2),
+    "w2": ("down_proj_scale_inv", 0, 1),
+}
+
 _MATRIX_AXES = 2
 _STACKED_AXES = 3
 # OCP MX: 32 FP4 values share an E8M0; NVFP4: 16 share an E4M3.
@@ -81,13 +97,15 @@ class QuantizedLayer:
     """A block-FP8 weight. ``format.scale`` is what the stored scales are.
 
     ``scale.shape`` is the grid of blocks, whatever axes of length one the file writes between them
-    (ModelOpt: (rows, 1, columns, 1)).
+    (ModelOpt: (rows, 1, columns, 1)). ``is_scale_shared``: ``scale`` is one expert's part of a
+    tensor that holds the scales of all.
     """
 
     name: str
     weight: TensorEntry
     scale: TensorEntry
     format: BlockFormat
+    is_scale_shared: bool = False
 
     @property
     def n(self) -> int:
@@ -254,7 +272,8 @@ class _Pass:
             fmt = BlockFormat(E4M3FN, scale_format, block)
             if scale.shape != grid:
                 scale = replace(scale, shape=grid)
-            self._quantized.append(QuantizedLayer(name, weight, scale, fmt))
+            shared = scale.name not in _scale_names(weight.name)
+            self._quantized.append(QuantizedLayer(name, weight, scale, fmt, shared))
             return
         kind = _kind_of_shapes(weight.shape, scale.shape)
         if kind is None:
@@ -307,7 +326,10 @@ class _Pass:
 
     def _scales_of(self, weight: TensorEntry) -> list[TensorEntry]:
         tensors = self._checkpoint.tensors
-        return [tensors[name] for name in _scale_names(weight.name) if name in tensors]
+        found = [tensors[name] for name in _scale_names(weight.name) if name in tensors]
+        if not found and (part := _part_of_stack(weight.name, tensors)) is not None:
+            return [part]
+        return found
 
 
 def _scale_names(weight: str) -> list[str]:
@@ -317,6 +339,29 @@ def _scale_names(weight: str) -> list[str]:
         stem = weight.removesuffix(WEIGHT_SUFFIX)
         names += [stem + suffix for suffix in _STEM_SUFFIXES]
     return names
+
+
+def _part_of_stack(weight: str, tensors: Mapping[str, TensorEntry]) -> TensorEntry | None:
+    """One expert's scales, out of those that transformers 5.24 saves stacked.
+
+    It splits the stacked experts that it has in memory into a matrix for each when it saves them,
+    but leaves their scales as they are: ``experts.gate_up_proj_scale_inv``, (experts, rows of gate
+    and up, columns).
+    """
+    match = _EXPERT.fullmatch(weight)
+    if match is None:
+        return None
+    stack, part, parts = _STACKED_SCALES[match["leaf"]]
+    entry = tensors.get(f"{match['prefix']}.{stack}")
+    index = int(match["index"])
+    if entry is None or len(entry.shape) != _STACKED_AXES or index >= entry.shape[0]:
+        return None
+    _, rows, columns = entry.shape
+    if rows % parts:
+        return None
+    length = entry.length // entry.shape[0] // parts
+    offset = entry.offset + (index * parts + part) * length
+    return replace(entry, shape=(rows // parts, columns), offset=offset, length=length)
 
 
 def _values_in_a_row(weight: TensorEntry, kind: SchemeKind) -> int:

@@ -84,7 +84,7 @@ class Spelling:
 
     def scale_name(self, layer: QuantizedLayer) -> str:
         """What the scale tensor is called."""
-        if not self.is_respelled:
+        if not (self.is_respelled or layer.is_scale_shared):
             return layer.scale.name
         if self.suffix is not None:
             return layer.weight.name.removesuffix(WEIGHT_SUFFIX) + self.suffix
@@ -103,6 +103,8 @@ class Spelling:
 
     def scale_shape(self, layer: QuantizedLayer, stored: tuple[int, ...]) -> tuple[int, ...]:
         """The scale tensor's shape; ``stored`` is the one it has."""
+        if layer.is_scale_shared:
+            stored = layer.scale.shape
         if not self.is_respelled:
             return stored
         is_modelopt = self.dialect is Dialect.MODELOPT and layer.format.block != _MX_BLOCK
