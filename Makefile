@@ -11,8 +11,11 @@ TRITON  := triton==3.6.0
 # vLLM's CPU build and its requirements: several GB, kept apart and cached.
 VLLM    := .cache/venv-vllm
 
+# llm-compressor and ModelOpt, which need an older transformers: 2 GB, kept apart and cached.
+PEERS   := .cache/venv-peers
+
 .DEFAULT_GOAL := help
-.PHONY: help install weights demo test test-kernels test-vllm test-sglang check format clean
+.PHONY: help install weights demo test test-kernels test-vllm test-sglang test-peers check format clean
 
 help:
 	@echo "make demo    install into $(VENV), fetch SmolLM2-135M, quantize, plan, verify, generate"
@@ -21,6 +24,7 @@ help:
 	@echo "make test-kernels  Triton kernels in the interpreter, bit for bit (minutes)"
 	@echo "make test-vllm     vLLM's own server on this machine's CPU, with and without blockscale (minutes)"
 	@echo "make test-sglang   the plugin against SGLang's own sources, no GPU needed"
+	@echo "make test-peers    llm-compressor and ModelOpt read our files, and we theirs (minutes)"
 	@echo "make format  rewrite files in the project's format"
 
 install: $(VENV)/.installed
@@ -55,6 +59,15 @@ test-vllm: weights
 test-sglang: install
 	$(PYTHON) tools/sglang_source.py
 	$(PYTHON) -m pytest -m engine tests/integrations/test_sglang_source.py
+
+# Checkpoints of other packages, in their pinned versions; the lighter ones are in `make test`.
+test-peers:
+	test -x $(PEERS)/bin/python || python3 -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(TORCH)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+	  --requirement tests/peers/requirements.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(PEERS)/bin/python -m pytest -m peers -o filterwarnings= tests/peers
 
 check: install
 	$(VENV)/bin/ruff format --check .

@@ -15,7 +15,9 @@ from blockscale.checkpoint.convert import (
 )
 from blockscale.checkpoint.quantize import QuantizeOptions, quantize_checkpoint
 from blockscale.checkpoint.read import read_checkpoint
+from blockscale.errors import CheckpointError
 from blockscale.formats import FP8_128X128_FP32, MXFP8, BlockFormat
+from blockscale.planning.policy import Exactness
 from blockscale.reference.quantize import block_amax
 
 if TYPE_CHECKING:
@@ -90,6 +92,30 @@ def test_what_it_writes_is_the_same_in_our_other_spellings(
         convert_checkpoint(read_checkpoint(folder), target, ConvertOptions(dialect, storage))
         folder = target
     assert_same_weights(dequantized(folder), our_values(theirs))
+
+
+def test_it_misreads_e8m0_in_blocks_and_so_we_refuse_to_write_them(
+    fp8_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The package decompresses into the dtype of the scales, and E8M0 has neither sign nor zero."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    scheme = preset_name_to_scheme("FP8_BLOCK", ["Linear"])
+    compressor = BaseCompressor.get_value_from_registry("float-quantized")
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randn(256, 256, generator=generator).to(torch.float8_e4m3fn)
+    scale = torch.tensor([[0.25, 0.5], [2.0, 4.0]])
+    right = codes.float() * scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    exact = compressor.decompress({"weight": codes, "weight_scale": scale}, scheme)["weight"]
+    assert torch.equal(exact, right)
+    stored = {"weight": codes, "weight_scale": scale.to(torch.float8_e8m0fnu)}
+    misread = compressor.decompress(stored, scheme)["weight"]
+    assert misread.dtype is torch.float8_e8m0fnu
+    assert float((misread.float() != right).float().mean()) > 0.9
+    options = ConvertOptions(Dialect.COMPRESSED_TENSORS, ScaleStorage.E8M0, Exactness.ALLOW_LOSSY)
+    with pytest.raises(CheckpointError, match="compressed-tensors does not read"):
+        convert_checkpoint(read_checkpoint(fp8_checkpoint), tmp_path / "out", options)
 
 
 def compressed(source: Path, preset: str, target: Path) -> Path:

@@ -194,8 +194,8 @@ def _block_obstacles(dialect: Dialect, block: BlockShape, dtypes: set[str]) -> l
     found = []
     if dialect is Dialect.MODELOPT and block != _BLOCK_128:
         found.append(f"modelopt declares 128x128 and 1x32 blocks only, not {block}")
-    # compressed-tensors 0.20 loads F8_E8M0 scales of 128x128 blocks without complaint, and 93 % of
-    # the values are wrong (tests/peers/test_compressed_tensors.py).
+    # compressed-tensors 0.20 decompresses into the dtype of the scales, without complaint: of E8M0
+    # ones no sign is left (tests/peers/test_compressed_tensors.py).
     allowed = {"F32"} if dialect is Dialect.MODELOPT else {"F32", "F16", "BF16"}
     if other := dtypes - allowed:
         stored = ", ".join(sorted(other))
