@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,16 +10,30 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from blockscale.checkpoint import scales
+from blockscale.checkpoint import tensors as tensors_module
+from blockscale.checkpoint.compare import DataError
 from blockscale.checkpoint.quantize import QuantizeOptions, quantize_checkpoint
-from blockscale.checkpoint.read import read_checkpoint
+from blockscale.checkpoint.read import read_bytes, read_checkpoint
 from blockscale.checkpoint.scales import read_power_of_two, scale_facts
 from blockscale.checkpoint.schema import read_layers
+from blockscale.checkpoint.tensors import read_block_scaled
 from blockscale.checkpoint.verify import Verification, verify_layers
 from blockscale.errors import CheckpointError
-from blockscale.formats import FP8_128X128_UE8M0, PowerOfTwo
+from blockscale.formats import (
+    E4M3FN,
+    FP8_128X128_UE8M0,
+    BlockFormat,
+    BlockShape,
+    PowerOfTwo,
+    ScaleFormat,
+)
+from blockscale.reference import dequantize, quantize
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from blockscale.checkpoint.header import TensorEntry
 
 LAYER = "model.layers.0.mlp.down_proj"
 
@@ -116,6 +131,110 @@ def test_another_model_is_refused(fp8_checkpoint: Path, float_checkpoint: Path) 
     save_file(tensors, float_checkpoint / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"\(192, 321\)"):
         verify(fp8_checkpoint, float_checkpoint)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """(tensor, bytes) of every read."""
+    seen: list[tuple[str, int]] = []
+
+    def spy(entry: TensorEntry, begin: int = 0, end: int | None = None) -> bytes:
+        data = read_bytes(entry, begin, end)
+        seen.append((entry.name, len(data)))
+        return data
+
+    monkeypatch.setattr(scales, "read_bytes", spy)
+    monkeypatch.setattr(tensors_module, "read_bytes", spy)
+    return seen
+
+
+def test_only_scales_are_read_without_a_float_checkpoint(
+    fp8_checkpoint: Path, reads: list[tuple[str, int]]
+) -> None:
+    verify(fp8_checkpoint)
+    assert len(reads) == 2
+    assert all(name.endswith("_scale_inv") for name, _ in reads)
+
+
+def test_little_is_read_at_a_time_and_the_answer_is_the_same(
+    tmp_path: Path, reads: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two stacked experts of five block rows, the last ragged, in MXFP8-like and square blocks."""
+    generator = torch.Generator().manual_seed(5)
+    exact = torch.randn(2, 144, 96, generator=generator)
+    for block in ([1, 32], [32, 32]):
+        fmt = BlockFormat(E4M3FN, ScaleFormat.FP32, BlockShape(*block))
+        stored = quantize(exact, fmt)
+        folder = tmp_path / str(block)
+        folder.mkdir()
+        save_file(
+            {"experts.w2_weight": stored.data, "experts.w2_weight_scale_inv": stored.scales},
+            folder / "model.safetensors",
+        )
+        declared = {"quant_method": "fp8", "weight_block_size": block}
+        (folder / "config.json").write_text(json.dumps({"quantization_config": declared}))
+        (folder / "float").mkdir()
+        save_file({"experts.w2_weight": exact}, folder / "float" / "model.safetensors")
+        whole = verify(folder, folder / "float")
+        reads.clear()
+        with monkeypatch.context() as small:
+            small.setattr(scales, "FACTS_BYTES", 64)
+            small.setattr(tensors_module, "BAND_ELEMENTS", 1)
+            pieces = verify(folder, folder / "float")
+        assert max(length for _, length in reads) == 4 * 96 * block[0]
+        (one,), (other,) = whole.layers, pieces.layers
+        assert one.scales == other.scales
+        assert one.error is not None
+        assert other.error is not None
+        assert other.error.relative_error == pytest.approx(one.error.relative_error, rel=1e-12)
+        assert other.error.max_error == one.error.max_error
+
+
+def test_against_another_block_fp8_version(
+    fp8_checkpoint: Path, float_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Codes are never taken for values: the other side is dequantized too."""
+    ue8m0 = tmp_path / "ue8m0"
+    quantize_checkpoint(
+        read_checkpoint(float_checkpoint), ue8m0, QuantizeOptions(FP8_128X128_UE8M0)
+    )
+    assert {check.error for check in verify(ue8m0, ue8m0).layers} == {
+        DataError(0.0, 0.0, float("inf"))
+    }
+    right = load_values(fp8_checkpoint)
+    for check in verify(ue8m0, fp8_checkpoint).layers:
+        wanted = right[check.name].double()
+        relative = float((load_values(ue8m0)[check.name].double() - wanted).norm() / wanted.norm())
+        assert check.error is not None
+        assert check.error.relative_error == pytest.approx(relative, rel=1e-5)
+
+
+def load_values(folder: Path) -> dict[str, torch.Tensor]:
+    layers = read_layers(read_checkpoint(folder)).quantized
+    return {layer.name: dequantize(read_block_scaled(layer)) for layer in layers}
+
+
+def test_against_codes_without_scales_is_refused(
+    fp8_checkpoint: Path, float_checkpoint: Path
+) -> None:
+    tensors = load_file(float_checkpoint / "model.safetensors")
+    tensors[LAYER + ".weight"] = torch.ones(192, 320, dtype=torch.int8)
+    save_file(tensors, float_checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is I8; compare with a float"):
+        verify(fp8_checkpoint, float_checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "is_fault"),
+    [(2.0**-140, "subnormal_scale", False), (2.0**120, "overflowing_scale", True)],
+)
+def test_scales_at_the_ends_of_float32(
+    fp8_checkpoint: Path, value: float, code: str, is_fault: bool
+) -> None:
+    change(fp8_checkpoint, LAYER + ".weight_scale_inv", (0, 0), value)
+    result = verify(fp8_checkpoint)
+    assert [(f.code, f.layer) for f in result.findings] == [(code, LAYER)]
+    assert result.has_fault is is_fault
 
 
 @pytest.mark.parametrize("exponent", [-126, -1, 0, 127])

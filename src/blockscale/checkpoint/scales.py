@@ -35,7 +35,8 @@ FACTS_BYTES = 8 << 20
 class ScaleFacts:
     """What the scales of one layer are. ``smallest`` and ``largest`` look at finite ones only.
 
-    ``smallest`` and ``largest`` are None if no scale is finite.
+    ``smallest`` and ``largest`` are None if no scale is finite. ``subnormal``: below 2**-126 in
+    magnitude and not zero.
     """
 
     count: int
@@ -46,6 +47,7 @@ class ScaleFacts:
     negative: int
     smallest: float | None
     largest: float | None
+    subnormal: int = 0
 
 
 def read_scales(entry: TensorEntry) -> NDArray[np.float32]:
@@ -105,6 +107,7 @@ def _together(one: ScaleFacts, two: ScaleFacts) -> ScaleFacts:
         negative=one.negative + two.negative,
         smallest=min(smallest, default=None),
         largest=max(largest, default=None),
+        subnormal=one.subnormal + two.subnormal,
     )
 
 
@@ -128,6 +131,7 @@ def scale_facts(values: NDArray[np.float32]) -> ScaleFacts:
         negative=int((values < 0).sum()),
         smallest=float(finite.min()) if finite.size else None,
         largest=float(finite.max()) if finite.size else None,
+        subnormal=int(((exponent & UE8M0_NAN_BYTE == 0) & (values != 0)).sum()),
     )
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from blockscale.checkpoint.header import TensorEntry
     from blockscale.checkpoint.read import Checkpoint
 
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+
 
 @dataclass(frozen=True, slots=True)
 class LayerCheck:
@@ -126,6 +128,18 @@ def _scale_faults(layer: QuantizedLayer, facts: ScaleFacts) -> list[Finding]:
             "data is, those blocks are zero, and UE8M0 cannot hold them"
         )
         found.append(_fault("zero_scale", message, layer.name))
+    if facts.largest is not None and facts.largest * layer.format.element.max > _FLOAT32_MAX:
+        message = (
+            f"the largest scale in {layer.scale.name} is {facts.largest:.3g}: its block reaches "
+            "beyond float32, and becomes infinite"
+        )
+        found.append(_fault("overflowing_scale", message, layer.name))
+    if facts.subnormal:
+        message = (
+            f"{facts.subnormal} of {facts.count} scales in {layer.scale.name} are below 2**-126: "
+            "GPU kernels may take them for zero"
+        )
+        found.append(Finding(Severity.WARNING, "subnormal_scale", message, layer.name))
     return found
 
 

@@ -130,6 +130,7 @@ def _layer_document(check: LayerCheck) -> dict[str, Any]:
             "nonfinite": scales.nonfinite,
             "zero": scales.zero,
             "negative": scales.negative,
+            "subnormal": scales.subnormal,
             "smallest": scales.smallest,
             "largest": scales.largest,
         },
