@@ -121,7 +121,25 @@ class BlockScaledLinear(nn.Module):
                 f"{weight.device}; move the weight first"
             )
             raise ModelError(msg)
-        prepared = prepare_weight(self.plan, weight, self._backends, self._policy)
+        self.take(prepare_weight(self.plan, weight, self._backends, self._policy))
+
+    def take(self, prepared: BlockScaledTensor, bias: torch.Tensor | None = None) -> None:
+        """Copy an already prepared weight, from any device, into the same storages.
+
+        ``bias``: a new one, None to keep the old. Raises ModelError, with nothing changed, if the
+        weight is not in the prepared form and shape, or there is no bias to replace.
+        """
+        ours, theirs = (
+            (w.mn, w.k, w.format, w.layout, w.leading) for w in (self._weight, prepared)
+        )
+        if ours != theirs:
+            msg = f"layer {self.plan.name!r} is prepared as {self._weight!r}, not as {prepared!r}"
+            raise ModelError(msg)
+        if bias is not None:
+            if self.bias is None:
+                msg = f"layer {self.plan.name!r} has no bias, but a new one came"
+                raise ModelError(msg)
+            self.bias.copy_(self._checked_bias(bias))
         self._weight.data.copy_(prepared.data)
         self._weight.scales.copy_(prepared.scales)
         self.updates += 1

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from blockscale.planning.contract import Contract
     from blockscale.planning.decision import MRange, Offer, OperandForm, Rejection
     from blockscale.planning.device import Device
     from blockscale.planning.policy import PlanPolicy
@@ -118,3 +119,12 @@ class ModelPlan:
     def unservable(self) -> tuple[LinearPlan, ...]:
         """Layers that no backend may serve."""
         return tuple(plan for plan in self.layers if not plan.is_servable)
+
+    def contract(self) -> Contract:
+        """What this rank wants to receive when weights change; ``.to_json()`` is to be sent.
+
+        Raises PlanError, naming it, if a layer has no backend.
+        """
+        from blockscale.planning.contract import contract_of  # noqa: PLC0415 - it reads plans
+
+        return contract_of(self)
