@@ -1,0 +1,70 @@
+"""Without blockscale, transformers starts as before: nothing is left behind in what it saved."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Runs with an import path that has no blockscale in it: the package as if uninstalled.
+UNPLUGGED = """
+import importlib.util, sys
+from pathlib import Path
+
+sys.path[:] = [p for p in sys.path if not (Path(p) / "blockscale").is_dir()]
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in type(f).__module__.lower()]
+assert importlib.util.find_spec("blockscale") is None, "blockscale can still be imported"
+"""
+
+LOAD = """
+import json
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+with torch.inference_mode():
+    logits = model(torch.arange(3, 13)[None]).logits
+print(json.dumps({
+    "quantizers": sorted(AUTO_QUANTIZER_MAPPING),
+    "merge": AutoHfQuantizer.merge_quantization_configs.__module__,
+    "linear": type(model.model.layers[0].self_attn.q_proj).__name__,
+    "dtype": str(model.dtype),
+    "logits": logits.float().sum().item(),
+    "loaded": sorted(name for name in sys.modules if name.startswith("blockscale")),
+}))
+"""
+
+
+def run(program: str, folder: Path) -> dict[str, object]:
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys\n" + program, str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_transformers_starts_as_before(whole_blocks_fp8: Path, tmp_path: Path) -> None:
+    """Uninstalled, or installed and unused, or with what we saved: the same program."""
+    from transformers import AutoModelForCausalLM
+
+    from blockscale.integrations.transformers import BlockScaleConfig
+
+    without = run(UNPLUGGED + LOAD, whole_blocks_fp8)
+    assert without["loaded"] == []
+    assert "blockscale" not in without["quantizers"]  # type: ignore[operator]  # a list of names
+    assert run(LOAD, whole_blocks_fp8) == without
+    saved = tmp_path / "saved"
+    AutoModelForCausalLM.from_pretrained(
+        whole_blocks_fp8, quantization_config=BlockScaleConfig()
+    ).save_pretrained(saved)
+    assert run(UNPLUGGED + LOAD, saved) == without
