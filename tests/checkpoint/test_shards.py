@@ -83,12 +83,12 @@ def columns(values: torch.Tensor, span: Span) -> torch.Tensor:
 
 
 def remedies(plan: RankPlan, layers: dict[str, MergedLayer]) -> dict[RemedyKind, Remedy]:
-    from blockscale.planning.planner import plan_linear
+    from blockscale.planning.planner import plan_model
 
     found = remedies_of(
         [layer.whole for layer in layers.values()],
         plan.parallelism,
-        lambda request: plan_linear(request, CPU.device, CPU.policy, BACKENDS),
+        lambda requests: plan_model(requests, CPU.device, CPU.policy, BACKENDS).layers,
     )
     return {remedy.kind: remedy for remedy in found.offered}
 
@@ -241,7 +241,7 @@ def test_a_deleted_file_is_named(tmp_path: Path) -> None:
         read_piece(layer, piece)
 
 
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e8m0fnu])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float8_e8m0fnu])
 def test_other_scale_dtypes_keep_their_values(tmp_path: Path, stored: torch.dtype) -> None:
     store = Store(tmp_path)
     data = torch.randint(0, 0x7E, (256, HIDDEN), dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -253,7 +253,9 @@ def test_other_scale_dtypes_keep_their_values(tmp_path: Path, stored: torch.dtyp
     plan, layers = store.plan(Parallelism(2), 1)
     layer = layers["a.down_proj"]
     piece = piece_of(layer.whole, plan.parallelism, 1)
-    values = dequantize(read_piece(layer, piece))
+    shard = read_piece(layer, piece)
+    assert shard.format == layer.whole.request.format
+    values = dequantize(shard)
     whole = data.float() * scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
     assert torch.equal(values, whole[:, 128:])
 

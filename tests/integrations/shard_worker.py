@@ -13,6 +13,7 @@ from blockscale.errors import ModelError
 from blockscale.formats import DType
 from blockscale.integrations.transformers import load_model
 from blockscale.integrations.transformers_parallel import GatheredLinear, load_model_shard
+from blockscale.modules.experts import BlockScaledExperts
 from blockscale.modules.linear import BlockScaledLinear
 from blockscale.parallel.ranks import Ranks
 from blockscale.planning.request import RemedyKind
@@ -32,17 +33,20 @@ SIZES = {
     "vocab_size": 128,
     "max_position_embeddings": 64,
 }
-MODELS = ("llama", "qwen3", "tied")
+MODELS = ("llama", "qwen3", "tied", "qwen3-moe")
+# Experts of 384 columns: 192 on each of two ranks, in blocks of 64; or two whole experts each.
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 384}
 
 
 def prepare(folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
     torch.manual_seed(1)
     made = {
         "llama": LlamaConfig(**SIZES, attention_bias=True),
         "qwen3": Qwen3Config(**SIZES),
         "tied": Qwen3Config(**SIZES, tie_word_embeddings=True),
+        "qwen3-moe": Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=True, mlp_only_layers=[1]),
     }
     for name, config in made.items():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -66,6 +70,18 @@ def logits_are_those_of_one_process(folder: Path, ranks: Ranks) -> None:
             others = [torch.empty_like(found) for _ in range(ranks.size)]
             distributed.all_gather(others, found)
             assert all(torch.equal(found, other) for other in others), "ranks disagree"
+
+
+def experts_are_cut_or_dealt(folder: Path, ranks: Ranks) -> None:
+    tokens = torch.randint(0, 128, (2, 9), generator=torch.Generator().manual_seed(4))
+    path = folder / "qwen3-moe"
+    expected = load_model(path, dtype=DType.FLOAT32).model(tokens).logits
+    for expert_parallel, held, width in ((1, 4, 192), (2, 2, 384)):
+        shard = load_model_shard(path, ranks, dtype=DType.FLOAT32, expert_parallel=expert_parallel)
+        (experts,) = [m for m in shard.model.modules() if isinstance(m, BlockScaledExperts)]
+        assert experts.w2.data.shape == (held, 256, width)
+        found = shard.model(tokens).logits
+        assert (found - expected).norm() <= 2e-6 * expected.norm(), expert_parallel
 
 
 def generation_chooses_the_same_tokens(folder: Path, ranks: Ranks) -> None:
@@ -129,6 +145,7 @@ def heads_that_do_not_divide_are_named(folder: Path, ranks: Ranks) -> None:  # n
 
 CASES = (
     logits_are_those_of_one_process,
+    experts_are_cut_or_dealt,
     generation_chooses_the_same_tokens,
     a_rank_holds_its_share,
     layers_around_an_activation_are_cut_together,

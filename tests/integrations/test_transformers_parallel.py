@@ -1,4 +1,4 @@
-"""Small random Llama and Qwen3 models over two processes. See ``shard_worker.py``."""
+"""Small random Llama, Qwen3 and Qwen3-MoE models over two processes. See ``shard_worker.py``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from blockscale.testing.ranks import PASSED, run_ranks
 WORKER = Path(__file__).with_name("shard_worker.py")
 CASES = (
     "logits_are_those_of_one_process",
+    "experts_are_cut_or_dealt",
     "generation_chooses_the_same_tokens",
     "a_rank_holds_its_share",
     "layers_around_an_activation_are_cut_together",

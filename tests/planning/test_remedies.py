@@ -13,7 +13,7 @@ from blockscale.errors import FormatError
 from blockscale.formats import FP8_128X128_FP32, BlockShape, DType
 from blockscale.planning.device import Device
 from blockscale.planning.pieces import Holding, Span, piece_of, request_of
-from blockscale.planning.planner import plan_linear
+from blockscale.planning.planner import plan_model
 from blockscale.planning.policy import PlanPolicy
 from blockscale.planning.remedies import Refusal, Remedies, Remedy, remedies_of
 from blockscale.planning.request import LinearRequest, RemedyKind, ShardStyle
@@ -21,6 +21,8 @@ from blockscale.planning.sharded import Target, plan_shards, shards_of
 from blockscale.planning.sharding import Parallelism, WholeLayer, cut
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from blockscale.planning.plan import LinearPlan
 
 BF16 = DType.BFLOAT16
@@ -57,8 +59,8 @@ def looked(
 ) -> Remedies:
     policy = PlanPolicy(backends=backends)
 
-    def plan(one: LinearRequest) -> LinearPlan:
-        return plan_linear(one, Device.named(device), policy, BACKENDS)
+    def plan(requests: Sequence[LinearRequest]) -> Sequence[LinearPlan]:
+        return plan_model(requests, Device.named(device), policy, BACKENDS).layers
 
     return remedies_of(layers, parallelism, plan)
 

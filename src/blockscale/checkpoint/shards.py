@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from blockscale.errors import CheckpointError
-from blockscale.formats import K_MAJOR, BlockFormat, ScaleFormat
+from blockscale.formats import K_MAJOR, BlockFormat
 from blockscale.planning.pieces import Span
 from blockscale.tensor import BlockScaledTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 MAX_BUFFERS = 1024
 _SCALE_ITEMS: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.uint32),
+    "F16": np.dtype(np.uint16),
     "BF16": np.dtype(np.uint16),
     "F8_E8M0": np.dtype(np.uint8),
     "U8": np.dtype(np.uint8),
@@ -46,7 +47,7 @@ def read_piece(layer: MergedLayer, piece: Piece) -> BlockScaledTensor:
     """The weight that ``piece`` describes, (n, k) or (experts, n, k), scales in ``K_MAJOR``.
 
     Reads the piece's codes and the scales of the blocks that it touches, nothing else. Zeros that
-    pad it have the code 0. BF16 scales become FP32, exactly.
+    pad it have the code 0. F16 scales become FP32, exactly.
 
     Raises CheckpointError if a file cannot be read, FormatError if the piece's blocks do not fit
     the stored ones.
@@ -71,8 +72,20 @@ def read_piece(layer: MergedLayer, piece: Piece) -> BlockScaledTensor:
         codes, scales = codes[0], scales[0]
     data = torch.from_numpy(codes).view(torch.float8_e4m3fn)
     stored = first.format
-    fmt = BlockFormat(stored.element, _scale_format(stored.scale), piece.block)
-    return BlockScaledTensor(data, _scale_tensor(scales, stored.scale), fmt, K_MAJOR)
+    fmt = BlockFormat(stored.element, stored.scale, piece.block)
+    return BlockScaledTensor(data, _scale_tensor(scales, first.scale.dtype), fmt, K_MAJOR)
+
+
+def expert_reader(layer: MergedLayer, piece: Piece) -> Callable[[int], Iterator[BlockScaledTensor]]:
+    """What reads one of the piece's experts, counted on this rank, as (n, k): no more in memory."""
+    held = piece.experts
+    assert held is not None
+
+    def read(expert: int) -> Iterator[BlockScaledTensor]:
+        one = read_piece(layer, replace(piece, experts=Span(held.first + expert, 1)))
+        yield BlockScaledTensor(one.data[0], one.scales[0], one.format, one.layout)
+
+    return read
 
 
 def read_bias_piece(
@@ -206,13 +219,11 @@ def _read_rows(
             got -= min(got, buffer.nbytes)
 
 
-def _scale_format(stored: ScaleFormat) -> ScaleFormat:
-    return ScaleFormat.FP32 if stored is ScaleFormat.BF16 else stored
-
-
-def _scale_tensor(codes: Items, stored: ScaleFormat) -> torch.Tensor:
-    if stored is ScaleFormat.UE8M0:
+def _scale_tensor(codes: Items, dtype: str) -> torch.Tensor:
+    if dtype in {"F8_E8M0", "U8"}:
         return torch.from_numpy(codes).view(torch.float8_e8m0fnu)
-    if stored is ScaleFormat.BF16:
-        return torch.from_numpy((codes.astype(np.uint32) << np.uint32(16)).view(np.float32))
+    if dtype == "BF16":
+        return torch.from_numpy(codes.view(np.int16)).view(torch.bfloat16)
+    if dtype == "F16":
+        return torch.from_numpy(codes.view(np.float16).astype(np.float32))
     return torch.from_numpy(codes.view(np.float32))

@@ -73,7 +73,7 @@ def slots_of(
         )
         raise ModelError(msg)
     stored = {layer.name: layer for layer in layers.quantized}
-    names = module_names(model, [stored[layer.name] for layer in plan.layers])
+    names = _module_names(model, [stored[layer.name] for layer in plan.layers])
     slots = []
     for layer in plan.layers:
         module = _linear_at(model, names[layer.name], layer)
@@ -194,7 +194,7 @@ def _as_entry(tensor: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
     return tensor.contiguous().reshape(entry.shape)
 
 
-def module_names(model: PreTrainedModel, stored: Sequence[QuantizedLayer]) -> dict[str, str]:
+def _module_names(model: PreTrainedModel, stored: Sequence[QuantizedLayer]) -> dict[str, str]:
     """Layer name on disk to module name, through transformers' own table of renamed weights."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key

@@ -19,10 +19,15 @@ from blockscale.checkpoint.rank_plan import RankPlan, plan_rank
 from blockscale.checkpoint.read import read_checkpoint
 from blockscale.checkpoint.requests import Merging, RequestOptions, dtype_of_config
 from blockscale.checkpoint.schema import read_layers
+from blockscale.checkpoint.shards import expert_reader
 from blockscale.errors import ModelError
-from blockscale.integrations.transformers import empty_model, load_rest
-from blockscale.integrations.transformers_layers import module_names
+from blockscale.integrations.transformers import empty_model, load_rest, plan_modules
+from blockscale.integrations.transformers_experts import dense_part, expert_slots_of
+from blockscale.integrations.transformers_layers import slots_of
+from blockscale.modules.experts import BlockScaledExperts
+from blockscale.parallel.experts import SummedExperts
 from blockscale.parallel.linear import ColumnParallelLinear, RowParallelLinear, parallel_linear
+from blockscale.planning.expert_sets import experts_plan
 from blockscale.planning.plan import Severity
 from blockscale.planning.policy import PlanPolicy, Strictness
 from blockscale.planning.sharded import Target
@@ -30,16 +35,18 @@ from blockscale.planning.sharding import Parallelism
 from blockscale.probe import detect_device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from transformers import PreTrainedModel
 
     from blockscale.checkpoint.read import Checkpoint
     from blockscale.checkpoint.requests import MergedLayer
+    from blockscale.checkpoint.schema import Layers
     from blockscale.formats import DType
+    from blockscale.integrations.transformers_experts import ExpertSlot
     from blockscale.parallel.ranks import Ranks
     from blockscale.planning.device import Device
+    from blockscale.planning.plan import ModelPlan
 
 # Projections that must be cut together or not at all: what one writes, another reads.
 _TOGETHER = (
@@ -81,12 +88,14 @@ def load_model_shard(
     dtype: DType | None = None,
     device: Device | None = None,
     policy: PlanPolicy | None = None,
-    progress: Callable[[int], None] | None = None,
+    expert_parallel: int = 1,
 ) -> ModelShard:
     """A causal language model with every block-FP8 layer cut over ``ranks``.
 
     ``device``: what to plan for, this machine by default; weights go to the process's current GPU
-    if it has one. Other arguments as in ``load_model``. The output head is cut by rows too, unless
+    if it has one. ``expert_parallel``: a divisor of the number of ranks, into so many groups the
+    experts of a mixture go; 1 cuts each of them. Other arguments as in ``load_model``. The output
+    head is cut by rows too, unless
     its weight is the embedding's or its rows do not divide.
 
     Raises CheckpointError for unreadable files, PlanError if a layer has no backend, ModelError if
@@ -96,13 +105,15 @@ def load_model_shard(
     layers = read_layers(checkpoint)
     dtype = dtype or dtype_of_config(checkpoint)
     device = device or detect_device()
-    options = RequestOptions(dtype, Parallelism(ranks.size), Merging.MODULE)
+    parallelism = Parallelism(ranks.size, expert_parallel)
+    options = RequestOptions(dtype, parallelism, Merging.MODULE)
     strict = replace(policy or PlanPolicy(), strictness=Strictness.RAISE)
+    uncut = plan_modules(checkpoint, layers, dtype, device, strict)
     plan = plan_rank(checkpoint, layers, options, Target(device, strict, BACKENDS), ranks.rank)
     _check_divides(plan)
     place = torch.device("cpu" if device.is_cpu else f"cuda:{torch.cuda.current_device()}")
     model = empty_model(checkpoint, dtype)
-    _replace_layers(model, _Source(checkpoint, plan, ranks, place), progress)
+    _replace_layers(model, uncut, _Source(checkpoint, plan, ranks, place), layers)
     load_rest(model, checkpoint, layers, dtype)
     _cut_head(model, ranks)
     nn.Module.to(model, place)
@@ -116,12 +127,26 @@ class _Source:
     ranks: Ranks
     place: torch.device
 
-    def layers(self, model: PreTrainedModel) -> Iterator[tuple[str, MergedLayer]]:
-        """Every layer with the name of the module whose place it takes."""
-        merged = self.plan.merged.layers
-        names = module_names(model, [layer.members[0][0] for layer in merged])
-        for layer in merged:
-            yield names[layer.members[0][0].name], layer
+    @property
+    def layers(self) -> dict[str, MergedLayer]:
+        """Every uncut layer by its name."""
+        return {layer.whole.request.name: layer for layer in self.plan.merged.layers}
+
+    def experts(self, slot: ExpertSlot) -> SummedExperts:
+        """This rank's share of a set of experts: some of them, or some of each."""
+        layers = self.layers
+        planned = experts_plan(self.plan.plan, slot.plan.name)
+        w13, w2 = (layers[part.name] for part in (slot.plan.w13, slot.plan.w2))
+        held = self.plan.piece(w13).experts
+        assert held is not None
+        experts = BlockScaledExperts(
+            planned,
+            expert_reader(w13, self.plan.piece(w13)),
+            expert_reader(w2, self.plan.piece(w2)),
+            self.plan.plan.policy,
+            self.place,
+        )
+        return SummedExperts(experts, held.first, held.count, self.ranks)
 
 
 def _check_divides(plan: RankPlan) -> None:
@@ -132,19 +157,22 @@ def _check_divides(plan: RankPlan) -> None:
 
 
 def _replace_layers(
-    model: PreTrainedModel, source: _Source, progress: Callable[[int], None] | None
+    model: PreTrainedModel, uncut: ModelPlan, source: _Source, layers: Layers
 ) -> None:
-    named = list(source.layers(model))
+    """``uncut``: the plan of one process, by which modules are found and compared."""
+    experts = expert_slots_of(model, uncut, source.checkpoint, layers)
+    slots = slots_of(model, dense_part(uncut), source.checkpoint, layers)
     if source.ranks.size > 1:
-        _check_cut_together(model, {name for name, _ in named})
-    for name, layer in named:
-        _check_module(model, name, layer)
+        _check_cut_together(model, {slot.module for slot in slots})
+    merged = source.layers
+    for slot in slots:
+        layer = merged[slot.plan.name]
         model.set_submodule(
-            name,
+            slot.module,
             parallel_linear(source.checkpoint, source.plan, layer, source.ranks, source.place),
         )
-        if progress is not None:
-            progress(1)
+    for expert_slot in experts:
+        model.set_submodule(expert_slot.module, source.experts(expert_slot))
     for name, module in model.named_modules():
         if hasattr(module, GROUPS):
             _share_heads(name, module)
@@ -174,28 +202,6 @@ def _check_cut_together(model: PreTrainedModel, cut: set[str]) -> None:
         if leaf not in {one for together in _TOGETHER for one in together}:
             msg = f"it is not known how to cut {name} in a transformers model; use one rank"
             raise ModelError(msg)
-
-
-def _check_module(model: PreTrainedModel, name: str, layer: MergedLayer) -> None:
-    request = layer.whole.request
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        module = None
-    if not isinstance(module, nn.Linear):
-        found = "nothing" if module is None else type(module).__name__
-        msg = f"the checkpoint has an FP8 layer {request.name!r}, but the model has {found} there"
-        raise ModelError(msg)
-    if (module.out_features, module.in_features) != (request.n, request.k):
-        msg = (
-            f"module {name!r} is {module.out_features}x{module.in_features}, but the checkpoint's "
-            f"weight is {request.n}x{request.k}; config.json is not its own"
-        )
-        raise ModelError(msg)
-    if (module.bias is not None) != request.has_bias:
-        has = "has" if request.has_bias else "lacks"
-        msg = f"the checkpoint {has} a bias for {request.name!r}, unlike the model class"
-        raise ModelError(msg)
 
 
 def _share_heads(name: str, attention: nn.Module) -> None:

@@ -8,10 +8,12 @@ every backend; an answer is a ``Remedy`` with its price or a ``Refusal`` with it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
 
 from blockscale.errors import FormatError
 from blockscale.formats import BlockShape, ScaleFormat
+from blockscale.planning.expert_sets import expert_sets
 from blockscale.planning.pieces import Holding, piece_of, request_of
 from blockscale.planning.request import LinearRequest, RemedyKind, ShardStyle
 from blockscale.planning.sharding import Parallelism, cut
@@ -135,12 +137,12 @@ def _preference(remedy: Remedy) -> tuple[bool, float, int]:
 def remedies_of(
     layers: Sequence[WholeLayer],
     parallelism: Parallelism,
-    plan: Callable[[LinearRequest], LinearPlan],
+    plan: Callable[[Sequence[LinearRequest]], Sequence[LinearPlan]],
 ) -> Remedies:
     """What can be done about a set of which some cut goes through a scale block.
 
-    Every layer of the set is divisible. ``plan`` decides one request and does not raise if no
-    backend serves it.
+    Every layer of the set is divisible. ``plan`` decides the requests of one rank, experts together
+    as ``plan_model`` does, and does not raise if no backend serves one.
     """
     looked = _Set(tuple(layers), parallelism, plan)
     return Remedies((looked.refine(), looked.uneven(), looked.pad(), looked.expert_parallel()))
@@ -174,25 +176,56 @@ def scale_bytes_of(request: LinearRequest) -> int:
 class _Set:
     layers: tuple[WholeLayer, ...]
     parallelism: Parallelism
-    plan: Callable[[LinearRequest], LinearPlan]
+    plan: Callable[[Sequence[LinearRequest]], Sequence[LinearPlan]]
 
     def refine(self) -> Remedy | Refusal:
-        holdings: list[Holding | None] = []
-        for layer in self.layers:
-            plain = self._plain(layer)
-            unsplit = plain.shard.unsplit_block
-            if unsplit is None:
-                holdings.append(None)
-                continue
-            tried = [Holding(RemedyKind.REFINE, block) for block in _finer(layer, unsplit)]
-            served = [one for one in tried if not self._unserved([layer], [one])]
-            if not served:
-                names = ", ".join(str(one.block) for one in tried) or f"{unsplit}"
-                reason = f"no backend serves {plain.name} in blocks of {names}"
-                return Refusal(RemedyKind.REFINE, reason)
-            # The first of equals: blocks come in the order of rising numbers of scales.
-            holdings.append(min(served, key=lambda one: LAST_RESORT in self._backends(layer, one)))
-        return self._remedy(RemedyKind.REFINE, holdings)
+        """Experts are served together, so their blocks are chosen together."""
+        holdings: dict[str, Holding | None] = {}
+        for together in expert_sets(self._plain(layer) for layer in self.layers):
+            layers = [self._layer(request) for request in together]
+            choice = self._refined(layers)
+            if isinstance(choice, Refusal):
+                return choice
+            holdings.update(
+                (layer.request.name, one) for layer, one in zip(layers, choice, strict=True)
+            )
+        return self._remedy(
+            RemedyKind.REFINE, [holdings[layer.request.name] for layer in self.layers]
+        )
+
+    def _refined(self, layers: Sequence[WholeLayer]) -> tuple[Holding | None, ...] | Refusal:
+        """Blocks with the fewest scales for these layers, by a kernel if one takes any."""
+        tried = sorted(
+            product(*(self._finer(layer) for layer in layers)),
+            key=lambda holdings: self._scale_bytes(layers, holdings),
+        )
+        served = [one for one in tried if self._unserved(layers, one) is None]
+        if not served:
+            split = [layer for layer in layers if self._plain(layer).shard.split_blocks]
+            names = dict.fromkeys(
+                str(one.block) for layer in split for one in self._finer(layer) if one is not None
+            )
+            reason = f"no backend serves {split[0].request.name} in blocks of {', '.join(names)}"
+            return Refusal(RemedyKind.REFINE, reason)
+        return min(served, key=lambda one: LAST_RESORT in self._backends(layers, one))
+
+    def _finer(self, layer: WholeLayer) -> list[Holding | None]:
+        """Blocks that no cut goes through; None alone where the even cut splits none."""
+        unsplit = self._plain(layer).shard.unsplit_block
+        if unsplit is None:
+            return [None]
+        stored = layer.request.format.block
+        rows = {size for size in (*REFINED_SIZES, unsplit.mn) if unsplit.mn % size == 0}
+        columns = {size for size in (*REFINED_SIZES, unsplit.k) if unsplit.k % size == 0}
+        blocks = [BlockShape(mn, k) for mn in rows for k in columns]
+        return [Holding(RemedyKind.REFINE, block) for block in blocks if block != stored]
+
+    def _scale_bytes(
+        self, layers: Sequence[WholeLayer], holdings: Sequence[Holding | None]
+    ) -> tuple[int, int]:
+        requests = self._requests(layers, holdings, 0)
+        # Of as many scales, wider blocks along K: fewer partial sums.
+        return sum(map(scale_bytes_of, requests)), -min(one.format.block.k for one in requests)
 
     def uneven(self) -> Remedy | Refusal:
         reason = self._cannot_be_uneven()
@@ -216,7 +249,7 @@ class _Set:
             other = Parallelism(tensor, degree)
             found = [cut(layer, other) for layer in self.layers]
             requests = [one for one in found if isinstance(one, LinearRequest)]
-            if len(requests) == len(found) and all(self._is_served(one) for one in requests):
+            if len(requests) == len(found) and self._unserved_of(requests) is None:
                 return self._priced(kind, other, (None,) * len(requests), requests)
         return Refusal(kind, f"no expert parallel degree that divides {tensor} keeps blocks whole")
 
@@ -260,12 +293,30 @@ class _Set:
         self, layers: Sequence[WholeLayer], holdings: Sequence[Holding | None]
     ) -> LinearRequest | None:
         """A request of some rank that no backend serves. Raises FormatError if a rank has none."""
-        for layer, holding in zip(layers, holdings, strict=True):
-            requests = dict.fromkeys(self._of_rank(layer, holding, rank) for rank in self._ranks())
-            for request in requests:
-                if not self._is_served(request):
-                    return request
-        return None
+        ranks = dict.fromkeys(self._requests(layers, holdings, rank) for rank in self._ranks())
+        return next((one for one in map(self._unserved_of, ranks) if one is not None), None)
+
+    def _unserved_of(self, requests: Sequence[LinearRequest]) -> LinearRequest | None:
+        plans = self.plan(requests)
+        return next(
+            (
+                request
+                for request, plan in zip(requests, plans, strict=True)
+                if request.shard.split_blocks or not plan.is_servable
+            ),
+            None,
+        )
+
+    def _requests(
+        self, layers: Sequence[WholeLayer], holdings: Sequence[Holding | None], rank: int
+    ) -> tuple[LinearRequest, ...]:
+        return tuple(
+            self._of_rank(layer, holding, rank)
+            for layer, holding in zip(layers, holdings, strict=True)
+        )
+
+    def _layer(self, request: LinearRequest) -> WholeLayer:
+        return next(layer for layer in self.layers if layer.request.name == request.name)
 
     def _ranks(self) -> range:
         return range(self.parallelism.tensor)
@@ -276,15 +327,9 @@ class _Set:
         piece = piece_of(layer, self.parallelism, rank, holding)
         return request_of(layer, self.parallelism, piece, holding)
 
-    def _is_served(self, request: LinearRequest) -> bool:
-        return not request.shard.split_blocks and self.plan(request).is_servable
-
     def _remedy(self, kind: RemedyKind, holdings: Sequence[Holding | None]) -> Remedy:
         # Rank 0: padded ranks are all alike, and uneven shares are dealt from it on.
-        requests = [
-            self._of_rank(layer, holding, 0)
-            for layer, holding in zip(self.layers, holdings, strict=True)
-        ]
+        requests = self._requests(self.layers, holdings, 0)
         return self._priced(kind, self.parallelism, tuple(holdings), requests)
 
     def _priced(
@@ -295,22 +340,16 @@ class _Set:
         requests: Sequence[LinearRequest],
     ) -> Remedy:
         price = price_of(self.layers, parallelism, requests)
-        names = dict.fromkeys(name for one in requests for name in self.plan(one).backends)
+        names = dict.fromkeys(name for one in self.plan(requests) for name in one.backends)
         return Remedy(kind, parallelism, holdings, tuple(requests), price, tuple(names))
 
-    def _backends(self, layer: WholeLayer, holding: Holding) -> tuple[str, ...]:
-        return self.plan(self._of_rank(layer, holding, 0)).backends
+    def _backends(
+        self, layers: Sequence[WholeLayer], holdings: Sequence[Holding | None]
+    ) -> set[str]:
+        plans = self.plan(self._requests(layers, holdings, 0))
+        return {name for plan in plans for name in plan.backends}
 
     def _plain(self, layer: WholeLayer) -> LinearRequest:
         result = cut(layer, self.parallelism)
         assert isinstance(result, LinearRequest)
         return result
-
-
-def _finer(layer: WholeLayer, unsplit: BlockShape) -> list[BlockShape]:
-    """Blocks that no cut goes through, those with the fewest scales first."""
-    stored = layer.request.format.block
-    rows = {size for size in (*REFINED_SIZES, unsplit.mn) if unsplit.mn % size == 0}
-    columns = {size for size in (*REFINED_SIZES, unsplit.k) if unsplit.k % size == 0}
-    found = [BlockShape(mn, k) for mn in rows for k in columns if BlockShape(mn, k) != stored]
-    return sorted(found, key=lambda block: (-block.mn * block.k, -block.k))

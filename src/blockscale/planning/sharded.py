@@ -6,10 +6,11 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from blockscale.planning.expert_sets import expert_sets
 from blockscale.planning.explain import layer_count
 from blockscale.planning.pieces import Holding, piece_of, request_of
 from blockscale.planning.plan import Finding, LinearPlan, ModelPlan, Severity, SkippedLayer
-from blockscale.planning.planner import plan_linear, plan_model
+from blockscale.planning.planner import plan_experts, plan_model
 from blockscale.planning.policy import Strictness
 from blockscale.planning.remedies import Price, Remedies, Remedy, remedies_of
 from blockscale.planning.request import LinearRequest, RemedyKind
@@ -151,15 +152,19 @@ def _remedies(
     return holdings, split
 
 
-def _decider(target: Target) -> Callable[[LinearRequest], LinearPlan]:
+def _decider(target: Target) -> Callable[[Sequence[LinearRequest]], Sequence[LinearPlan]]:
+    """Plans of the requests of one rank, experts together, each set asked once."""
     policy = replace(target.policy, strictness=Strictness.REPORT)
-    decided: dict[LinearRequest, LinearPlan] = {}
+    decided: dict[tuple[LinearRequest, ...], tuple[LinearPlan, ...]] = {}
 
-    def decide(request: LinearRequest) -> LinearPlan:
-        nameless = replace(request, name="")
-        if nameless not in decided:
-            decided[nameless] = plan_linear(nameless, target.device, policy, target.backends)
-        return decided[nameless]
+    def decide(requests: Sequence[LinearRequest]) -> Sequence[LinearPlan]:
+        plans: dict[LinearRequest, LinearPlan] = {}
+        for together in expert_sets(requests):
+            nameless = tuple(replace(one, name="") for one in together)
+            if nameless not in decided:
+                decided[nameless] = plan_experts(nameless, target.device, policy, target.backends)
+            plans.update(zip(together, decided[nameless], strict=True))
+        return [plans[one] for one in requests]
 
     return decide
 
