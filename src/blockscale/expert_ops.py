@@ -65,7 +65,7 @@ class RowSteps(Protocol):
 
 
 class TorchRows:
-    """The steps in plain torch, on any device: ``reference.experts``, bit for bit.
+    """The steps in plain torch, on a CPU: ``reference.experts``, bit for bit.
 
     Where the backend does not quantize activations, torch's own SiLU serves: it differs from
     ``reference.fused`` in last bits, and takes a tenth of the time.
@@ -218,10 +218,41 @@ def _steps(
             _product(backend, one.choices[index].offer, weight, rows.arrangement)
             for one, weight in zip((plan.w13, plan.w2), weights, strict=True)
         )
-        steps = TorchRows(choice.offer.activation, rows, plan.experts)
+        steps = _row_steps(plan, choice.offer, rows, weights[0].device)
         most = NO_LIMIT if served.max_m is None else served.max_m
         found.append((most, ExpertStep(steps, w13, w2)))
     return found
+
+
+def _row_steps(
+    plan: ExpertsPlan, offer: Offer, rows: GroupedRows, device: torch.device
+) -> RowSteps:
+    """On a GPU the steps are kernels, elsewhere plain torch."""
+    form = offer.activation
+    if device.type != "cuda" or form is None:
+        return TorchRows(form, rows, plan.experts)
+    try:
+        from blockscale.kernels.triton.rows import (  # noqa: PLC0415 - only where a GPU runs it
+            ContiguousRows,
+            MaskedRows,
+            RowsSpec,
+        )
+    except ImportError as error:
+        msg = f"experts need Triton on a GPU (pip install triton): {error}"
+        raise BackendError(msg) from error
+    request = plan.w2.request
+    index = device.index
+    spec = RowsSpec(
+        form.format,
+        form.layout,
+        rows.alignment,
+        plan.experts,
+        torch_dtype(request.activation_dtype),
+        request.n,
+        request.k,
+        torch.cuda.current_device() if index is None else index,
+    )
+    return MaskedRows(spec) if rows.arrangement is Arrangement.MASKED else ContiguousRows(spec)
 
 
 def _product(

@@ -26,6 +26,7 @@ TORCH_TYPES = {
     "fp32": torch.float32,
     "u8": torch.uint8,
     "i32": torch.int32,
+    "i64": torch.int64,
 }
 UNSIGNED = {
     8: (np.uint8, torch.uint8),
@@ -43,13 +44,13 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    from blockscale.kernels.triton import arithmetic, grouped_product, product, quantize
+    from blockscale.kernels.triton import arithmetic, grouped_product, product, quantize, rows
 
     monkeypatch.setattr(interpreter, "_convert_float", _convert)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", _counting(interpreter))
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", _fused(interpreter))
     monkeypatch.setattr(arithmetic, "reciprocal_exactly", lambda values: tl.div_rn(1.0, values))
-    for module in (quantize, product, grouped_product):
+    for module in (quantize, product, grouped_product, rows):
         monkeypatch.setattr(module, "launcher", _launcher)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(
