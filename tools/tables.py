@@ -119,6 +119,28 @@ def fp16_model() -> str:
     )
 
 
+def moe_layer() -> str:
+    """One decoder layer with experts: the plan beside plain Triton and bfloat16."""
+    last = {(r["machine"], r["activation_dtype"], r["m"]): r for r in records("moe_layer")}
+    return rows(
+        "machine | dtype | tokens | plan | Triton | bf16 | against Triton | against bf16 | planned",
+        [
+            [
+                r["machine"],
+                r["activation_dtype"],
+                r["m"],
+                f"{r['plan_us']:.0f} us",
+                f"{r['triton_us']:.0f} us",
+                f"{r['bf16_us']:.0f} us",
+                f"{r['speedup_over_triton']:.2f}x",
+                f"{r['speedup_over_bf16']:.2f}x",
+                ", ".join(sorted({name for names in r["backends"].values() for name in names})),
+            ]
+            for r in last.values()
+        ],
+    )
+
+
 def transformers_model() -> str:
     """Tokens per second of a whole model in every variant; the float model is the measure."""
     last: dict[tuple[object, ...], dict[str, dict[str, Any]]] = {}
@@ -242,6 +264,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "perplexity": perplexity,
     "quantize_memory": quantize_memory,
     "fp16_model": fp16_model,
+    "moe_layer": moe_layer,
     "transformers_model": transformers_model,
     "tensor_parallel": tensor_parallel,
     "gemm": gemm,

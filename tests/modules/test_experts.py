@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -300,6 +301,33 @@ def test_dropped_experts_release_their_weights() -> None:
     del layer
     gc.collect()
     assert handle not in expert_ops._BOUND
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_copy_owns_its_weights_and_outlives_the_original(backend: str) -> None:
+    layer = BlockScaledExperts(cases.plan_for(backend), *random_weights(0))
+    hidden, (ids, weights) = torch.randn(3, cases.HIDDEN), cases.routing(3)
+    before = layer(hidden, ids, weights)
+    copied = copy.deepcopy(layer)
+    new = random_weights(1)
+    for expert in range(cases.EXPERTS):
+        layer.update_expert(expert, [expert_of(new[0], expert)], [expert_of(new[1], expert)])
+    assert not torch.equal(layer(hidden, ids, weights), before)
+    del layer
+    gc.collect()
+    assert torch.equal(copied(hidden, ids, weights), before)
+    assert copied.w13_data.data_ptr() == copied.w13.data.data_ptr()
+
+
+def test_a_gradient_is_refused_and_not_dropped_in_silence() -> None:
+    layer = BlockScaledExperts(cases.plan_for(), *random_weights())
+    hidden, (ids, weights) = torch.randn(3, cases.HIDDEN), cases.routing(3)
+    with pytest.raises(ModelError, match="have no gradient"):
+        layer(hidden.requires_grad_(), ids, weights)
+    with pytest.raises(ModelError, match="have no gradient"):
+        layer(hidden.detach(), ids, weights.requires_grad_())
+    with torch.no_grad():
+        assert not layer(hidden, ids, weights).requires_grad
 
 
 def test_repr_names_shapes_format_and_backend() -> None:

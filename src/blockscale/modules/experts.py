@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -85,7 +85,16 @@ class BlockScaledExperts(nn.Module):
     def forward(
         self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """(..., k), (tokens, choices) integers and (tokens, choices) floats to (..., k)."""
+        """(..., k), (tokens, choices) integers and (tokens, choices) floats to (..., k).
+
+        Raises ModelError where a gradient is asked for: there is none.
+        """
+        if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
+            msg = (
+                f"experts {self.plan.name!r} have no gradient; run them under torch.no_grad() or "
+                "torch.inference_mode()"
+            )
+            raise ModelError(msg)
         return expert_ops.experts(hidden, ids, weights, self._handle)
 
     def update_expert(
@@ -104,6 +113,12 @@ class BlockScaledExperts(nn.Module):
         check_parts(self.plan.w2, w2)
         for plan, stack, new in ((self.plan.w13, self.w13, w13), (self.plan.w2, self.w2, w2)):
             convert_into(expert_of(stack, expert), plan, new, self._policy)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what was unpickled, binds its own weights: a handle names one module's."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's is untyped
+        self._handle = self._hold(self._weights, None)
+        weakref.finalize(self, expert_ops.release, self._handle)
 
     def extra_repr(self) -> str:
         """Shapes, formats and backends, for ``print(model)``."""
