@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from blockscale.errors import BlockscaleError
     from blockscale.formats import BlockFormat, BlockShape, DType, PowerOfTwo, ScaleLayout
+    from blockscale.modules.experts import BlockScaledExperts
     from blockscale.modules.linear import BlockScaledLinear
     from blockscale.planning.device import Device
+    from blockscale.planning.expert_sets import ExpertsPlan
     from blockscale.planning.plan import LinearPlan, ModelPlan
-    from blockscale.planning.planner import plan_linear, plan_model
+    from blockscale.planning.planner import plan_experts, plan_linear, plan_model
     from blockscale.planning.policy import PlanPolicy
     from blockscale.planning.request import LinearRequest
     from blockscale.probe import detect_device
@@ -27,12 +29,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "BlockFormat": "blockscale.formats",
+    "BlockScaledExperts": "blockscale.modules.experts",
     "BlockScaledLinear": "blockscale.modules.linear",
     "BlockScaledTensor": "blockscale.tensor",
     "BlockShape": "blockscale.formats",
     "BlockscaleError": "blockscale.errors",
     "DType": "blockscale.formats",
     "Device": "blockscale.planning.device",
+    "ExpertsPlan": "blockscale.planning.expert_sets",
     "LinearPlan": "blockscale.planning.plan",
     "LinearRequest": "blockscale.planning.request",
     "ModelPlan": "blockscale.planning.plan",
@@ -41,6 +45,7 @@ _HOMES = {
     "ScaleLayout": "blockscale.formats",
     "dequantize": "blockscale.reference",
     "detect_device": "blockscale.probe",
+    "plan_experts": "blockscale.planning.planner",
     "plan_linear": "blockscale.planning.planner",
     "plan_model": "blockscale.planning.planner",
     "quantize": "blockscale.reference",
@@ -50,12 +55,14 @@ _HOMES = {
 
 __all__ = [
     "BlockFormat",
+    "BlockScaledExperts",
     "BlockScaledLinear",
     "BlockScaledTensor",
     "BlockShape",
     "BlockscaleError",
     "DType",
     "Device",
+    "ExpertsPlan",
     "LinearPlan",
     "LinearRequest",
     "ModelPlan",
@@ -65,6 +72,7 @@ __all__ = [
     "__version__",
     "dequantize",
     "detect_device",
+    "plan_experts",
     "plan_linear",
     "plan_model",
     "quantize",

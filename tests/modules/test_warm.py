@@ -17,12 +17,13 @@ from blockscale.formats import (
     ScaleFormat,
 )
 from blockscale.modules.warm import CPU_TOKEN_COUNTS, TOKEN_COUNTS, token_counts, warm
-from blockscale.planning.decision import MRange
+from blockscale.planning.decision import Arrangement, GroupedRows, MRange
 from blockscale.planning.device import Device
 from blockscale.planning.planner import plan_linear
 from blockscale.planning.policy import PlanPolicy
 from blockscale.planning.request import LinearRequest
 from blockscale.probe import detect_device
+from blockscale.testing import expert_cases
 
 if TYPE_CHECKING:
     from blockscale.planning.plan import LinearPlan
@@ -61,7 +62,27 @@ def test_every_range_of_m_is_run() -> None:
     assert token_counts(split, "cuda") == tuple(sorted({*TOKEN_COUNTS, 3, 100}))
 
 
-def test_experts_are_refused_by_name() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_experts_are_run_with_both_weights(backend: str) -> None:
+    done: list[int] = []
+    experts = expert_cases.plan_for(backend, DType.BFLOAT16)
+    plans = [experts.w13, planned(FP8_128X128_FP32, backend), experts.w2]
+    assert warm(plans, "cpu", done.append) == 2 * len(CPU_TOKEN_COUNTS)
+    assert done == [2, 1]
+
+
+def test_every_arrangement_of_rows_is_run() -> None:
+    experts = expert_cases.plan_for("reference")
+    rows = (
+        GroupedRows(MRange(0, 4), Arrangement.MASKED, 8),
+        GroupedRows(MRange(5), Arrangement.CONTIGUOUS, 16),
+    )
+    arranged = expert_cases.with_rows(experts, *rows)
+    assert token_counts(arranged.w13, "cpu") == (1, 5, 16)
+    assert warm([arranged.w13, arranged.w2], "cpu") == 3
+
+
+def test_one_weight_of_experts_alone_is_refused_by_name() -> None:
     request = LinearRequest(
         "moe.w2", 256, 256, FP8_128X128_FP32, DType.BFLOAT16, DType.BFLOAT16, experts=4
     )

@@ -75,7 +75,7 @@ def expert_sets(requests: Iterable[LinearRequest]) -> tuple[tuple[LinearRequest,
     """
     sets: dict[tuple[object, ...], list[LinearRequest]] = {}
     for request in requests:
-        key: tuple[object, ...] = (request.name,)
+        key: tuple[object, ...] = (request,)
         if request.experts is not None:
             prefix = request.name.rpartition(".")[0]
             key = (prefix, request.experts, request.activation_dtype, request.out_dtype)
