@@ -82,7 +82,7 @@ def test_every_candidate_covers_each_k_block_of_each_tile_once(
         columns = work.column_tiles * work.variant.columns
         assert n <= columns + (work.variant.columns // 2 if work.narrow_tiles else 0)
         assert work.row_tiles * work.variant.rows >= m
-        assert 1 <= work.programs <= PROCESSORS * work.variant.programs_per_processor
+        assert 1 <= work.programs <= PROCESSORS * work.variant.beside
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -119,13 +119,19 @@ def test_pieces_are_no_shorter_than_the_least() -> None:
                 assert work.piece_blocks >= MIN_PIECE_BLOCKS
 
 
-def test_a_ragged_last_column_of_half_a_tile_is_narrow() -> None:
-    """N = 2112 is 16.5 columns: 17 would take a third round for a quarter of a tile's work."""
-    work = choose(4096, 2112, 7168, 2, PROCESSORS)
-    assert isinstance(work, DenseWork)
-    rows = 4096 // work.variant.rows
-    columns = 2112 // work.variant.columns
-    assert (work.items, work.narrow_tiles) == (rows * columns, rows)
+def test_a_ragged_last_column_of_half_a_tile_may_be_narrow() -> None:
+    """N = 2112 is 16.5 columns of 128: 17 would take a third round for a quarter of its work."""
+    works = [w for w in candidates(4096, 2112, 7168, 2, PROCESSORS) if isinstance(w, DenseWork)]
+    narrow = {w.variant.rows: (w.items, w.narrow_tiles) for w in works if w.narrow_tiles}
+    assert narrow == {256: (16 * 16, 16), 128: (32 * 16, 32)}
+
+
+def test_tiles_of_192_columns_serve_what_they_divide() -> None:
+    """2112 = 11 x 192 and 576 = 3 x 192."""
+    for n in (2112, 576):
+        work = choose(4096, n, 7168, 2, PROCESSORS)
+        assert isinstance(work, DenseWork)
+        assert (work.variant.columns, work.column_tiles) == (192, n // 192)
 
 
 @pytest.mark.parametrize("out_bytes", [2, 4])
@@ -138,7 +144,7 @@ def test_ring_and_staging_fit_shared_memory_with_three_slots_or_more(
     ring = variant.stages * ((rows + columns) * K_BLOCK + rows * 4)
     staging = variant.consumers * variant.buffers * 64 * columns * out_bytes
     assert variant.stages >= (3 if out_bytes == 2 else 2)
-    assert ring + staging < SHARED_BYTES / variant.programs_per_processor
+    assert ring + staging < SHARED_BYTES / variant.beside
 
 
 @pytest.mark.parametrize("out_bytes", [2, 4])

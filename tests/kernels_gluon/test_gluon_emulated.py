@@ -15,6 +15,7 @@ from blockscale.kernels.gluon.work import (
     DenseVariant,
     Work,
     aligned_scale_stride,
+    deep_variant,
     dense_variant,
     dense_work,
     scale_box,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 KERNELS = load_kernels()
 TILES = ((256, 128), (128, 128), (128, 64), (128, 32), (64, 128), (64, 32))
+PART_TILES = ((128, 192), (128, 96), (64, 192), (64, 96))
 PROCESSORS = 3
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -84,7 +86,9 @@ class Problem:
         scales = self.a_scales[:, : self.m]
         if isinstance(variant, DenseVariant):
             kernel, rows, columns = kernels.dense_kernel, variant.rows, variant.columns
-            arguments["out"] = Box(out, (64, columns))
+            columns = variant.wide
+            arguments["b_rest"] = Box(self.b, (variant.rest or columns, 128))
+            arguments["out"] = Box(out, (64, variant.store_columns))
             arguments["a_scale_boxes"] = Box(scales, (1, rows))
         else:
             kernel, rows, columns = kernels.small_m_kernel, variant.tokens, variant.weights
@@ -116,6 +120,24 @@ def test_dense_is_exact_on_whole_numbers_with_ragged_edges(
     bias = torch.arange(n).float() - n // 2
     expected = problem.product + bias.double()
     assert torch.equal(problem.run(dense(tile, kind, m, n, k), bias=bias).double(), expected)
+
+
+@pytest.mark.parametrize("tile", PART_TILES, ids=str)
+def test_tiles_of_two_parts_are_exact_and_know_their_scale_blocks(tile: tuple[int, int]) -> None:
+    """Parts start on either side of a scale block's edge: eight columns of tiles meet them all."""
+    problem = Problem(150, 8 * tile[1] - 40, 5 * 128 + 16)
+    bias = torch.arange(problem.n).float() - problem.n // 2
+    work = dense(tile, "plain", problem.m, problem.n, problem.k)
+    expected = problem.product + bias.double()
+    assert torch.equal(problem.run(work, bias=bias).double(), expected)
+
+
+@pytest.mark.parametrize("out_bytes", [2, 4])
+def test_columns_stored_in_parts_are_exact(out_bytes: int) -> None:
+    dtype = torch.float32 if out_bytes == 4 else torch.float16
+    problem = Problem(330, 312, 3 * 128)
+    work = dense_work(deep_variant(256, 128, out_bytes), 330, 312, 3 * 128, PROCESSORS)
+    assert torch.equal(problem.run(work, dtype), problem.product.to(dtype))
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -179,6 +201,7 @@ def test_every_unsplit_schedule_gives_the_same_bits() -> None:
         for tile in TILES
         for kind in ("plain", "narrow")
     ]
+    results += [problem.run(dense(tile, "plain", 330, 320, 900)) for tile in PART_TILES]
     assert all(torch.equal(result, results[0]) for result in results)
 
 

@@ -45,6 +45,7 @@ MODULES = (
     "schedule",
     "split",
     "waves",
+    "epilogue",
     "dense",
     "small_m",
     "grouped_schedule",
@@ -80,7 +81,12 @@ def load_kernels(edit: tuple[str, str] = ("", "")) -> SimpleNamespace:
 
 
 def _stand_in_modules() -> dict[str, ModuleType]:
-    gluon = _module("triton.experimental.gluon", jit=_as_it_is, language=_language())
+    gluon = _module(
+        "triton.experimental.gluon",
+        jit=_as_it_is,
+        constexpr_function=_as_it_is,
+        language=_language(),
+    )
     gluon.GluonASTSource = object  # type: ignore[attr-defined]
     hopper = _module(
         "triton.experimental.gluon.language.nvidia.hopper",
@@ -142,7 +148,10 @@ def _language() -> ModuleType:
         zeros=lambda shape, dtype, layout: _full(shape, 0, dtype, layout),
         full=_full,
         expand_dims=lambda value, axis: Value(value.data.unsqueeze(axis)),
-        convert_layout=lambda value, layout: value,  # noqa: ARG005 - layouts mean nothing here
+        convert_layout=lambda value, layout, assert_trivial=False: value,  # noqa: ARG005 - layouts mean nothing here
+        reshape=lambda value, shape: Value(value.data.reshape(shape)),
+        permute=lambda value, order: Value(value.data.permute(*order)),
+        split=lambda value: tuple(Value(half) for half in value.data.unbind(-1)),
         where=_where,
         minimum=lambda one, other: _where(one < other, one, other),
         maximum=lambda one, other: _where(one > other, one, other),

@@ -27,6 +27,7 @@ from blockscale.kernels.gluon.grouped_work import (
 )
 from blockscale.kernels.gluon.small_m import small_m_kernel
 from blockscale.kernels.gluon.work import (
+    CONSUMERS,
     DENSE_REGISTERS,
     K_BLOCK,
     SMALL_REGISTERS,
@@ -89,7 +90,7 @@ class Form:
     def is_wide(self) -> bool:
         """Whether one program has a multiprocessor to itself, and two consumers."""
         if isinstance(self.variant, DenseVariant):
-            return self.variant.programs_per_processor == 1
+            return self.variant.consumers == CONSUMERS
         return isinstance(self.variant, GroupedVariant)
 
 
@@ -160,9 +161,10 @@ def boxes(form: Form) -> dict[str, BoxType]:
     if isinstance(variant, DenseVariant):
         return {
             "a": BoxType(float8, (variant.rows, K_BLOCK)),
-            "b": BoxType(float8, (variant.columns, K_BLOCK)),
+            "b": BoxType(float8, (variant.wide, K_BLOCK)),
+            "b_rest": BoxType(float8, (variant.rest or variant.wide, K_BLOCK)),
             "a_scale_boxes": BoxType(torch.float32, (1, variant.rows), is_swizzled=False),
-            "out": BoxType(form.out_dtype, (WAVE_ROWS, variant.columns)),
+            "out": BoxType(form.out_dtype, (WAVE_ROWS, variant.store_columns)),
         }
     if isinstance(variant, GroupedVariant):
         return {

@@ -29,6 +29,7 @@ from blockscale.kernels.gluon.work import (
     DenseWork,
     SmallWork,
     Work,
+    deep_variant,
     dense_variant,
     dense_work,
     small_variant,
@@ -48,6 +49,10 @@ MAX_LOW_M = 512
 TOKEN_TILES = (8, 16, 32, 64)
 WEIGHT_TILES = (64, 128)
 DENSE_TILES = ((256, 128), (128, 128), (128, 64), (128, 32), (64, 128), (64, 64), (64, 32))
+# Tiles of two parts; their sums are not split.
+PART_TILES = ((128, 192), (128, 96), (64, 192), (64, 96))
+# Also with parts of their columns stored at a time, for one more slot.
+DEEP_TILES = ((256, 128),)
 # These have a variant for a last column of half their width.
 NARROW_TILES = ((256, 128), (128, 128))
 SMALL_PROGRAMS_PER_PROCESSOR = 2
@@ -122,12 +127,18 @@ def variants(out_bytes: int) -> tuple[DenseVariant | SmallVariant, ...]:
         found += [dense_variant(rows, columns, out_bytes, split=split) for split in (False, True)]
         if (rows, columns) in NARROW_TILES:
             found.append(dense_variant(rows, columns, out_bytes, narrow=True))
+    found += _undivided(out_bytes)
     for weights in WEIGHT_TILES:
         for tokens in TOKEN_TILES:
             found += [
                 small_variant(weights, tokens, out_bytes, split=split) for split in (False, True)
             ]
     return tuple(found)
+
+
+def _undivided(out_bytes: int) -> list[DenseVariant]:
+    parts = [dense_variant(rows, columns, out_bytes) for rows, columns in PART_TILES]
+    return parts + [deep_variant(rows, columns, out_bytes) for rows, columns in DEEP_TILES]
 
 
 def clocks(work: Work, m: int, n: int, out_bytes: int, processors: int) -> float:
@@ -142,8 +153,11 @@ def clocks(work: Work, m: int, n: int, out_bytes: int, processors: int) -> float
 def _dense_candidates(
     m: int, n: int, k: int, out_bytes: int, processors: int
 ) -> Iterator[DenseWork]:
+    for variant in _undivided(out_bytes):
+        if _is_for(variant.rows, m):
+            yield dense_work(variant, m, n, k, processors)
     for rows, columns in DENSE_TILES:
-        if not (m > SMALL_M if rows > WAVE_ROWS else m <= MAX_LOW_M):
+        if not _is_for(rows, m):
             continue
         plain = dense_variant(rows, columns, out_bytes)
         yield dense_work(plain, m, n, k, processors)
@@ -157,6 +171,10 @@ def _dense_candidates(
             work = dense_work(splitting, m, n, k, processors, pieces=pieces)
             if work.split_tiles and work.piece_blocks >= MIN_PIECE_BLOCKS:
                 yield work
+
+
+def _is_for(rows: int, m: int) -> bool:
+    return m > SMALL_M if rows > WAVE_ROWS else m <= MAX_LOW_M
 
 
 def _dense_clocks(work: DenseWork, out_bytes: int, processors: int) -> float:
@@ -195,7 +213,8 @@ def _dense_block_clocks(
     tensor = beside * variant.consumers * variant.waves * 2 * columns
     # 64 x columns results over 128 threads, one FFMA each.
     promotion = WAVE_ROWS * columns / 128
-    chain = variant.waves * (2 * columns + promotion + WAVE_OVERHEAD_CLOCKS)
+    waves = 2 if variant.rest else 1
+    chain = variant.waves * (2 * columns + promotion + waves * WAVE_OVERHEAD_CLOCKS)
     rate = min(DENSE.l2_of_one, DENSE.l2_of_all / min(programs, processors))
     return max(tensor, chain, beside * (variant.rows + columns) * K_BLOCK / rate)
 

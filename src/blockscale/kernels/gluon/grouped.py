@@ -200,7 +200,7 @@ def _consume(ring, mailbox, target, all_blocks, ME: gl.constexpr,
         if (BM > GROUP_ROWS) and rows > GROUP_ROWS:
             if (ME == 0) or rows > WIDE_OWN + WAVE_ROWS:
                 result0, result1, slot, phase = accumulate(
-                    ring, all_blocks, slot, phase, WIDE_OWN, BN, STAGES, True, LAYOUT
+                    ring, all_blocks, slot, phase, WIDE_OWN, BN, 0, STAGES, True, LAYOUT
                 )
                 buffer = _store(result0, out, staging, buffer, out_slot, row + WIDE_OWN, column, ME,
                                 BN, BUFFERS)  # fmt: skip
@@ -208,13 +208,13 @@ def _consume(ring, mailbox, target, all_blocks, ME: gl.constexpr,
                                 column, ME, BN, BUFFERS)  # fmt: skip
             else:
                 result0, result1, slot, phase = accumulate(
-                    ring, all_blocks, slot, phase, WIDE_OWN, BN, STAGES, False, LAYOUT
+                    ring, all_blocks, slot, phase, WIDE_OWN, BN, 0, STAGES, False, LAYOUT
                 )
                 buffer = _store(result0, out, staging, buffer, out_slot, row + WIDE_OWN, column, ME,
                                 BN, BUFFERS)  # fmt: skip
         elif rows > OWN:
             result0, result1, slot, phase = accumulate(
-                ring, all_blocks, slot, phase, OWN, BN, STAGES, False, LAYOUT
+                ring, all_blocks, slot, phase, OWN, BN, 0, STAGES, False, LAYOUT
             )
             buffer = _store(result0, out, staging, buffer, out_slot, row + OWN, column, ME, BN,
                             BUFFERS)  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,8 @@ class Step:
     launch: Launcher
     grid: tuple[int, int]
     weight: tuple[Any, ...]
+    scale_box: int
+    """The number of the scales' descriptor."""
     integers: tuple[tuple[int, ...], tuple[int, ...]]
     """Without and with a bias."""
     workspace_elements: int
@@ -131,10 +134,10 @@ class GluonProduct:
         operands = (
             *launch.box(0, codes.data_ptr(), m, self._k, stride),
             *step.weight,
-            *launch.box(2, scales_address, self._k_blocks, m, aligned_scale_stride(m)),
+            *launch.box(step.scale_box, scales_address, self._k_blocks, m, aligned_scale_stride(m)),
         )
         if step.is_dense:
-            target = launch.box(3, out_address, m, self._n, self._n)
+            target = launch.box(step.scale_box + 1, out_address, m, self._n, self._n)
         else:
             if out_address % TMA_BYTES:
                 msg = f"the output must start on {TMA_BYTES} bytes, not at {out_address:#x}"
@@ -159,10 +162,14 @@ class GluonProduct:
     def _step(self, work: Work, m: int, out_dtype: torch.dtype) -> Step:
         launch = launcher(Form(work.variant, out_dtype, self._overlap), self._device)
         arguments = work.arguments(m, self._n, self._scales.stride(0))
+        # Descriptors: of the activation, of the weight's one or two parts, of the scales.
+        scale_box = 3 if isinstance(work, DenseWork) else 2
+        weight = (self._data.data_ptr(), self._n, self._k, self._data.stride(0))
         return Step(
             launch,
             work.grid,
-            launch.box(1, self._data.data_ptr(), self._n, self._k, self._data.stride(0)),
+            tuple(chain.from_iterable(launch.box(part, *weight) for part in range(1, scale_box))),
+            scale_box,
             (launch.integers(arguments, 0), launch.integers(arguments, 1)),
             work.workspace_elements,
             isinstance(work, DenseWork),

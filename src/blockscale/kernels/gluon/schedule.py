@@ -82,9 +82,15 @@ def hand_over_scale(value, scale_slots, full, slot):
     a uniform register (R2UR), or copies it for the next round, right between two wgmmas; the warp
     then waits there for the load (seen in SASS of ptxas 12.8 and 13.0). A producer may wait.
     """
+    put_scale(value, scale_slots, slot)
+    mbarrier.arrive(full.index(slot), count=1)
+
+
+@gluon.jit
+def put_scale(value, scale_slots, slot):
+    """Producer warp: put a weight scale into a slot that is handed over later."""
     ONE_WARP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     scale_slots.index(slot).store(gl.full((1,), value, gl.float32, ONE_WARP))
-    mbarrier.arrive(full.index(slot), count=1)
 
 
 @gluon.jit

@@ -26,6 +26,14 @@ from blockscale.kernels.gluon.schedule import next_slot, slot_before
 WAVE_ROWS = gl.constexpr(64)
 
 
+@gluon.constexpr_function
+def wave_layout(columns):
+    """How the results of 64 rows x ``columns`` lie in a consumer's registers."""
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 32]
+    )
+
+
 @gluon.jit
 def _promote(result, partial, scales):
     """``result += partial * scales`` by row, finished before the next wave is issued."""
@@ -36,62 +44,79 @@ def _promote(result, partial, scales):
 
 
 @gluon.jit
-def _load_scales(ring, slot, FIRST: gl.constexpr, TWO_WAVES: gl.constexpr,
+def _load_scales(ring, slot, FIRST: gl.constexpr, REST: gl.constexpr, TWO_WAVES: gl.constexpr,
                  ROWS: gl.constexpr):  # fmt: skip
     """A slot's scales of the first and of the second wave's rows: activation's times weight's."""
-    _a_slots, _b_slots, a_scale_slots, b_scale_slots, _full, _empty = ring
-    b_scale = b_scale_slots.index(slot).load(ROWS)
+    a_scale_slots = ring[2]
+    b_scale = ring[3].index(slot).load(ROWS)
     slot_scales = a_scale_slots.index(slot).reshape((a_scale_slots.shape[2],))
-    scale0 = slot_scales.slice(FIRST, WAVE_ROWS, dim=0).load(ROWS)
+    a_scale = slot_scales.slice(FIRST, WAVE_ROWS, dim=0).load(ROWS)
+    scale0 = a_scale * b_scale
     scale1 = scale0
     if TWO_WAVES:
-        scale1 = slot_scales.slice(FIRST + WAVE_ROWS, WAVE_ROWS, dim=0).load(ROWS)
-    return scale0 * b_scale, scale1 * b_scale
+        scale1 = slot_scales.slice(FIRST + WAVE_ROWS, WAVE_ROWS, dim=0).load(ROWS) * b_scale
+    if REST > 0:
+        OTHER_ROWS: gl.constexpr = gl.SliceLayout(1, wave_layout(REST))
+        scale1 = a_scale * ring[7].index(slot).load(ROWS)
+        scale1 = gl.convert_layout(scale1, OTHER_ROWS, assert_trivial=True)
+    return scale0, scale1
 
 
 @gluon.jit
 def accumulate(ring, blocks, slot, phase, FIRST: gl.constexpr, COLUMNS: gl.constexpr,
-               STAGES: gl.constexpr, TWO_WAVES: gl.constexpr,
+               REST: gl.constexpr, STAGES: gl.constexpr, TWO_WAVES: gl.constexpr,
                LAYOUT: gl.constexpr):  # fmt: skip
-    """One consumer's rows of one tile, from row ``FIRST`` on: one or two (64, COLUMNS) results.
+    """One consumer's rows of one tile, from row ``FIRST`` on: one or two float32 results.
+
+    The second has the next 64 rows if ``TWO_WAVES``, or the tile's other ``REST`` columns.
 
     Between the end of a wave and the start of the next stand its FFMAs and nothing else. While the
     tensor cores work, the slot before is released, the next one is waited for and its scales are
-    loaded: done between two waves, that took 500 clocks a K block, as long as the waves of a
-    128x128 tile (H200, 2026-11-23; docs/perf-log.md G12).
+    loaded (docs/perf-log.md G12).
     """
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    a_slots, b_slots, _a_scale_slots, _b_scale_slots, full, empty = ring
+    full, empty = ring[4], ring[5]
+    OTHER: gl.constexpr = REST if REST > 0 else COLUMNS
+    OTHER_LAYOUT: gl.constexpr = wave_layout(OTHER)
     result0 = gl.zeros((WAVE_ROWS, COLUMNS), gl.float32, LAYOUT)
-    result1 = gl.zeros((WAVE_ROWS, COLUMNS), gl.float32, LAYOUT)
+    result1 = gl.zeros((WAVE_ROWS, OTHER), gl.float32, OTHER_LAYOUT)
+    # Two waves of one shape share their registers: 64 more would spill.
     partial = gl.zeros((WAVE_ROWS, COLUMNS), gl.float32, LAYOUT)
+    rest_partial = gl.zeros((WAVE_ROWS, OTHER), gl.float32, OTHER_LAYOUT)
     mbarrier.wait(full.index(slot), phase)
-    scale0, scale1 = _load_scales(ring, slot, FIRST, TWO_WAVES, ROWS)
+    scale0, scale1 = _load_scales(ring, slot, FIRST, REST, TWO_WAVES, ROWS)
     for block in range(blocks):
-        a = a_slots.index(slot)
-        b = b_slots.index(slot).slice(0, COLUMNS, dim=0).permute((1, 0))
+        a = ring[0].index(slot)
+        b = ring[1].index(slot).slice(0, COLUMNS, dim=0).permute((1, 0))
+        own = a.slice(FIRST, WAVE_ROWS, dim=0)
         following, following_phase = next_slot(slot, phase, STAGES)
         this0 = scale0
         this1 = scale1
-        partial = warpgroup_mma(
-            a.slice(FIRST, WAVE_ROWS, dim=0), b, partial, use_acc=False, is_async=True)  # fmt: skip
+        partial = warpgroup_mma(own, b, partial, use_acc=False, is_async=True)
         mbarrier.arrive(empty.index(slot_before(slot, STAGES)), count=1, pred=block > 0)
         # Triton's own barrier after an arrival would stand in front of the next wave.
         partition_barrier()
-        if TWO_WAVES:
+        if TWO_WAVES or REST > 0:
             partial = warpgroup_mma_wait(0, deps=(partial,))
             result0 = _promote(result0, partial, this0)
-            partial = warpgroup_mma(
-                a.slice(FIRST + WAVE_ROWS, WAVE_ROWS, dim=0), b, partial, use_acc=False,
-                is_async=True)  # fmt: skip
+        if TWO_WAVES:
+            lower = a.slice(FIRST + WAVE_ROWS, WAVE_ROWS, dim=0)
+            partial = warpgroup_mma(lower, b, partial, use_acc=False, is_async=True)
+        if REST > 0:
+            rest = ring[6].index(slot).permute((1, 0))
+            rest_partial = warpgroup_mma(own, rest, rest_partial, use_acc=False, is_async=True)
         mbarrier.wait(full.index(following), following_phase, pred=block + 1 < blocks)
         # After the last block: of a slot that may be being filled, and not used.
-        scale0, scale1 = _load_scales(ring, following, FIRST, TWO_WAVES, ROWS)
-        partial = warpgroup_mma_wait(0, deps=(partial,))
-        if TWO_WAVES:
-            result1 = _promote(result1, partial, this1)
+        scale0, scale1 = _load_scales(ring, following, FIRST, REST, TWO_WAVES, ROWS)
+        if REST > 0:
+            rest_partial = warpgroup_mma_wait(0, deps=(rest_partial,))
+            result1 = _promote(result1, rest_partial, this1)
         else:
-            result0 = _promote(result0, partial, this0)
+            partial = warpgroup_mma_wait(0, deps=(partial,))
+            if TWO_WAVES:
+                result1 = _promote(result1, partial, this1)
+            else:
+                result0 = _promote(result0, partial, this0)
         slot = following
         phase = following_phase
     mbarrier.arrive(empty.index(slot_before(slot, STAGES)), count=1)

@@ -16,6 +16,10 @@ RESERVED_BYTES = 400
 TURN_HALVES_BYTES = 2_048
 TURN_FLOATS_BYTES = 16_384
 MAX_STAGES = 8
+# With fewer slots a program had better have a multiprocessor to itself.
+LEAST_STAGES = 3
+# Staging buffers of a consumer that stores its columns in parts.
+PART_BUFFERS = 3
 
 # Tiles go down columns in bands of this many rows of tiles: 8 x 256 rows beside 16 x 128 columns
 # is about square for 132 multiprocessors.
@@ -41,21 +45,25 @@ TMA_SHARED_BYTES = 128
 class DenseVariant:
     """One compiled form of the dense kernel: tile, depth of the ring, and what it can do.
 
-    ``buffers``: staging buffers of each consumer. ``split``: it can split sums. ``narrow``: a last
-    column of half width takes half the time.
+    ``columns``: a power of two, or half as many again: then a tile has two parts (``dense``).
+    ``buffers``: staging buffers of each consumer, each of ``store_columns``. ``beside``: programs
+    that share a multiprocessor. ``split``: it can split sums. ``narrow``: a last column of half
+    width takes half the time.
     """
 
     rows: int
     columns: int
     stages: int
     buffers: int
+    store_columns: int
+    beside: int = 1
     split: bool = False
     narrow: bool = False
 
     @property
     def consumers(self) -> int:
         """Consumer warpgroups."""
-        return min(CONSUMERS, self.rows // WAVE_ROWS)
+        return consumers(self.rows)
 
     @property
     def waves(self) -> int:
@@ -63,13 +71,19 @@ class DenseVariant:
         return self.rows // (self.consumers * WAVE_ROWS)
 
     @property
-    def programs_per_processor(self) -> int:
-        """How many programs share a multiprocessor."""
-        return CONSUMERS // self.consumers
+    def wide(self) -> int:
+        """Columns of the wide part: all of them, if their number is a power of two."""
+        return widest_power(self.columns)
+
+    @property
+    def rest(self) -> int:
+        """Columns of the other part, 0 if there is none."""
+        return self.columns - self.wide
 
     def constants(self, *, overlap: bool) -> dict[str, int]:
         """The kernel's compile-time parameters, in order; ``overlap``: see ``build.Form``."""
         return {
+            "REST": self.rest,
             "STAGES": self.stages,
             "BUFFERS": self.buffers,
             "BAND": BAND,
@@ -82,24 +96,64 @@ class DenseVariant:
 
     @property
     def name(self) -> str:
-        """``256x128s3b2`` and the letters of what it can do."""
+        """``256x128s3b2`` and what it can do."""
         tile = f"{self.rows}x{self.columns}s{self.stages}b{self.buffers}"
+        if self.store_columns < self.wide and not self.rest:
+            tile += f"c{self.store_columns}"
         return tile + "+split" * self.split + "+narrow" * self.narrow
+
+
+def consumers(rows: int) -> int:
+    """Consumer warpgroups of a tile of so many rows."""
+    return min(CONSUMERS, rows // WAVE_ROWS)
+
+
+def widest_power(columns: int) -> int:
+    """The greatest power of two not above ``columns``."""
+    return 1 << (columns.bit_length() - 1)
 
 
 def dense_variant(
     rows: int, columns: int, out_bytes: int, *, split: bool = False, narrow: bool = False
 ) -> DenseVariant:
     """The variant of a tile with the deepest ring that fits beside the staging buffers."""
-    consumers = min(CONSUMERS, rows // WAVE_ROWS)
-    waves = rows // (consumers * WAVE_ROWS)
-    # Two buffers let the second wave be rounded while the first is still being stored.
-    buffers = waves if out_bytes < FLOAT_BYTES else 1
-    staging = consumers * buffers * WAVE_ROWS * columns * out_bytes
+    waves = rows // (consumers(rows) * WAVE_ROWS)
+    wide = widest_power(columns)
+    if wide < columns:
+        store_columns, buffers = columns - wide, PART_BUFFERS if out_bytes < FLOAT_BYTES else 1
+    else:
+        # Two buffers let the second wave be rounded while the first is still being stored.
+        store_columns, buffers = columns, waves if out_bytes < FLOAT_BYTES else 1
+    staging = consumers(rows) * buffers * WAVE_ROWS * store_columns * out_bytes
+    return _with_ring(rows, columns, store_columns, buffers, staging, split=split, narrow=narrow)
+
+
+def deep_variant(rows: int, columns: int, out_bytes: int) -> DenseVariant:
+    """The variant of a tile that stores a quarter of its columns at a time, for a deeper ring."""
+    store_columns = columns // 4
+    buffers = PART_BUFFERS if out_bytes < FLOAT_BYTES else 1
+    staging = consumers(rows) * buffers * WAVE_ROWS * store_columns * out_bytes
+    return _with_ring(rows, columns, store_columns, buffers, staging, split=False, narrow=False)
+
+
+def _with_ring(
+    rows: int,
+    columns: int,
+    store_columns: int,
+    buffers: int,
+    staging: int,
+    *,
+    split: bool,
+    narrow: bool,
+) -> DenseVariant:
     slot = (rows + columns) * K_BLOCK + rows * FLOAT_BYTES
-    room = SHARED_BYTES if consumers == CONSUMERS else HALF_SHARED_BYTES
-    stages = min(MAX_STAGES, (room - RESERVED_BYTES - staging) // slot)
-    return DenseVariant(rows, columns, stages, buffers, split, narrow)
+    beside = CONSUMERS // consumers(rows)
+    half = HALF_SHARED_BYTES - RESERVED_BYTES - staging
+    if beside > 1 and half // slot < LEAST_STAGES:
+        beside = 1
+    room = half if beside > 1 else SHARED_BYTES - RESERVED_BYTES - staging
+    stages = min(MAX_STAGES, room // slot)
+    return DenseVariant(rows, columns, stages, buffers, store_columns, beside, split, narrow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +226,7 @@ def dense_work(
     tiles = row_tiles * column_tiles
     piece_blocks = ceil(k_blocks / pieces)
     pieces = ceil(k_blocks / piece_blocks)
-    places = processors * variant.programs_per_processor
+    places = processors * variant.beside
     whole_tiles = tiles if pieces == 1 else tiles // places * places
     items = whole_tiles + (tiles - whole_tiles) * pieces
     return DenseWork(

@@ -1,0 +1,71 @@
+"""Device code: from float32 results to the output: bias, rounding, staging, TMA stores."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+
+from blockscale.kernels.gluon.dialect import store_box
+
+
+@gluon.jit
+def _halves(values, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """The left and the right half of the columns; both stay in the registers they are in."""
+    parts = gl.permute(gl.reshape(values, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
+    left, right = gl.split(parts)
+    HALF: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS // 2, 32]
+    )
+    left = gl.convert_layout(left, HALF, assert_trivial=True)
+    right = gl.convert_layout(right, HALF, assert_trivial=True)
+    return left, right
+
+
+@gluon.jit
+def _store(values, out, staging, buffer, row, column, ME: gl.constexpr, COLUMNS: gl.constexpr,
+           BUFFERS: gl.constexpr):  # fmt: skip
+    """Start the store of one wave's rows and as many columns as a buffer has, or fewer."""
+    target = staging.index(ME * BUFFERS + buffer)
+    # Stores are issued in the order of the buffers: this buffer's last one has been read.
+    tma.store_wait(BUFFERS - 1)
+    target.slice(0, COLUMNS, dim=1).store(values)
+    fence_async_shared()
+    store_box(out, [row, column], target)
+    return (buffer + 1) % BUFFERS
+
+
+@gluon.jit
+def write(result, out, staging, buffer, bias, has_bias, row, column, n, ME: gl.constexpr,
+          COLUMNS: gl.constexpr, BUFFERS: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+    """Add the bias, round to the output's dtype and start the stores of one wave's rows.
+
+    Consumer ``ME`` has ``BUFFERS`` staging buffers of a quarter to all of COLUMNS; ``buffer`` is
+    the next of them. Returns the one after.
+    """
+    ROWS: gl.constexpr = staging.shape[1]
+    AT_ONCE: gl.constexpr = staging.shape[2]
+    if has_bias != 0:
+        columns = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
+        added = gl.load(bias + columns, mask=columns < n, other=0.0).to(gl.float32)
+        result += gl.expand_dims(added, 0)
+    rounded = result.to(out.dtype)
+    if COLUMNS <= AT_ONCE:
+        buffer = _store(rounded, out, staging, buffer, row, column, ME, COLUMNS, BUFFERS)
+    else:
+        HALF: gl.constexpr = COLUMNS // 2
+        left, right = _halves(rounded, ROWS, COLUMNS)
+        if HALF <= AT_ONCE:
+            buffer = _store(left, out, staging, buffer, row, column, ME, HALF, BUFFERS)
+            buffer = _store(right, out, staging, buffer, row, column + HALF, ME, HALF, BUFFERS)
+        else:
+            QUARTER: gl.constexpr = COLUMNS // 4
+            first, second = _halves(left, ROWS, HALF)
+            third, fourth = _halves(right, ROWS, HALF)
+            buffer = _store(first, out, staging, buffer, row, column, ME, QUARTER, BUFFERS)
+            buffer = _store(second, out, staging, buffer, row, column + QUARTER, ME, QUARTER,
+                            BUFFERS)  # fmt: skip
+            buffer = _store(third, out, staging, buffer, row, column + HALF, ME, QUARTER, BUFFERS)
+            buffer = _store(fourth, out, staging, buffer, row, column + HALF + QUARTER, ME, QUARTER,
+                            BUFFERS)  # fmt: skip
+    return buffer
