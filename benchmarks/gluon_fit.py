@@ -25,6 +25,7 @@ from blockscale.kernels.gluon import choice
 
 PROCESSORS = 132
 RANGES = (16, 64, 256, 512, 1024, 1 << 30)
+SPREADS = (0.05, 0.15, 0.5)
 # One change in three shapes of the sample is held out.
 HELD_OUT = 3
 
@@ -44,8 +45,11 @@ def main() -> int:
     draw = random.Random(0)  # noqa: S311 - a search, not a secret
     end = time.monotonic() + options.seconds
     while time.monotonic() < end:
+        # One to three constants, by a little or by a lot.
+        moved = draw.sample(sorted(constants), draw.randint(1, 3))
+        spread = draw.choice(SPREADS)
         changed = {
-            name: value * math.exp(draw.gauss(0, 0.3)) if draw.random() < 0.3 else value
+            name: value * math.exp(draw.gauss(0, spread)) if name in moved else value
             for name, value in constants.items()
         }
         apply(changed)

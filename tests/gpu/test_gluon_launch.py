@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from blockscale.formats import (
     MN_MAJOR_TMA_ALIGNED,
 )
 from blockscale.kernels.gluon import launch
+from blockscale.kernels.gluon.descriptor import promote
 from blockscale.kernels.gluon.product import STREAMS, GluonProduct
 from blockscale.planning.decision import Offer, OperandForm
 from blockscale.reference import block_scaled_matmul, quantize, relayout
@@ -170,3 +173,18 @@ def test_tritons_public_launcher_gives_the_same_bits(monkeypatch: pytest.MonkeyP
     public = [call(GluonProduct(b), activation(m)) for m in (4, 100)]
     launch.launcher.cache_clear()
     assert all(torch.equal(*pair) for pair in zip(direct, public, strict=True))
+
+
+def test_descriptors_of_codes_promote_to_256_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def spied(*arguments: Any) -> bool:
+        found.append(promote(*arguments))
+        return found[-1]
+
+    launch.launcher.cache_clear()
+    monkeypatch.setattr(launch, "promote", spied)
+    call(GluonProduct(weight()), activation(100))
+    launch.launcher.cache_clear()
+    assert found
+    assert all(found)

@@ -361,7 +361,8 @@ def test_each_backend_serves_both_arrangements(name: str) -> None:
     masked = backend.bind_masked(weights.tensor, OFFER)
     out = torch.full((rows.activation.mn, weights.n), NAN, dtype=BF16, device="cuda")
     contiguous(rows.activation, rows.groups, out)
-    assert not rows.wrong(out)
+    # The rows of nobody may hold anything (backends/base.py); DeepGEMM writes zeros there.
+    assert not [g for g in rows.wrong(out) if g >= 0 or name != "deep_gemm"]
     out = torch.full((8, 384, weights.n), NAN, dtype=BF16, device="cuda")
     for expected_rows in (8, 200):
         out.fill_(NAN)

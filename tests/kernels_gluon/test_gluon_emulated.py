@@ -15,7 +15,6 @@ from blockscale.kernels.gluon.work import (
     DenseVariant,
     Work,
     aligned_scale_stride,
-    deep_variant,
     dense_variant,
     dense_work,
     scale_box,
@@ -130,14 +129,6 @@ def test_tiles_of_two_parts_are_exact_and_know_their_scale_blocks(tile: tuple[in
     work = dense(tile, "plain", problem.m, problem.n, problem.k)
     expected = problem.product + bias.double()
     assert torch.equal(problem.run(work, bias=bias).double(), expected)
-
-
-@pytest.mark.parametrize("out_bytes", [2, 4])
-def test_columns_stored_in_parts_are_exact(out_bytes: int) -> None:
-    dtype = torch.float32 if out_bytes == 4 else torch.float16
-    problem = Problem(330, 312, 3 * 128)
-    work = dense_work(deep_variant(256, 128, out_bytes), 330, 312, 3 * 128, PROCESSORS)
-    assert torch.equal(problem.run(work, dtype), problem.product.to(dtype))
 
 
 @pytest.mark.parametrize("split", [False, True])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +54,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (quantize, product, grouped_product, rows):
         monkeypatch.setattr(module, "launcher", _launcher)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    few = SimpleNamespace(multi_processor_count=2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: few)  # noqa: ARG005 - its signature
     monkeypatch.setattr(
         quantize._Quantizer, "_device", property(lambda _: torch.device("cpu"), _ignore)
     )

@@ -114,12 +114,11 @@ class DeepGemm:
             return gates.rejections
         weight, activation = FORMS[device.capability]
         is_runnable = device.capability == TESTED
-        is_tested = is_runnable and request.experts is None
         return Offer(
             self.name,
             weight,
             activation,
-            evidence=Evidence.TESTED if is_tested else Evidence.DOCUMENTED,
+            evidence=Evidence.TESTED if is_runnable else Evidence.DOCUMENTED,
             readiness=Readiness.RUNNABLE if is_runnable else Readiness.PLAN_ONLY,
             notes=(
                 f"compiles at prepare, once per (N, K), for M of {_listed(COMPILED_TOKENS)}",

@@ -79,8 +79,7 @@ class Triton:
         gates.no_bias_of_experts()
         if gates.rejections:
             return gates.rejections
-        is_dense = request.experts is None
-        is_tested = is_dense and device.capability in TESTED_ARCHITECTURES
+        is_tested = device.capability in TESTED_ARCHITECTURES
         block = request.format.block
         return Offer(
             self.name,

@@ -9,11 +9,13 @@ module           holds
 ``schedule``     device code: which tile comes next, which pipeline slot comes next
 ``split``        device code: adding up the pieces of a split sum, always in the same order
 ``waves``        device code: multiplying one tile, scaling as it goes
+``epilogue``     device code: bias, rounding, staging and stores of a tile
 ``dense``        the persistent, warp-specialised kernel
 ``small_m``      the kernel for few tokens: weights take the rows of the tensor-core tile
 ``grouped*``     the same for groups: ``grouped``, ``grouped_small``, with their own schedule, plain
                  values, choice and product
 ``build``        compiling a kernel, with or without a GPU
+``descriptor``   TMA descriptors that bring 256 bytes into L2 where they ask for 128
 ``launch``       a kernel loaded on a device: descriptors, launch
 ``product``      torch-facing: a weight ready to multiply
 ===============  ===================================================================================

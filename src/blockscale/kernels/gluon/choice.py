@@ -29,7 +29,6 @@ from blockscale.kernels.gluon.work import (
     DenseWork,
     SmallWork,
     Work,
-    deep_variant,
     dense_variant,
     dense_work,
     small_variant,
@@ -50,9 +49,7 @@ TOKEN_TILES = (8, 16, 32, 64)
 WEIGHT_TILES = (64, 128)
 DENSE_TILES = ((256, 128), (128, 128), (128, 64), (128, 32), (64, 128), (64, 64), (64, 32))
 # Tiles of two parts; their sums are not split.
-PART_TILES = ((128, 192), (128, 96), (64, 192), (64, 96))
-# Also with parts of their columns stored at a time, for one more slot.
-DEEP_TILES = ((256, 128),)
+PART_TILES = ((128, 192), (64, 192))
 # These have a variant for a last column of half their width.
 NARROW_TILES = ((256, 128), (128, 128))
 SMALL_PROGRAMS_PER_PROCESSOR = 2
@@ -81,14 +78,14 @@ class Costs:
     workspace: float
 
 
-SMALL = Costs(193.9, 78.2, 7792.0, 5405.0, 199.3, 1428.0, 14.3)
-DENSE = Costs(1135.0, 62.8, 7384.0, 14760.0, 1239.0, 114.5, 15.2)
+SMALL = Costs(171.6, 242.1, 7792.0, 5012.0, 308.6, 1954.0, 17.0)
+DENSE = Costs(1644.0, 63.6, 6316.0, 3135.0, 881.4, 57.1, 13.7)
 # A small-M program's chain for one K block.
-SMALL_BLOCK_CLOCKS = 222.7
+SMALL_BLOCK_CLOCKS = 226.7
 # From the end of a dense consumer's wave to the start of its next, with its two barriers.
-WAVE_OVERHEAD_CLOCKS = 91.3
+WAVE_OVERHEAD_CLOCKS = 136.7
 # Rounding and staging one wave's rows, beside their bytes.
-WRITE_CLOCKS = 1137.0
+WRITE_CLOCKS = 660.7
 
 
 @lru_cache(maxsize=8192)
@@ -127,7 +124,7 @@ def variants(out_bytes: int) -> tuple[DenseVariant | SmallVariant, ...]:
         found += [dense_variant(rows, columns, out_bytes, split=split) for split in (False, True)]
         if (rows, columns) in NARROW_TILES:
             found.append(dense_variant(rows, columns, out_bytes, narrow=True))
-    found += _undivided(out_bytes)
+    found += _part_variants(out_bytes)
     for weights in WEIGHT_TILES:
         for tokens in TOKEN_TILES:
             found += [
@@ -136,9 +133,8 @@ def variants(out_bytes: int) -> tuple[DenseVariant | SmallVariant, ...]:
     return tuple(found)
 
 
-def _undivided(out_bytes: int) -> list[DenseVariant]:
-    parts = [dense_variant(rows, columns, out_bytes) for rows, columns in PART_TILES]
-    return parts + [deep_variant(rows, columns, out_bytes) for rows, columns in DEEP_TILES]
+def _part_variants(out_bytes: int) -> list[DenseVariant]:
+    return [dense_variant(rows, columns, out_bytes) for rows, columns in PART_TILES]
 
 
 def clocks(work: Work, m: int, n: int, out_bytes: int, processors: int) -> float:
@@ -153,7 +149,7 @@ def clocks(work: Work, m: int, n: int, out_bytes: int, processors: int) -> float
 def _dense_candidates(
     m: int, n: int, k: int, out_bytes: int, processors: int
 ) -> Iterator[DenseWork]:
-    for variant in _undivided(out_bytes):
+    for variant in _part_variants(out_bytes):
         if _is_for(variant.rows, m):
             yield dense_work(variant, m, n, k, processors)
     for rows, columns in DENSE_TILES:

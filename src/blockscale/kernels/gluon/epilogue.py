@@ -40,7 +40,7 @@ def write(result, out, staging, buffer, bias, has_bias, row, column, n, ME: gl.c
           COLUMNS: gl.constexpr, BUFFERS: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
     """Add the bias, round to the output's dtype and start the stores of one wave's rows.
 
-    Consumer ``ME`` has ``BUFFERS`` staging buffers of a quarter to all of COLUMNS; ``buffer`` is
+    Consumer ``ME`` has ``BUFFERS`` staging buffers of half or all of COLUMNS; ``buffer`` is
     the next of them. Returns the one after.
     """
     ROWS: gl.constexpr = staging.shape[1]
@@ -55,17 +55,6 @@ def write(result, out, staging, buffer, bias, has_bias, row, column, n, ME: gl.c
     else:
         HALF: gl.constexpr = COLUMNS // 2
         left, right = _halves(rounded, ROWS, COLUMNS)
-        if HALF <= AT_ONCE:
-            buffer = _store(left, out, staging, buffer, row, column, ME, HALF, BUFFERS)
-            buffer = _store(right, out, staging, buffer, row, column + HALF, ME, HALF, BUFFERS)
-        else:
-            QUARTER: gl.constexpr = COLUMNS // 4
-            first, second = _halves(left, ROWS, HALF)
-            third, fourth = _halves(right, ROWS, HALF)
-            buffer = _store(first, out, staging, buffer, row, column, ME, QUARTER, BUFFERS)
-            buffer = _store(second, out, staging, buffer, row, column + QUARTER, ME, QUARTER,
-                            BUFFERS)  # fmt: skip
-            buffer = _store(third, out, staging, buffer, row, column + HALF, ME, QUARTER, BUFFERS)
-            buffer = _store(fourth, out, staging, buffer, row, column + HALF + QUARTER, ME, QUARTER,
-                            BUFFERS)  # fmt: skip
+        buffer = _store(left, out, staging, buffer, row, column, ME, HALF, BUFFERS)
+        buffer = _store(right, out, staging, buffer, row, column + HALF, ME, HALF, BUFFERS)
     return buffer

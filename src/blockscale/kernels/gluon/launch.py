@@ -12,6 +12,7 @@ import inspect
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -19,11 +20,10 @@ from triton.runtime import driver
 
 from blockscale.errors import BackendError
 from blockscale.kernels.gluon.build import SM90, WARP_SIZE, boxes, compile_form, integers
+from blockscale.kernels.gluon.descriptor import promote
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import torch
 
     from blockscale.kernels.gluon.build import Form
 
@@ -32,6 +32,8 @@ TMA_BYTES = 16
 MAX_BOXES = 4096
 # The release whose launcher's insides were read: triton/backends/nvidia/driver.py.
 KNOWN_RELEASE = "3.6."
+# Codes come from memory, 128 bytes of a row at a time; scales and results do not.
+PROMOTED = (torch.float8_e4m3fn,)
 
 
 @cache
@@ -143,16 +145,19 @@ class DirectLauncher(Launcher):
         from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
         box = self._metadata[number]
+        element_type = TMA_DTYPE_DEVICE_TO_HOST[box["elem_type"]]
         descriptor = self._fill(
             address,
             box["swizzle"],
             box["elem_size"],
-            TMA_DTYPE_DEVICE_TO_HOST[box["elem_type"]],
+            element_type,
             box["block_size"],
             shape,
             strides,
             0,  # fill with zeros outside
         )
+        if self._types[number].dtype in PROMOTED:
+            promote(descriptor, address, box, element_type, shape, strides[0])
         return (descriptor, *shape, *strides)
 
 

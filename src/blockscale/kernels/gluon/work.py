@@ -98,8 +98,6 @@ class DenseVariant:
     def name(self) -> str:
         """``256x128s3b2`` and what it can do."""
         tile = f"{self.rows}x{self.columns}s{self.stages}b{self.buffers}"
-        if self.store_columns < self.wide and not self.rest:
-            tile += f"c{self.store_columns}"
         return tile + "+split" * self.split + "+narrow" * self.narrow
 
 
@@ -125,27 +123,6 @@ def dense_variant(
         # Two buffers let the second wave be rounded while the first is still being stored.
         store_columns, buffers = columns, waves if out_bytes < FLOAT_BYTES else 1
     staging = consumers(rows) * buffers * WAVE_ROWS * store_columns * out_bytes
-    return _with_ring(rows, columns, store_columns, buffers, staging, split=split, narrow=narrow)
-
-
-def deep_variant(rows: int, columns: int, out_bytes: int) -> DenseVariant:
-    """The variant of a tile that stores a quarter of its columns at a time, for a deeper ring."""
-    store_columns = columns // 4
-    buffers = PART_BUFFERS if out_bytes < FLOAT_BYTES else 1
-    staging = consumers(rows) * buffers * WAVE_ROWS * store_columns * out_bytes
-    return _with_ring(rows, columns, store_columns, buffers, staging, split=False, narrow=False)
-
-
-def _with_ring(
-    rows: int,
-    columns: int,
-    store_columns: int,
-    buffers: int,
-    staging: int,
-    *,
-    split: bool,
-    narrow: bool,
-) -> DenseVariant:
     slot = (rows + columns) * K_BLOCK + rows * FLOAT_BYTES
     beside = CONSUMERS // consumers(rows)
     half = HALF_SHARED_BYTES - RESERVED_BYTES - staging

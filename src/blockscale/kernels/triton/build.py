@@ -48,7 +48,9 @@ class Variant:
 
     ``arguments``: the run-time parameters in order, each with its type and the power of two that
     divides its value (its address in bytes, for a pointer; 1 if unknown). ``constants``: the rest,
-    in order. ``contracts``: whether a multiplication and an addition may be joined.
+    in order. ``contracts``: whether a multiplication and an addition may be joined. ``overlaps``:
+    launched before the kernel ahead has ended; the kernel waits for it itself. ``most_registers``:
+    of a thread, None for the compiler's choice.
     """
 
     kernel: Any = field(hash=False)
@@ -57,6 +59,8 @@ class Variant:
     num_warps: int
     num_stages: int = 1
     contracts: bool = False
+    overlaps: bool = False
+    most_registers: int | None = None
 
     def source(self) -> ASTSource:
         """What Triton's compiler takes."""
@@ -83,6 +87,8 @@ class Variant:
                 "num_warps": self.num_warps,
                 "num_stages": self.num_stages,
                 "enable_fp_fusion": self.contracts,
+                "launch_pdl": self.overlaps,
+                "maxnreg": self.most_registers,
             },
         )
 

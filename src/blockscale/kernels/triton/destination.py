@@ -43,7 +43,8 @@ class QuantizerSpec:
     """What a quantizer is made for. ``k``: columns of the quantized matrix, not of the input.
 
     ``row_multiple``: codes are allocated, and zeroed, up to a multiple of this many rows; the
-    result shows the real ones.
+    result shows the real ones. ``overlaps``: the kernel may be launched before the one ahead has
+    ended, and the one behind before this one has (SM90 and later).
     """
 
     format: BlockFormat
@@ -52,6 +53,7 @@ class QuantizerSpec:
     k: int
     device: int
     row_multiple: int = 1
+    overlaps: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what the kernels do not compute."""
@@ -75,6 +77,7 @@ class QuantizerSpec:
             ("SCALE_KIND", _KINDS[self.layout.packing]),
             # See arithmetic.divide_exactly.
             ("CORRECTIONS", 1 if self.is_half else 2),
+            ("OVERLAP", self.overlaps),
         )
 
     def outputs(self) -> tuple[tuple[str, str, int], ...]:

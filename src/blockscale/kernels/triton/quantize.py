@@ -37,9 +37,18 @@ if TYPE_CHECKING:
 # whole 32-byte sectors of scales along M.
 TILE_ROWS, NUM_WARPS = 8, 4
 
+# Programmatic dependent launch (CUDA programming guide).
+OVERLAPPING = (9, 0)
+
 # RMSNorm holds a whole row in the registers of one program, 16 values a thread if it can.
 VALUES_PER_THREAD = 16
 MAX_WARPS, WARP_SIZE = 32, 32
+# Rows that a normalizing program loads ahead, the present one counted.
+ROWS_AHEAD = 3
+# Warps that all normalizing programs of a multiprocessor have together.
+RESIDENT_WARPS = 32
+# 32-bit registers of a multiprocessor (CUDA programming guide, sm_90).
+REGISTERS = 65_536
 MAX_NORMALIZED = 2 * VALUES_PER_THREAD * MAX_WARPS * WARP_SIZE
 
 
@@ -111,7 +120,7 @@ class NormalizeQuantizer(_Quantizer):
     ``reference.fused.add_and_normalize`` and then ``reference.quantize``, bit for bit.
     """
 
-    __slots__ = ("_epsilon", "_has_residual", "_weight")
+    __slots__ = ("_epsilon", "_has_residual", "_most_programs", "_weight")
 
     def __init__(
         self, spec: QuantizerSpec, weight: torch.Tensor, epsilon: float, *, has_residual: bool
@@ -127,6 +136,8 @@ class NormalizeQuantizer(_Quantizer):
         )
         self._weight = weight.contiguous()
         self._epsilon = epsilon
+        processors = torch.cuda.get_device_properties(spec.device).multi_processor_count
+        self._most_programs = processors * (RESIDENT_WARPS // _normalizing_warps(spec.k))
         self._has_residual = has_residual
 
     def __call__(
@@ -152,7 +163,7 @@ class NormalizeQuantizer(_Quantizer):
         addresses = values.data_ptr() | added.data_ptr() | self._weight.data_ptr()
         strides = (values.stride(0) | added.stride(0)) * values.itemsize
         self._launcher(addresses | strides)(
-            max(extents[0], extents[1]),
+            min(max(extents[0], extents[1]), self._most_programs),
             values.data_ptr(),
             added.data_ptr(),
             summed.data_ptr(),
@@ -180,7 +191,7 @@ def _tiled(spec: QuantizerSpec, kernel: object, name: str, alignment: int) -> Va
         *spec.extents(),
     )
     constants = (("TILE_ROWS", TILE_ROWS), ("TILE_COLUMNS", TILE_COLUMNS), *spec.constants())
-    return Variant(kernel, arguments, constants, NUM_WARPS)
+    return Variant(kernel, arguments, constants, NUM_WARPS, overlaps=spec.overlaps)
 
 
 def _normalizing(spec: QuantizerSpec, alignment: int, *, has_residual: bool) -> Variant:
@@ -204,11 +215,24 @@ def _normalizing(spec: QuantizerSpec, alignment: int, *, has_residual: bool) -> 
     constants = (
         ("TILE_COLUMNS", columns),
         ("STEPS", steps),
+        ("AHEAD", ROWS_AHEAD),
         ("HAS_RESIDUAL", has_residual),
         *spec.constants(),
     )
-    warps = min(MAX_WARPS, max(NUM_WARPS, columns // (VALUES_PER_THREAD * WARP_SIZE)))
-    return Variant(normalize_quantize_kernel, arguments, constants, warps)
+    return Variant(
+        normalize_quantize_kernel,
+        arguments,
+        constants,
+        _normalizing_warps(spec.k),
+        overlaps=spec.overlaps,
+        # All that lets RESIDENT_WARPS be resident; nothing spills (ptxas 12.8).
+        most_registers=REGISTERS // (RESIDENT_WARPS * WARP_SIZE),
+    )
+
+
+def _normalizing_warps(k: int) -> int:
+    columns = 1 << (max(k, TILE_COLUMNS) - 1).bit_length()
+    return min(MAX_WARPS, max(NUM_WARPS, columns // (VALUES_PER_THREAD * WARP_SIZE)))
 
 
 @cache
@@ -259,5 +283,13 @@ def _found(
 ) -> _Found:
     index = values.device.index
     device = torch.cuda.current_device() if index is None else index
-    spec = QuantizerSpec(fmt, layout, values.dtype, values.shape[1], device, row_multiple)
+    spec = QuantizerSpec(
+        fmt,
+        layout,
+        values.dtype,
+        values.shape[1],
+        device,
+        row_multiple,
+        overlaps=torch.cuda.get_device_capability(device) >= OVERLAPPING,
+    )
     return _Found(activation_quantizer(spec), fmt, layout)

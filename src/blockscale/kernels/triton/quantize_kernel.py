@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from blockscale.kernels.triton.arithmetic import quantize_blocks
 from blockscale.kernels.triton.scales import store_scales
 
 
 @triton.jit
+def start(OVERLAP: tl.constexpr):
+    """Wait for the kernel ahead, if launches overlap; then let the one behind start.
+
+    In this order a kernel that reads weights before it waits (``kernels/gluon``) comes after
+    everything that was enqueued before this one (programmatic dependent launch, SM90 and later).
+    """
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
 def locate_tile(
+    tile,
     columns,
     stored_blocks,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """This program's rows (TILE_ROWS), blocks (BLOCKS) and columns (1, BLOCKS, BLOCK).
+    """A tile's rows (TILE_ROWS), blocks (BLOCKS) and columns (1, BLOCKS, BLOCK).
 
     Tiles go along a row first, so that programs that run together read neighbouring memory.
     """
     BLOCKS: tl.constexpr = TILE_COLUMNS // BLOCK
     tiles_across = tl.cdiv(tl.maximum(columns, stored_blocks * BLOCK), TILE_COLUMNS)
-    tile = tl.program_id(0)
     row = tile // tiles_across * TILE_ROWS + tl.arange(0, TILE_ROWS)
     first_block = tile % tiles_across * BLOCKS
     block = first_block + tl.arange(0, BLOCKS)
@@ -81,9 +94,13 @@ def quantize_kernel(
     IS_UE8M0: tl.constexpr,
     SCALE_KIND: tl.constexpr,
     CORRECTIONS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """``values`` (rows, columns) with row stride ``values_stride``; see ``store_quantized``."""
-    row, block, column = locate_tile(columns, stored_blocks, TILE_ROWS, TILE_COLUMNS, BLOCK)
+    start(OVERLAP)
+    row, block, column = locate_tile(
+        tl.program_id(0), columns, stored_blocks, TILE_ROWS, TILE_COLUMNS, BLOCK
+    )
     loaded = tl.load(
         values + row.to(tl.int64)[:, None, None] * values_stride + column,
         mask=(column < columns) & (row < rows)[:, None, None],
