@@ -54,7 +54,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (quantize, product, grouped_product, rows):
         monkeypatch.setattr(module, "launcher", _launcher)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    few = SimpleNamespace(multi_processor_count=2)
+    few = SimpleNamespace(multi_processor_count=2, shared_memory_per_multiprocessor=228 << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: few)  # noqa: ARG005 - its signature
     monkeypatch.setattr(
         quantize._Quantizer, "_device", property(lambda _: torch.device("cpu"), _ignore)

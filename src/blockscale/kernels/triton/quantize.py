@@ -43,8 +43,10 @@ OVERLAPPING = (9, 0)
 # RMSNorm holds a whole row in the registers of one program, 16 values a thread if it can.
 VALUES_PER_THREAD = 16
 MAX_WARPS, WARP_SIZE = 32, 32
-# Rows that a normalizing program loads ahead, the present one counted.
+# Rows that a normalizing program has under way at most, the present one counted.
 ROWS_AHEAD = 3
+# For sums over warps and what the driver keeps of each program's shared memory.
+RESERVED_BYTES = 2048
 # Warps that all normalizing programs of a multiprocessor have together.
 RESIDENT_WARPS = 32
 # 32-bit registers of a multiprocessor (CUDA programming guide, sm_90).
@@ -131,13 +133,16 @@ class NormalizeQuantizer(_Quantizer):
                 f"weight of the same, got {tuple(weight.shape)} {weight.dtype}"
             )
             raise BackendError(msg)
+        properties = torch.cuda.get_device_properties(spec.device)
+        most_programs = RESIDENT_WARPS // _normalizing_warps(spec.k)
+        shared_bytes = properties.shared_memory_per_multiprocessor // most_programs
+        ahead = _rows_ahead(spec, 1 + has_residual, shared_bytes)
         super().__init__(
-            spec, lambda alignment: _normalizing(spec, alignment, has_residual=has_residual)
+            spec, lambda alignment: _normalizing(spec, alignment, ahead, has_residual=has_residual)
         )
         self._weight = weight.contiguous()
         self._epsilon = epsilon
-        processors = torch.cuda.get_device_properties(spec.device).multi_processor_count
-        self._most_programs = processors * (RESIDENT_WARPS // _normalizing_warps(spec.k))
+        self._most_programs = properties.multi_processor_count * most_programs
         self._has_residual = has_residual
 
     def __call__(
@@ -194,9 +199,9 @@ def _tiled(spec: QuantizerSpec, kernel: object, name: str, alignment: int) -> Va
     return Variant(kernel, arguments, constants, NUM_WARPS, overlaps=spec.overlaps)
 
 
-def _normalizing(spec: QuantizerSpec, alignment: int, *, has_residual: bool) -> Variant:
-    steps = (max(spec.k, TILE_COLUMNS) - 1).bit_length()
-    columns = 1 << steps
+def _normalizing(spec: QuantizerSpec, alignment: int, ahead: int, *, has_residual: bool) -> Variant:
+    columns = _normalized_columns(spec.k)
+    steps = columns.bit_length() - 1
     pointer = "*" + TYPES[spec.dtype]
     stride = max(1, alignment // spec.dtype.itemsize)
     arguments = (
@@ -215,7 +220,7 @@ def _normalizing(spec: QuantizerSpec, alignment: int, *, has_residual: bool) -> 
     constants = (
         ("TILE_COLUMNS", columns),
         ("STEPS", steps),
-        ("AHEAD", ROWS_AHEAD),
+        ("AHEAD", ahead),
         ("HAS_RESIDUAL", has_residual),
         *spec.constants(),
     )
@@ -230,9 +235,18 @@ def _normalizing(spec: QuantizerSpec, alignment: int, *, has_residual: bool) -> 
     )
 
 
+def _normalized_columns(k: int) -> int:
+    return 1 << (max(k, TILE_COLUMNS) - 1).bit_length()
+
+
 def _normalizing_warps(k: int) -> int:
-    columns = 1 << (max(k, TILE_COLUMNS) - 1).bit_length()
-    return min(MAX_WARPS, max(NUM_WARPS, columns // (VALUES_PER_THREAD * WARP_SIZE)))
+    return min(MAX_WARPS, max(NUM_WARPS, _normalized_columns(k) // (VALUES_PER_THREAD * WARP_SIZE)))
+
+
+def _rows_ahead(spec: QuantizerSpec, inputs: int, shared_bytes: int) -> int:
+    """Rows under way at a time, for a program that may keep so many bytes of them."""
+    row_bytes = _normalized_columns(spec.k) * spec.dtype.itemsize * inputs
+    return max(1, min(ROWS_AHEAD, 1 + (shared_bytes - RESERVED_BYTES) // row_bytes))
 
 
 @cache
