@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,18 @@ def records(benchmark: str) -> list[dict[str, Any]]:
     for file in sorted(RESULTS.glob(f"*/{benchmark}.jsonl")):
         lines += file.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if line.strip()]
+
+
+def newest(benchmark: str) -> list[dict[str, Any]]:
+    """The records of one benchmark on the machine that ran it last, oldest first."""
+    found = records(benchmark)
+    last = max(found, key=lambda record: record["date"])
+    return [record for record in found if record["machine"] == last["machine"]]
+
+
+def caption(found: list[dict[str, Any]]) -> str:
+    """Below a table of one machine: which, when and of which source."""
+    return f"\n{where(found[-1])}, source {found[-1]['commit']}.\n"
 
 
 def rows(header: str, body: list[list[object]]) -> str:
@@ -100,7 +113,8 @@ def quantize_memory() -> str:
 
 def fp16_model() -> str:
     """The founding case: what each way takes."""
-    last = {r["m"]: r for r in records("fp16_model")}
+    found = newest("fp16_model")
+    last = {r["m"]: r for r in found}
     return rows(
         "tokens | a) UE8M0 unpacked on every call, Triton | b) float32 scales, Triton | c) plan | "
         "c against a | c against b | planned",
@@ -116,7 +130,7 @@ def fp16_model() -> str:
             ]
             for r in last.values()
         ],
-    )
+    ) + caption(found)
 
 
 def moe_layer() -> str:
@@ -191,9 +205,10 @@ def tensor_parallel() -> str:
 
 def gemm() -> str:
     """Speed relative to DeepGEMM's bfloat16 kernel, geometric mean and worst, by range of M."""
+    found = newest("gemm")
     last = {
         (r["m"], r["n"], r["k"], r["backend"], r["out_dtype"]): r["time_us"]
-        for r in records("gemm")
+        for r in found
         if not r["detail"].startswith(("overlap", "alternate", "loads", "candidate"))
     }
     variants = list(dict.fromkeys(key[3:] for key in last))
@@ -213,14 +228,31 @@ def gemm() -> str:
             row.append(f"{geometric_mean(ratios):.2f} ({min(ratios):.2f})" if ratios else "not run")
         body.append(row)
     ranges = " | ".join(f"M {low}-{high}" for low, high in M_RANGES)
-    return rows(f"backend | output | {ranges}", body)
+    return rows(f"backend | output | {ranges}", body) + caption(found)
+
+
+def grouped() -> str:
+    """Products over groups beside DeepGEMM's, by kind of case: geometric mean, worst, how many."""
+    found = [r for r in newest("grouped") if r["chosen"]]
+    base = {r["case"]: r["time_us"] for r in found if r["backend"] == "deep_gemm"}
+    ratios: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for r in found:
+        if r["backend"] != "deep_gemm" and r["case"] in base:
+            for kind in (f"{r['case'].partition('-')[0]}, {r['layout']}", "all"):
+                ratios[kind, r["backend"], r["out_dtype"]].append(base[r["case"]] / r["time_us"])
+    body: list[list[object]] = [
+        [kind, f"`{backend}`", dtype, f"{geometric_mean(r):.2f} ({min(r):.2f})", len(r)]
+        for (kind, backend, dtype), r in sorted(ratios.items())
+    ]
+    return rows("cases | backend | output | of DeepGEMM bfloat16 | number", body) + caption(found)
 
 
 def quantize() -> str:
     """Share of the copy bandwidth by kernel and shape, lowest and highest of dtypes and layouts."""
+    found = newest("quantize")
     last = {
         (r["kernel"], r["m"], r["k"], r["dtype"], r["format"], r["layout"]): r["share_of_copy"]
-        for r in records("quantize")
+        for r in found
     }
     shapes = list(dict.fromkeys(key[1:3] for key in last))
     body: list[list[object]] = []
@@ -230,7 +262,8 @@ def quantize() -> str:
             shares = [share for key, share in last.items() if key[:3] == (kernel, *shape)]
             row.append(f"{min(shares):.0%} to {max(shares):.0%}")
         body.append(row)
-    return rows(" | ".join(["kernel", *(f"{m} x {k}" for m, k in shapes)]), body)
+    table = rows(" | ".join(["kernel", *(f"{m} x {k}" for m, k in shapes)]), body)
+    return table + caption(found)
 
 
 def call_overhead() -> str:
@@ -268,6 +301,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "transformers_model": transformers_model,
     "tensor_parallel": tensor_parallel,
     "gemm": gemm,
+    "grouped": grouped,
     "quantize": quantize,
     "call_overhead": call_overhead,
     "gate_facts": gate_facts,

@@ -82,6 +82,9 @@ SMALL = Costs(171.6, 242.1, 7792.0, 5012.0, 308.6, 1954.0, 17.0)
 DENSE = Costs(1644.0, 63.6, 6316.0, 3135.0, 881.4, 57.1, 13.7)
 # A small-M program's chain for one K block.
 SMALL_BLOCK_CLOCKS = 226.7
+# From a program's first copy to its first wave, and its end; how fast it writes results.
+SMALL_TURN_CLOCKS = 900.0
+SMALL_WRITE_RATE = 16.0
 # From the end of a dense consumer's wave to the start of its next, with its two barriers.
 WAVE_OVERHEAD_CLOCKS = 136.7
 # Rounding and staging one wave's rows, beside their bytes.
@@ -140,7 +143,7 @@ def _part_variants(out_bytes: int) -> list[DenseVariant]:
 def clocks(work: Work, m: int, n: int, out_bytes: int, processors: int) -> float:
     """The model's time of one launch."""
     if isinstance(work, SmallWork):
-        return _small_clocks(work, processors)
+        return _small_clocks(work, out_bytes, processors)
     k = work.k_blocks * K_BLOCK
     from_memory = (n * k + m * k + m * n * out_bytes) / DENSE.memory
     return DENSE.start + max(from_memory, _dense_clocks(work, out_bytes, processors))
@@ -226,17 +229,21 @@ def _small_candidates(m: int, n: int, k: int, out_bytes: int) -> Iterator[SmallW
                 yield work
 
 
-def _small_clocks(work: SmallWork, processors: int) -> float:
+def _small_clocks(work: SmallWork, out_bytes: int, processors: int) -> float:
     variant = work.variant
     places = SMALL_PROGRAMS_PER_PROCESSOR * processors
     programs = work.parts * work.pieces
     rounds, rest = divmod(programs, places)
-    total = SMALL.start + rounds * _small_piece_clocks(work, places, processors)
+    elements = variant.weights * variant.tokens
+    write = elements * out_bytes / SMALL_WRITE_RATE
+    moved = elements * FLOAT_BYTES / SMALL.workspace
+    # Programs end and others start: nothing is prefetched across.
+    turn = SMALL_TURN_CLOCKS + (write if work.pieces == 1 else SMALL.publish + moved)
+    total = SMALL.start + rounds * (_small_piece_clocks(work, places, processors) + turn)
     if rest:
-        total += _small_piece_clocks(work, rest, processors)
+        total += _small_piece_clocks(work, rest, processors) + turn
     if work.pieces > 1:
-        moved = variant.weights * variant.tokens * FLOAT_BYTES / SMALL.workspace
-        total += SMALL.publish + moved + SMALL.reduce + work.pieces * moved
+        total += SMALL.reduce + work.pieces * moved + write
     return total
 
 
