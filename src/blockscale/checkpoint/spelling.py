@@ -14,7 +14,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from blockscale.checkpoint.read import CONFIG_NAME, MODELOPT_NAME
-from blockscale.checkpoint.schema import WEIGHT_SUFFIX
+from blockscale.checkpoint.scale_names import WEIGHT_SUFFIX
 from blockscale.checkpoint.skips import Reader, SkipList, SkipMatcher
 from blockscale.formats import BlockShape, ScaleFormat
 
