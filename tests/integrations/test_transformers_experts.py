@@ -384,3 +384,41 @@ def test_another_activation_function_is_refused(case: Case, tmp_path: Path) -> N
     list(edited(case, folder, hidden_act="gelu"))
     with pytest.raises(ModelError, match=r"have the activation function GELU"):
         load_model(folder)
+
+
+def from_pretrained(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from blockscale.integrations.transformers import BlockScaleConfig
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BlockScaleConfig(), dtype=torch.float32
+    )
+
+
+def test_the_quantizer_loads_what_load_model_loads(case: Case) -> None:
+    model = from_pretrained(case.fp8)
+    by_hand = load_model(case.fp8, dtype=DType.FLOAT32)
+    assert torch.equal(case.logits(model), case.logits(by_hand.model))
+    report = model.blockscale_report()
+    assert len(report.layers) == len(by_hand.plan.layers)
+    stacks = [layer for layer in report.layers if layer.experts is not None]
+    assert {layer.experts for layer in stacks} == {EXPERTS}
+    assert len({layer.module for layer in stacks}) * 2 == len(stacks)
+
+
+def test_experts_are_saved_as_they_were_stored(case: Case, tmp_path: Path) -> None:
+    """One by one, under the checkpoint's names, the same bytes."""
+    from_pretrained(case.fp8).save_pretrained(tmp_path)
+    before = load_file(case.fp8 / "model.safetensors")
+    after = load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    fp8 = [name for name in before if name.endswith("_scale_inv")]
+    fp8 += [name.removesuffix("_scale_inv") for name in fp8]
+    assert len(fp8) > 2 * 3 * EXPERTS
+    for name in fp8:
+        assert before[name].dtype is after[name].dtype
+        assert torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)), name
+    assert torch.equal(
+        case.logits(from_pretrained(tmp_path)), case.logits(from_pretrained(case.fp8))
+    )
