@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from blockscale.checkpoint import convert as converting
 from blockscale.checkpoint import output
+from blockscale.checkpoint.convert import ConvertOptions, Dialect, convert_checkpoint
 from blockscale.checkpoint.quantize import QuantizeOptions, quantize_checkpoint
 from blockscale.checkpoint.read import read_checkpoint
 
@@ -58,7 +58,6 @@ def main() -> None:
     verb, source, scratch = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     every = int(sys.argv[4]) if len(sys.argv) > 4 else 1
     torch.set_num_threads(1)  # A child that was forked has none of its parent's threads.
-    converting.MAX_SHARD_BYTES = SHARD_BYTES
     steps = Steps()
     sys.addaudithook(steps.audit)
     append = output.ShardWriter._append
@@ -81,10 +80,10 @@ def quantize(source: Path, target: Path) -> None:
 
 
 def convert(source: Path, target: Path) -> None:
-    converting.convert_checkpoint(
+    convert_checkpoint(
         read_checkpoint(source),
         target,
-        converting.ConvertOptions(converting.Dialect.COMPRESSED_TENSORS),
+        ConvertOptions(Dialect.COMPRESSED_TENSORS),
     )
 
 
