@@ -134,6 +134,25 @@ def plan_large() -> str:
     )
 
 
+def fuzz_headers() -> str:
+    """Broken checkpoints that were read."""
+    return rows(
+        "broken checkpoints | read | refused with one line | crashes, hangs, memory | slowest | "
+        "peak resident memory",
+        [
+            [
+                f"{r['checkpoints']:,} (seed {r['seed']})",
+                f"{r['read']:,}",
+                f"{r['refused']:,}",
+                sum(r["faults"].values()),
+                f"{r['slowest_s']} s",
+                f"{r['peak_bytes'] / 1e6:.0f} MB",
+            ]
+            for r in records("fuzz_headers")
+        ],
+    )
+
+
 def fp16_model() -> str:
     """The founding case: what each way takes."""
     last = {r["m"]: r for r in records("fp16_model")}
@@ -301,6 +320,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantize_memory": quantize_memory,
     "quantize_rate": quantize_rate,
     "plan_large": plan_large,
+    "fuzz_headers": fuzz_headers,
     "fp16_model": fp16_model,
     "moe_layer": moe_layer,
     "transformers_model": transformers_model,
