@@ -83,7 +83,7 @@ def convert(source: Path, target: Path) -> None:
     convert_checkpoint(
         read_checkpoint(source),
         target,
-        ConvertOptions(Dialect.COMPRESSED_TENSORS),
+        ConvertOptions(Dialect.COMPRESSED_TENSORS, max_shard_bytes=SHARD_BYTES),
     )
 
 

@@ -52,7 +52,7 @@ def test_killed_before_any_step_it_finishes_with_the_same_bytes(
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["wrong"] == []
-    assert result["kills"] > 20
+    assert result["kills"] > 30
     assert sum(name.endswith(".safetensors") for name in result["files"]) > 2
 
 
