@@ -33,7 +33,10 @@ NOT_RUN = [
 # Documents that describe another machine from the first step to the last.
 NOT_RUN_DOCUMENTS = {"examples/sglang_h200.md": "every step needs a GPU machine"}
 # Commands of blocks that do run, which only another machine can carry out.
-NOT_HERE = ("blockscale generate /models/",)
+NOT_HERE = {
+    "blockscale generate /models/": "a model of 8 GB on a GPU",
+    "python -m blockscale.integrations.transformers_command serve": "a server; its test starts it",
+}
 
 
 @dataclass(frozen=True)

@@ -80,5 +80,6 @@ def test_every_exception_is_still_needed() -> None:
     for document, why in lists.NOT_RUN_DOCUMENTS.items():
         assert any(block.document == document for block in lists.BLOCKS)
         assert why
-    for command in lists.NOT_HERE:
+    for command, why in lists.NOT_HERE.items():
+        assert why
         assert any(f"$ {command}" in block.code for block in lists.BLOCKS)
