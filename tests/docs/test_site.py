@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,16 +44,6 @@ def test_every_listed_page_exists_once() -> None:
 def test_every_documented_module_exists(page: Path) -> None:
     for name in re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.MULTILINE):
         assert import_module(name).__doc__
-
-
-def test_the_command_reference_is_the_commands() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "command_reference.py", "--check"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
 
 
 def test_unlisted_pages_are_listed_under_more(site: ModuleType, tmp_path: Path) -> None:
