@@ -15,7 +15,7 @@ VLLM    := .cache/venv-vllm
 PEERS   := .cache/venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help install weights demo test test-kernels test-vllm test-sglang test-peers check format clean
+.PHONY: help install weights demo test test-kernels test-vllm test-sglang test-peers check docs format clean
 
 help:
 	@echo "make demo    install into $(VENV), fetch SmolLM2-135M, quantize, plan, verify, generate"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-vllm     vLLM's own server on this machine's CPU, with and without blockscale (minutes)"
 	@echo "make test-sglang   the plugin against SGLang's own sources, no GPU needed"
 	@echo "make test-peers    llm-compressor and ModelOpt read our files, and we theirs (minutes)"
+	@echo "make docs    the documentation site, into .cache/site (own environment, a minute)"
 	@echo "make format  rewrite files in the project's format"
 
 install: $(VENV)/.installed
@@ -74,6 +75,13 @@ check: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+# mkdocs reads docs/*.md and the docstrings in src; it neither imports nor needs the library.
+docs:
+	test -x .venv-docs/bin/mkdocs || { python3 -m venv .venv-docs && .venv-docs/bin/python -m pip install \
+	  --quiet --disable-pip-version-check $(PIP_ARGS) 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=0.27'; }
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo "read it: python3 -m http.server --bind 127.0.0.1 --directory .cache/site"
 
 format: install
 	$(VENV)/bin/ruff format .

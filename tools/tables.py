@@ -111,6 +111,61 @@ def quantize_memory() -> str:
     )
 
 
+def quantize_rate() -> str:
+    """Rates of the quantize command and of a plain copy."""
+    last = {(r["machine"], r["gigabytes"]): r for r in records("quantize_rate")}
+    body: list[list[object]] = []
+    for r in last.values():
+        one, every = (r[name] - r["start_s"] for name in ("one_worker_s", "all_cores_s"))
+        rates = [f"{r['gigabytes'] / seconds:.2f} GB/s" for seconds in (r["copy_s"], one, every)]
+        body.append(
+            [f"{r['gigabytes']} GB", *rates, f"{r['start_s']} s", r["load_average"], where(r)]
+        )
+    return rows(
+        "checkpoint | plain copy | quantize, one worker | a worker for each core | start of the "
+        "command, not counted | load of the machine | machine",
+        body,
+    )
+
+
+def plan_large() -> str:
+    """Time and memory of planning a sparse directory."""
+    last = {(r["machine"], r["device"]): r for r in records("plan_large")}
+    return rows(
+        "device | checkpoint | CPU time | wall time (load) | peak resident memory | machine",
+        [
+            [
+                r["device"],
+                f"{r['checkpoint_bytes'] / 1e9:.0f} GB, {r['files']} files",
+                f"{r['cpu_seconds']} s",
+                f"{r['seconds']} s ({r['load_average']})",
+                f"{r['peak_bytes'] / 1e6:.0f} MB",
+                where(r),
+            ]
+            for r in last.values()
+        ],
+    )
+
+
+def fuzz_headers() -> str:
+    """Broken checkpoints that were read."""
+    return rows(
+        "broken checkpoints | read | refused with one line | crashes, hangs, memory | slowest | "
+        "peak resident memory",
+        [
+            [
+                f"{r['checkpoints']:,} (seed {r['seed']})",
+                f"{r['read']:,}",
+                f"{r['refused']:,}",
+                sum(r["faults"].values()),
+                f"{r['slowest_s']} s",
+                f"{r['peak_bytes'] / 1e6:.0f} MB",
+            ]
+            for r in records("fuzz_headers")
+        ],
+    )
+
+
 def fp16_model() -> str:
     """The founding case: what each way takes."""
     found = newest("fp16_model")
@@ -296,6 +351,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode_cpu": decode_cpu,
     "perplexity": perplexity,
     "quantize_memory": quantize_memory,
+    "quantize_rate": quantize_rate,
+    "plan_large": plan_large,
+    "fuzz_headers": fuzz_headers,
     "fp16_model": fp16_model,
     "moe_layer": moe_layer,
     "transformers_model": transformers_model,

@@ -58,15 +58,28 @@ class ModelError(BlockscaleError):
     """A model object does not match the checkpoint or plan it is asked to run."""
 
 
+# Names come from files of unknown origin: a message stays one line whatever they are.
+LONGEST_NAME = 200
+LONGEST_PROBLEM = 1200
+
+
 class CheckpointError(BlockscaleError):
     """A checkpoint file cannot be read or contradicts itself.
 
-    ``path`` and ``tensor`` say where; ``str(error)`` starts with both.
+    ``path`` and ``tensor`` say where; ``str(error)`` starts with both and is one line of bounded
+    length.
     """
 
     def __init__(self, path: Path | str, problem: str, *, tensor: str | None = None) -> None:
         self.path = str(path)
         self.tensor = tensor
         self.problem = problem
-        where = f"{path}: tensor {tensor!r}" if tensor is not None else str(path)
-        super().__init__(f"{where}: {problem}")
+        where = str(path)
+        if tensor is not None:
+            where += f": tensor {_cut(tensor, LONGEST_NAME)!r}"
+        line = f"{where}: {_cut(problem, LONGEST_PROBLEM)}"
+        super().__init__(line if line.isprintable() else " ".join(line.split()))
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[:longest] + "..."

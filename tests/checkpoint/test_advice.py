@@ -6,6 +6,7 @@ Bytes for one rank: a share of the experts' width, times hidden size, times expe
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +18,7 @@ from blockscale.checkpoint.requests import RequestOptions, merged_layers
 from blockscale.checkpoint.schema import read_layers
 from blockscale.formats import DType
 from blockscale.planning.device import Device
+from blockscale.planning.explain import human_bytes
 from blockscale.planning.policy import PlanPolicy
 from blockscale.planning.request import RemedyKind
 from blockscale.planning.sharded import Target, plan_shards, shards_of
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
     Found: TypeAlias = dict[tuple[int, int], Advice]
 
+ROOT = Path(__file__).parent.parent.parent
 HOPPER = Target(Device.named("sm_90"), PlanPolicy(), BACKENDS)
 MODELS = {
     "MiniMax-M2.5": minimax_m25,
@@ -169,6 +172,17 @@ def test_every_rank_gets_a_working_plan(
         assert "reference" not in {name for layer in plan.layers for name in layer.backends}
         (note,) = [finding for finding in plan.findings if finding.code == "shard_remedy"]
         assert "held without loss by refine" in note.message
+
+
+@pytest.mark.parametrize(("model", "tensor", "scales", "codes", "work"), HAND_WORKED)
+def test_the_document_shows_these_numbers(
+    model: str, tensor: int, scales: int, codes: int, work: float
+) -> None:
+    text = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {model}")]
+    rounded = f"{work:.2f}x, {human_bytes(codes)}"
+    assert f"TP {tensor} |" in line
+    assert line.endswith(f"| {human_bytes(scales)} | {rounded} | {rounded} | 2 |")
 
 
 def test_narrow_experts_leave_ranks_without_blocks(advice: Callable[..., Found]) -> None:

@@ -257,6 +257,12 @@ REFUSED = {
         (CT, KEEP),
         ["packed FP4", "e.weight"],
     ),
+    "MXFP8 in float32, still called mxfp8": (
+        {"a.weight": codes(4, 64), "a.weight_scale": torch.full((4, 2), 127).to(torch.uint8)},
+        {"quant_method": "mxfp8"},
+        (HF, FP32),
+        ["hf-fp8 stores the scales of 1x32 blocks as E8M0"],
+    ),
     "MXFP8 in float32": (
         {"a.weight": codes(4, 64), "a.weight_scale": torch.full((4, 2), 127).to(torch.uint8)},
         {"quant_method": "mxfp8"},

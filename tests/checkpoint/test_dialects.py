@@ -372,6 +372,37 @@ def test_fp4_experts_are_counted_in_values(tmp_path: Path) -> None:
     assert (expert.n, expert.k, expert.scale_dtype) == (64, 128, "F8_E8M0")
 
 
+def test_stacked_scales_of_split_experts(tmp_path: Path) -> None:
+    """Transformers 5.24 saves a matrix for each expert, and the scales of all in one tensor."""
+    stacks = {
+        "m.experts.gate_up_proj_scale_inv": floats(2, 4, 3),
+        "m.experts.down_proj_scale_inv": floats(2, 3, 2),
+    }
+    shapes = {"gate_proj": (256, 384), "up_proj": (256, 384), "down_proj": (384, 256)}
+    experts = {
+        f"m.experts.{index}.{leaf}.weight": codes(*shape)
+        for index in range(2)
+        for leaf, shape in shapes.items()
+    }
+    checkpoint = write(tmp_path / "x", Dialect({**stacks, **experts}, {}, V3))
+    layers = {layer.name: layer for layer in read_layers(checkpoint).quantized}
+    assert len(layers) == 6
+    gate_up, down = (stack.clone() for stack in stacks.values())
+    for index in range(2):
+        wanted = {
+            "gate_proj": gate_up[index, :2],
+            "up_proj": gate_up[index, 2:],
+            "down_proj": down[index],
+        }
+        for leaf, scale in wanted.items():
+            layer = layers[f"m.experts.{index}.{leaf}"]
+            assert layer.is_scale_shared
+            assert torch.equal(read_block_scaled(layer).scales, scale)
+    third = {**stacks, **experts, "m.experts.2.up_proj.weight": codes(256, 384)}
+    with pytest.raises(CheckpointError, match=r"experts\.2\.up_proj.*has no scale"):
+        read_layers(write(tmp_path / "y", Dialect(third, {}, V3)))
+
+
 def test_glm_4_5_is_named_per_channel_and_not_planned(tmp_path: Path) -> None:
     dialect = Dialect(
         {"a.weight": codes(256, 128), "a.weight_scale": bf16(256, 1)},

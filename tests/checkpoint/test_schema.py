@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from blockscale.checkpoint.inspect import inspect_checkpoint
-from blockscale.checkpoint.read import read_checkpoint
+from blockscale.checkpoint.read import MODELOPT_NAME, read_checkpoint
 from blockscale.checkpoint.schema import Layers, SchemeKind, read_layers, scheme_of
 from blockscale.errors import BlockscaleError, CheckpointError
 from blockscale.formats import BlockShape, ScaleFormat
@@ -216,7 +216,26 @@ values = st.recursive(
     st.none()
     | st.booleans()
     | st.integers(-5, 300)
-    | st.sampled_from(["fp8", "mxfp8", "compressed-tensors", "block", "channel", "float", ""]),
+    | st.sampled_from(
+        [
+            "fp8",
+            "mxfp8",
+            "compressed-tensors",
+            "modelopt",
+            "block",
+            "channel",
+            "group",
+            "float",
+            "FP8_PB_WO",
+            "MXFP8",
+            "NVFP4",
+            "MIXED_PRECISION",
+            "ue8m0",
+            "fp4",
+            "Linear",
+            "re:(a",
+        ]
+    ),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
@@ -234,6 +253,16 @@ values = st.recursive(
                     "scale_fmt",
                     "num_bits",
                     "type",
+                    "targets",
+                    "group_size",
+                    "quantization",
+                    "quant_algo",
+                    "quantized_layers",
+                    "exclude_modules",
+                    "modules_to_convert",
+                    "expert_dtype",
+                    "activation_scheme",
+                    "a",
                 ]
             ),
             inner,
@@ -247,17 +276,23 @@ values = st.recursive(
 @settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(quantization=values)
-def test_any_config_is_understood_or_refused(quantization: Any, tmp_path: Path) -> None:
+@given(quantization=values, modelopt=st.none() | values.filter(lambda v: isinstance(v, dict)))
+def test_any_config_is_understood_or_refused(
+    quantization: Any, modelopt: Any, tmp_path: Path
+) -> None:
     folder = tmp_path / "fuzz"
     folder.mkdir(exist_ok=True)
     if not (folder / "model.safetensors").exists():
         tensors = {"a.weight": fp8(256, 200), "a.weight_scale_inv": torch.ones(2, 2)}
         save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    (folder / MODELOPT_NAME).unlink(missing_ok=True)
+    if modelopt is not None:
+        (folder / MODELOPT_NAME).write_text(json.dumps(modelopt))
     checkpoint = read_checkpoint(folder)
     try:
         scheme_of(checkpoint)
+        inspect_checkpoint(checkpoint)
         read_layers(checkpoint)
     except BlockscaleError as error:
         assert "\n" not in str(error)  # noqa: PT017 - both outcomes are right

@@ -300,3 +300,13 @@ def test_convert_refuses_what_would_lose_and_measures_it_if_allowed(
     text = blockscale(*wanted[:2], tmp_path / "lossy", *wanted[3:], "--allow-lossy")
     assert "2 layers requantized" in text.out
     assert "down_proj" in text.out
+
+
+def test_verify_shows_the_first_of_many_faults(tmp_path: Path) -> None:
+    """Headers with holes for data: all 252 layers have zero scales."""
+    folder = tmp_path / "qwen"
+    write_model_headers(folder, qwen3_8b())
+    result = blockscale("verify", folder)
+    assert result.code == 1
+    assert result.out.count("fault: ") == 8
+    assert "and 244 more like zero_scale (--all shows them)" in result.out

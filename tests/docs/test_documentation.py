@@ -35,20 +35,6 @@ def test_the_plan_in_the_readme_is_the_plan_that_is_printed(tmp_path: Path) -> N
     assert [line.rstrip() for line in printed.splitlines()] == shown.splitlines()
 
 
-def python_blocks() -> list[tuple[str, str]]:
-    return [
-        (f"{document.relative_to(ROOT)}:{index}", code)
-        for document in DOCUMENTS
-        for index, code in enumerate(fenced(document, "python"))
-        if "path/to" not in code
-    ]
-
-
-@pytest.mark.parametrize(("place", "code"), python_blocks(), ids=lambda value: value[:40])
-def test_python_in_documents_runs(place: str, code: str) -> None:
-    exec(compile(code, place, "exec"), {})  # noqa: S102 - our own documents
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):

@@ -34,6 +34,16 @@ from blockscale.modules.linear import BlockScaledLinear
 from blockscale.planning.policy import PlanPolicy
 from blockscale.reference import dequantize, quantize
 from blockscale.reference.fused import silu_and_multiply
+from blockscale.testing.moe_models import (
+    CHOICES,
+    EXPERTS,
+    FAMILIES,
+    LAYERS,
+    FixedRouter,
+    names_on_disk,
+    new_model,
+    write_checkpoint,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,87 +53,9 @@ if TYPE_CHECKING:
 
     Disturbance = Callable[[torch.Tensor], torch.Tensor]
 
-HIDDEN, INNER, EXPERTS, CHOICES, LAYERS, TOKENS = 256, 256, 8, 2, 3, 24
-FAMILIES = ("qwen3_moe", "minimax_m2")
+TOKENS = 24
 # What a router compares differs by about 1e-6 between two orders of float32 sums.
 MARGIN = 1e-4
-
-
-def new_model(family: str) -> PreTrainedModel:
-    """A model with random weights that bfloat16 holds, and routers with wide margins."""
-    from transformers import (
-        MiniMaxM2Config,
-        MiniMaxM2ForCausalLM,
-        Qwen3MoeConfig,
-        Qwen3MoeForCausalLM,
-    )
-
-    shared = {
-        "vocab_size": 96,
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "num_experts_per_tok": CHOICES,
-        "initializer_range": 0.06,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    torch.manual_seed(11)
-    if family == "qwen3_moe":
-        config = Qwen3MoeConfig(
-            **shared,
-            num_experts=EXPERTS,
-            moe_intermediate_size=INNER,
-            intermediate_size=384,
-            norm_topk_prob=True,
-            mlp_only_layers=[1],
-        )
-        model = Qwen3MoeForCausalLM(config)
-    else:
-        config = MiniMaxM2Config(**shared, num_local_experts=EXPERTS, intermediate_size=INNER)
-        model = MiniMaxM2ForCausalLM(config)
-    model.eval().requires_grad_(requires_grad=False)
-    for name, value in model.state_dict().items():
-        if name.endswith("mlp.gate.weight"):
-            value.mul_(4)
-        if name.endswith("e_score_correction_bias"):
-            value.normal_(std=0.1)
-        if value.is_floating_point():
-            value.copy_(value.to(torch.bfloat16))
-    return model
-
-
-def names_on_disk(family: str, name: str) -> list[tuple[str, int | None, int | None]]:
-    """(stored name, expert, half) of one tensor of transformers' state."""
-    prefix, _, leaf = name.rpartition(".")
-    if family == "minimax_m2":
-        prefix = prefix.replace(".mlp", ".block_sparse_moe")
-    if leaf not in {"gate_up_proj", "down_proj"}:
-        return [(f"{prefix}.{leaf}" if prefix else leaf, None, None)]
-    gate, up, down = ("w1", "w3", "w2")
-    if family == "qwen3_moe":
-        gate, up, down = "gate_proj", "up_proj", "down_proj"
-    if leaf == "down_proj":
-        return [(f"{prefix}.{e}.{down}.weight", e, None) for e in range(EXPERTS)]
-    halves = ((gate, 0), (up, 1))
-    return [(f"{prefix}.{e}.{own}.weight", e, half) for e in range(EXPERTS) for own, half in halves]
-
-
-def write_checkpoint(model: PreTrainedModel, family: str, folder: Path) -> None:
-    tensors = {}
-    for name, value in model.state_dict().items():
-        for stored, expert, half in names_on_disk(family, name):
-            part = value if expert is None else value[expert]
-            part = part if half is None else part.chunk(2)[half]
-            is_float32 = stored.endswith(("gate.weight", "e_score_correction_bias"))
-            dtype = torch.float32 if is_float32 and family == "minimax_m2" else torch.bfloat16
-            tensors[stored] = part.to(dtype).clone()
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    model.config.save_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -288,20 +220,6 @@ def test_kernel_error_of_the_reference(case: Case) -> None:
     assert relative(logits, exact) < 1e-3
 
 
-class FixedRouter(nn.Module):
-    """A router that weighs by its own logits, among experts that were chosen before."""
-
-    def __init__(self, router: nn.Module, chosen: torch.Tensor) -> None:
-        super().__init__()
-        self.router, self.chosen = router, chosen
-
-    def forward(self, hidden: torch.Tensor, *bias: torch.Tensor) -> Any:
-        logits = self.router(hidden, *bias)[0]
-        scores = logits.float().sigmoid() if bias else logits.float().softmax(-1)
-        weights = scores.gather(1, self.chosen)
-        return logits, weights / weights.sum(-1, keepdim=True), self.chosen
-
-
 def with_routing(model: PreTrainedModel, routing: Routing) -> PreTrainedModel:
     routers = [name for name, _ in model.named_modules() if name.endswith("mlp.gate")]
     for name, chosen in zip(routers, routing.chosen, strict=True):
@@ -384,3 +302,41 @@ def test_another_activation_function_is_refused(case: Case, tmp_path: Path) -> N
     list(edited(case, folder, hidden_act="gelu"))
     with pytest.raises(ModelError, match=r"have the activation function GELU"):
         load_model(folder)
+
+
+def from_pretrained(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from blockscale.integrations.transformers import BlockScaleConfig
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BlockScaleConfig(), dtype=torch.float32
+    )
+
+
+def test_the_quantizer_loads_what_load_model_loads(case: Case) -> None:
+    model = from_pretrained(case.fp8)
+    by_hand = load_model(case.fp8, dtype=DType.FLOAT32)
+    assert torch.equal(case.logits(model), case.logits(by_hand.model))
+    report = model.blockscale_report()
+    assert len(report.layers) == len(by_hand.plan.layers)
+    stacks = [layer for layer in report.layers if layer.experts is not None]
+    assert {layer.experts for layer in stacks} == {EXPERTS}
+    assert len({layer.module for layer in stacks}) * 2 == len(stacks)
+
+
+def test_experts_are_saved_as_they_were_stored(case: Case, tmp_path: Path) -> None:
+    """One by one, under the checkpoint's names, the same bytes."""
+    from_pretrained(case.fp8).save_pretrained(tmp_path)
+    before = load_file(case.fp8 / "model.safetensors")
+    after = load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    fp8 = [name for name in before if name.endswith("_scale_inv")]
+    fp8 += [name.removesuffix("_scale_inv") for name in fp8]
+    assert len(fp8) > 2 * 3 * EXPERTS
+    for name in fp8:
+        assert before[name].dtype is after[name].dtype
+        assert torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)), name
+    assert torch.equal(
+        case.logits(from_pretrained(tmp_path)), case.logits(from_pretrained(case.fp8))
+    )

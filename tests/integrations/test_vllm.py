@@ -244,6 +244,21 @@ def test_batch_invariance_is_not_promised(
     assert "VLLM_BATCH_INVARIANT" in reason
 
 
+@pytest.mark.parametrize(
+    ("gigabytes", "group", "stays"), [(0, 0, False), (2, 0, True), (0, 8, True)]
+)
+def test_offloaded_weights_stay_with_vllm(
+    kernel_class: Any, gigabytes: int, group: int, *, stays: bool
+) -> None:
+    kernel_class.vllm_config.offload_config = SimpleNamespace(
+        uva=SimpleNamespace(cpu_offload_gb=gigabytes),
+        prefetch=SimpleNamespace(offload_group_size=group),
+    )
+    taken, reason = kernel_class.cls.can_implement(config())
+    assert taken is not stays
+    assert stays == ("offloads weights" in (reason or ""))
+
+
 def test_vllms_compile_cache_learns_which_layers_run_here(kernel_class: Any) -> None:
     """A graph compiled for another kernel must not be replayed: its key has to differ."""
     keys = []

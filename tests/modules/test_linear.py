@@ -248,3 +248,24 @@ def test_a_copy_has_a_weight_of_its_own(
     del layer
     gc.collect()
     assert torch.equal(copied(x), expected)
+
+
+def test_a_layer_stays_on_the_kind_of_device_it_was_planned_for() -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of())
+    x = activation(2)
+    expected = layer(x)
+    with pytest.raises(ModelError, match="was planned for cpu, not for meta"):
+        layer.to("meta")
+    assert torch.equal(layer.to("cpu")(x), expected)
+
+
+def test_only_the_prepared_form_is_taken_as_it_is() -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of())
+    before = layer(activation(2))
+    with pytest.raises(ModelError, match=r"is prepared as .*fp32.*, not as .*ue8m0"):
+        layer.take(weight_of(FP8_128X128_UE8M0))
+    with pytest.raises(ModelError, match="has no bias"):
+        layer.take(weight_of(seed=1), torch.zeros(N))
+    assert torch.equal(layer(activation(2)), before)
+    layer.take(weight_of(seed=1))
+    assert torch.equal(layer.data.view(torch.uint8), weight_of(seed=1).data.view(torch.uint8))

@@ -19,9 +19,10 @@ from blockscale.formats import (
 )
 from blockscale.planning.decision import MRange, Obstacle, Offer, OperandForm
 from blockscale.planning.device import Device
-from blockscale.planning.planner import plan_linear
+from blockscale.planning.planner import plan_linear, plan_model
 from blockscale.planning.policy import Exactness, PlanPolicy
 from blockscale.planning.request import LinearRequest
+from blockscale.planning.serialize import plan_document, plan_of_document
 
 REQUEST = LinearRequest("layer", 256, 512, FP8_128X128_FP32, DType.BFLOAT16, DType.BFLOAT16)
 H200 = Device.named("sm_90")
@@ -104,3 +105,20 @@ def test_a_copy_of_experts_costs_as_many_times_more() -> None:
     experts = replace(REQUEST, experts=8)
     form = OperandForm(FP8_128X128_FP32, K_BY_MN)
     assert copy_cost(form, experts, PlanPolicy()) == f"{8 * 32} bytes"
+
+
+def test_what_second_copies_of_all_layers_would_cost_is_a_finding() -> None:
+    """Two layers, 2 x 4 float32 scales each; documents carry the number."""
+    backends = [FewTokens(OperandForm(FP8_128X128_FP32, K_BY_MN)), *BACKENDS]
+    layers = [replace(REQUEST, name=name) for name in ("first", "second")]
+    plan = plan_model(layers, H200, PlanPolicy(), backends)
+    (finding,) = [finding for finding in plan.findings if finding.code == "second_copy"]
+    assert "few_tokens would serve some numbers of tokens in 2 layers" in finding.message
+    assert "64 bytes" in finding.message
+    rejections = plan_of_document(plan_document(plan)).layers[0].rejected
+    assert [r.copy_bytes for r in rejections if r.backend == "few_tokens"] == [32]
+
+
+def test_a_plan_without_other_forms_speaks_of_no_second_copies() -> None:
+    plan = plan_model([REQUEST], H200, PlanPolicy(), BACKENDS)
+    assert "second_copy" not in {finding.code for finding in plan.findings}

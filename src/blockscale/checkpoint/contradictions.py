@@ -13,19 +13,18 @@ from typing import TYPE_CHECKING
 
 from blockscale.checkpoint.declared import SchemeKind, declared_config, modelopt_scheme
 from blockscale.checkpoint.read import MODELOPT_NAME
+from blockscale.checkpoint.scale_names import is_scale
 from blockscale.formats import ScaleFormat
 from blockscale.planning.plan import Finding, Severity
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
-    from blockscale.checkpoint.header import TensorEntry
     from blockscale.checkpoint.read import Checkpoint
     from blockscale.checkpoint.schema import Layers
     from blockscale.checkpoint.skips import Reader
 
 _NUMBER = re.compile(r"\d+")
-_SCALE_ENDINGS = ("weight_scale_inv", "weight_scale", "_proj_scale_inv", ".qscale_weight")
 _ACTIVATION_ENDINGS = (".input_scale", ".activation_scale")
 
 
@@ -191,20 +190,13 @@ def _orphans(checkpoint: Checkpoint, used: Collection[str]) -> Iterator[Finding]
     names = [
         entry.name
         for entry in checkpoint.tensors.values()
-        if entry.name not in used and _is_scale(entry)
+        if entry.name not in used and is_scale(entry)
     ]
     if names:
         subject, layer_name = _counted(names)
         yield _warning(
             "scale_without_data", f"{subject}scale of no quantized weight".lstrip(), layer_name
         )
-
-
-def _is_scale(entry: TensorEntry) -> bool:
-    if entry.name.endswith(_SCALE_ENDINGS):
-        return True
-    # A norm's weight may be called "scale" too: it has one axis, or is no E8M0.
-    return entry.name.endswith(".scale") and entry.dtype == "F8_E8M0"
 
 
 def _activation_scales(checkpoint: Checkpoint, layers: Layers) -> Iterator[Finding]:

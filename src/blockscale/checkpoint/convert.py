@@ -59,11 +59,12 @@ _SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E8M0": 1, "U8": 1}
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """What to convert to, and whether values may change for it."""
+    """What to convert to, whether values may change for it, and in files of what size."""
 
     dialect: Dialect = Dialect.HF_FP8
     storage: ScaleStorage = ScaleStorage.KEEP
     exactness: Exactness = Exactness.EXACT
+    max_shard_bytes: int = MAX_SHARD_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,16 @@ def convert_checkpoint(
     if inexact and options.exactness is Exactness.EXACT:
         raise _would_lose(inexact)
     _write_all(
-        _Job(source, layers, wanted, {layer.name for layer in inexact}), target, progress, crew
+        _Job(
+            source,
+            layers,
+            wanted,
+            {layer.name for layer in inexact},
+            options.max_shard_bytes,
+        ),
+        target,
+        progress,
+        crew,
     )
     written = read_checkpoint(target)
     after = {layer.name: layer for layer in read_layers(written).quantized} if inexact else {}
@@ -166,13 +176,14 @@ class _Job:
     layers: Layers
     wanted: Spelling
     requantized: Collection[str]
+    max_shard_bytes: int
 
 
 def _write_all(
     job: _Job, target: Path, progress: Callable[[int], None] | None, crew: Crew | None
 ) -> None:
     items = {item.planned.name: item for item in _items(job)}
-    shards = plan_shards((item.planned for item in items.values()), MAX_SHARD_BYTES)
+    shards = plan_shards((item.planned for item in items.values()), job.max_shard_bytes)
 
     def fill(writer: ShardWriter, shard: PlannedShard) -> None:
         for planned in shard.tensors:

@@ -13,7 +13,14 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from blockscale.checkpoint.read import MODELOPT_NAME
-from blockscale.checkpoint.skips import REGEX_PREFIX, Patterns, Reader, SkipList
+from blockscale.checkpoint.skips import (
+    LONGEST_ENTRY,
+    MOST_ENTRIES,
+    REGEX_PREFIX,
+    Patterns,
+    Reader,
+    SkipList,
+)
 from blockscale.errors import CheckpointError
 from blockscale.formats import BlockShape, ScaleFormat
 
@@ -312,4 +319,11 @@ def _strings(path: Path, declared: Mapping[str, Any], key: str) -> tuple[str, ..
         return ()
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise CheckpointError(path, f"quantization_config.{key} must be a list of strings")
+    longest = max(map(len, value), default=0)
+    if len(value) > MOST_ENTRIES or longest > LONGEST_ENTRY:
+        raise CheckpointError(
+            path,
+            f"quantization_config.{key} has {len(value)} entries of up to {longest} characters, "
+            f"above the limits of {MOST_ENTRIES} and {LONGEST_ENTRY}",
+        )
     return tuple(value)

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 # The safetensors reference reader refuses longer headers too (MAX_HEADER_SIZE, 100 MB).
 MAX_HEADER_BYTES = 100_000_000
 LENGTH_BYTES = 8
+# An object that is parsed takes up to thirty times its bytes ("{}," becomes 72): values are counted
+# before. A tensor's entry has about nine, and Kimi-K2 has 140,000 tensors in all its files.
+MAX_JSON_VALUES = 3_000_000
 MAX_AXES = 64
+# Real names have up to a hundred characters.
+LONGEST_NAME = 1000
 MAX_ELEMENTS = 2**63 - 1
 
 DTYPE_BITS: dict[str, int] = {
@@ -135,7 +140,7 @@ def _raw_header(path: Path) -> tuple[bytes, int]:
 
 
 def parse_json_object(path: Path, raw: bytes, what: str) -> dict[str, Any]:
-    """A JSON object from untrusted bytes: UTF-8, no duplicate keys, no runaway nesting.
+    """A JSON object from untrusted bytes: UTF-8, no duplicate keys, bounded in depth and values.
 
     Raises CheckpointError, naming the file, otherwise.
     """
@@ -148,6 +153,13 @@ def parse_json_object(path: Path, raw: bytes, what: str) -> dict[str, Any]:
             raise CheckpointError(path, f"{what} has the key {_short(twice)} twice")
         return result
 
+    values = sum(raw.count(mark) for mark in (b"{", b"[", b","))
+    if values > MAX_JSON_VALUES:
+        raise CheckpointError(
+            path,
+            f"{what} holds up to {values} JSON values, above the limit of {MAX_JSON_VALUES}; "
+            "no checkpoint has that many tensors in a file",
+        )
     try:
         document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except UnicodeDecodeError as error:
@@ -172,6 +184,13 @@ def _metadata(path: Path, claim: object) -> tuple[tuple[str, str], ...]:
 
 
 def _entry(path: Path, name: str, claim: object, data_start: int) -> TensorEntry:
+    if len(name) > LONGEST_NAME or not name.isprintable():
+        raise CheckpointError(
+            path,
+            f"has a name of {len(name)} characters, unprintable ones among them or above the limit "
+            f"of {LONGEST_NAME}; no loader would print it safely",
+            tensor=_cut(name),
+        )
     if not isinstance(claim, dict):
         raise CheckpointError(path, "its header entry is not an object", tensor=_cut(name))
     missing = {"dtype", "shape", "data_offsets"} - claim.keys()

@@ -21,6 +21,7 @@ SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 # What ModelOpt declares of its checkpoints, beside config.json or in it.
 MODELOPT_NAME = "hf_quant_config.json"
+LONGEST_FILE_NAME = 255  # bytes, on every file system of Linux
 # Far above any real index or config (DeepSeek-V3's index is 9 MB).
 MAX_JSON_BYTES = 200_000_000
 
@@ -137,7 +138,10 @@ def _pieces(descriptor: int, offset: int, length: int) -> Iterator[bytes]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size. Raises CheckpointError otherwise."""
+    """A JSON object from a regular file of bounded size. Raises CheckpointError otherwise."""
+    check_inside(path.parent, path)
+    if not path.is_file():
+        raise CheckpointError(path, "is not a regular file")
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
@@ -150,7 +154,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _read_directory(directory: Path) -> Checkpoint:
     index, single = directory / INDEX_NAME, directory / SINGLE_NAME
-    if index.is_file():
+    if os.path.lexists(index):
         weight_map = weight_map_of(index, read_json(index))
         headers = [read_header(shard) for shard in _shards(directory, index, weight_map)]
         tensors = merged_tensors(headers)
@@ -169,8 +173,8 @@ def _documents(folder: Path) -> dict[str, Any]:
     """What is declared beside the weights, as arguments of ``Checkpoint``."""
     config, modelopt = folder / CONFIG_NAME, folder / MODELOPT_NAME
     return {
-        "config": read_json(config) if config.is_file() else {},
-        "modelopt": read_json(modelopt) if modelopt.is_file() else None,
+        "config": read_json(config) if os.path.lexists(config) else {},
+        "modelopt": read_json(modelopt) if os.path.lexists(modelopt) else None,
     }
 
 
@@ -186,6 +190,10 @@ def weight_map_of(index: Path, document: Mapping[str, Any]) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
             raise CheckpointError(index, "maps to no file name", tensor=name)
+        if len(shard.encode(errors="replace")) > LONGEST_FILE_NAME or not shard.isprintable():
+            raise CheckpointError(
+                index, f"names a shard that no file can be called: {shard[:40]!r}...", tensor=name
+            )
         if Path(shard).name != shard or shard in {"", ".", ".."}:
             raise CheckpointError(
                 index, f"names the shard {shard!r}; shards lie beside the index, in no other folder"

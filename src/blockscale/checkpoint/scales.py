@@ -1,4 +1,4 @@
-"""Reading stored scales, about 1/16384 of a checkpoint's bytes, with numpy alone."""
+"""Reading stored scales, about 1/4096 of a checkpoint's bytes, with numpy alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The only place that knows foreign tensor names: what the tensors of a checkpoint are.
+"""What the tensors of a checkpoint are, whatever it calls them.
 
 A *scheme* is what is declared (``checkpoint.declared``); a *layer* is what the tensors are. Data is
 trusted over declarations: a layer is quantized if and only if it has quantized data and a scale.
@@ -11,7 +11,6 @@ blocks).
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -19,14 +18,18 @@ from typing import TYPE_CHECKING
 
 from blockscale.checkpoint.contradictions import contradictions
 from blockscale.checkpoint.declared import Scheme, SchemeKind, TargetMatcher, scheme_of
+from blockscale.checkpoint.scale_names import (
+    PACKED_SUFFIX,
+    WEIGHT_SUFFIX,
+    scale_names,
+    stored_scales,
+)
 from blockscale.checkpoint.skips import SkipMatcher
 from blockscale.errors import CheckpointError
 from blockscale.formats import E4M3FN, BlockFormat, BlockShape, ScaleFormat
 from blockscale.planning.plan import Finding, SkippedLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from blockscale.checkpoint.header import TensorEntry
     from blockscale.checkpoint.read import Checkpoint
     from blockscale.checkpoint.skips import Reader
@@ -46,8 +49,6 @@ __all__ = [
     "survey",
 ]
 
-WEIGHT_SUFFIX = ".weight"
-PACKED_SUFFIX = ".weight_packed"
 FP8_DATA = "F8_E4M3"
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
 # Two FP4 values in a byte (DeepSeek-V4: I8; ModelOpt and compressed-tensors: U8; safetensors: F4).
@@ -60,23 +61,6 @@ SCALE_DTYPES = {
     "F8_E8M0": ScaleFormat.UE8M0,
     "U8": ScaleFormat.UE8M0,
 }
-# After the weight's whole name; after its name without ".weight" (DeepSeek-V4, Mistral Large 4).
-_SUFFIXES = ("_scale_inv", "_scale")
-_STEM_SUFFIXES = (".scale", ".scale_inv", ".qscale_weight")
-
-_EXPERT = re.compile(
-    r"(?P<prefix>.+\.experts)\.(?P<index>\d{1,9})\.(?P<leaf>gate_proj|up_proj|down_proj|w[123])\.weight"
-)
-# Name of the stack, this weight's part of its rows, and how many parts there are.
-_STACKED_SCALES = {
-    "gate_proj": ("gate_up_proj_scale_inv", 0, 2),
-    "up_proj": ("gate_up_proj_scale_inv", 1, 2),
-    "down_proj": ("down_proj_scale_inv", 0, 1),
-    "w1": ("gate_up_proj_scale_inv", 0, 2),
-    "w3": ("gate_up_proj_scale_inv", 1, 2),
-    "w2": ("down_proj_scale_inv", 0, 1),
-}
-
 _MATRIX_AXES = 2
 _STACKED_AXES = 3
 # OCP MX: 32 FP4 values share an E8M0; NVFP4: 16 share an E4M3.
@@ -272,7 +256,7 @@ class _Pass:
             fmt = BlockFormat(E4M3FN, scale_format, block)
             if scale.shape != grid:
                 scale = replace(scale, shape=grid)
-            shared = scale.name not in _scale_names(weight.name)
+            shared = scale.name not in scale_names(weight.name)
             self._quantized.append(QuantizedLayer(name, weight, scale, fmt, shared))
             return
         kind = _kind_of_shapes(weight.shape, scale.shape)
@@ -281,7 +265,7 @@ class _Pass:
         self._add_foreign(weight, scale, kind, _SHAPE_DETAILS[kind])
 
     def _read_packed(self, weight: TensorEntry) -> None:
-        found = self._scales_of(weight)
+        found = stored_scales(weight.name, self._checkpoint.tensors)
         if not found:
             return
         scale = found[0]
@@ -316,52 +300,13 @@ class _Pass:
         self._foreign.append(ForeignLayer(name, kind, detail, weight, scale))
 
     def _scale_of(self, weight: TensorEntry) -> TensorEntry:
-        found = self._scales_of(weight)
+        found = stored_scales(weight.name, self._checkpoint.tensors)
         self.used.update(scale.name for scale in found)
         if len(found) != 1:
             problem = "has two scales" if found else "is FP8 but has no scale"
-            names = ", ".join(_scale_names(weight.name))
+            names = ", ".join(scale_names(weight.name))
             raise CheckpointError(weight.path, f"{problem}; looked for {names}", tensor=weight.name)
         return found[0]
-
-    def _scales_of(self, weight: TensorEntry) -> list[TensorEntry]:
-        tensors = self._checkpoint.tensors
-        found = [tensors[name] for name in _scale_names(weight.name) if name in tensors]
-        if not found and (part := _part_of_stack(weight.name, tensors)) is not None:
-            return [part]
-        return found
-
-
-def _scale_names(weight: str) -> list[str]:
-    weight = weight.removesuffix(PACKED_SUFFIX) + WEIGHT_SUFFIX * weight.endswith(PACKED_SUFFIX)
-    names = [weight + suffix for suffix in _SUFFIXES]
-    if weight.endswith(WEIGHT_SUFFIX):
-        stem = weight.removesuffix(WEIGHT_SUFFIX)
-        names += [stem + suffix for suffix in _STEM_SUFFIXES]
-    return names
-
-
-def _part_of_stack(weight: str, tensors: Mapping[str, TensorEntry]) -> TensorEntry | None:
-    """One expert's scales, out of those that transformers 5.24 saves stacked.
-
-    It splits the stacked experts that it has in memory into a matrix for each when it saves them,
-    but leaves their scales as they are: ``experts.gate_up_proj_scale_inv``, (experts, rows of gate
-    and up, columns).
-    """
-    match = _EXPERT.fullmatch(weight)
-    if match is None:
-        return None
-    stack, part, parts = _STACKED_SCALES[match["leaf"]]
-    entry = tensors.get(f"{match['prefix']}.{stack}")
-    index = int(match["index"])
-    if entry is None or len(entry.shape) != _STACKED_AXES or index >= entry.shape[0]:
-        return None
-    _, rows, columns = entry.shape
-    if rows % parts:
-        return None
-    length = entry.length // entry.shape[0] // parts
-    offset = entry.offset + (index * parts + part) * length
-    return replace(entry, shape=(rows // parts, columns), offset=offset, length=length)
 
 
 def _values_in_a_row(weight: TensorEntry, kind: SchemeKind) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from enum import Enum
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from typing import TYPE_CHECKING, Any
 
 from blockscale.errors import CheckpointError
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     _Rule: TypeAlias = Callable[[str], bool]
 
 REGEX_PREFIX = "re:"
+# Far above any real list. What compiles and matches takes time that grows with both.
+LONGEST_ENTRY = 1000
+MOST_ENTRIES = 20_000
 # For all patterns on all layers of one checkpoint.
 PATTERN_SECONDS = 10.0
 
@@ -179,8 +182,9 @@ def _compressed_tensors(skips: SkipList) -> _Rule:
 def _modelopt(skips: SkipList) -> _Rule:
     """The whole name, or shell wildcards over it."""
     exact = set(skips.entries)
-    wild = [entry for entry in skips.entries if _WILDCARDS.intersection(entry)]
-    return lambda layer: layer in exact or any(fnmatchcase(layer, entry) for entry in wild)
+    wild = (entry for entry in skips.entries if _WILDCARDS.intersection(entry))
+    patterns = Patterns(map(translate, wild), skips.source)
+    return lambda layer: layer in exact or patterns.match(layer)
 
 
 _RULES: dict[Reader, Callable[[SkipList], _Rule]] = {

@@ -14,7 +14,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from blockscale.checkpoint.read import CONFIG_NAME, MODELOPT_NAME
-from blockscale.checkpoint.schema import WEIGHT_SUFFIX
+from blockscale.checkpoint.scale_names import WEIGHT_SUFFIX
 from blockscale.checkpoint.skips import Reader, SkipList, SkipMatcher
 from blockscale.formats import BlockShape, ScaleFormat
 
@@ -181,12 +181,16 @@ def obstacles(layers: Layers, wanted: Spelling) -> list[str]:
         found.append(f"it stores scales for activations, which {name} with blocks does not declare")
     for block in blocks:
         dtypes = {wanted.scale_dtype(x) for x in layers.quantized if x.format.block == block}
-        found += _block_obstacles(wanted.dialect, block, dtypes)
+        is_mxfp8 = wanted.is_respelled or layers.scheme.method == "mxfp8"
+        found += _block_obstacles(wanted.dialect, block, dtypes, is_mxfp8=is_mxfp8)
     return found
 
 
-def _block_obstacles(dialect: Dialect, block: BlockShape, dtypes: set[str]) -> list[str]:
-    if dialect is Dialect.HF_FP8:
+def _block_obstacles(
+    dialect: Dialect, block: BlockShape, dtypes: set[str], *, is_mxfp8: bool
+) -> list[str]:
+    """``is_mxfp8``: 1x32 blocks would be declared as MXFP8, not as blocks of any size."""
+    if dialect is Dialect.HF_FP8 and not (block == _MX_BLOCK and is_mxfp8):
         return []
     if block == _MX_BLOCK:
         problem = f"{dialect.value} stores the scales of 1x32 blocks as E8M0 (--scales e8m0)"

@@ -295,8 +295,11 @@ class _Job:
             return
         with os.fdopen(descriptor, "r+b") as file:
             # Its last owner may have renamed it between our open and our lock.
-            free = _try_lock(descriptor, part, fcntl.LOCK_EX) and _is_at(part, descriptor)
-            if not free or self._is_done(shard) or _is_occupied(self._target):
+            if not (_try_lock(descriptor, part, fcntl.LOCK_EX) and _is_at(part, descriptor)):
+                yield None
+                return
+            if self._is_done(shard) or _is_occupied(self._target):
+                part.unlink(missing_ok=True)
                 yield None
                 return
             file.truncate(0)

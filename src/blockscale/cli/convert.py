@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockscale.cli.options import Json, Memory, Workers, crew_from
+from blockscale.cli.options import Json, Memory, ShardSize, Workers, bytes_from, crew_from
 from blockscale.cli.output import (
     ExitCode,
     console,
@@ -60,13 +60,14 @@ def convert(
     ] = False,
     workers: Workers = None,
     memory: Memory = None,
+    shard_size: ShardSize = "5GB",
     as_json: Json = False,
 ) -> int:
     """Rewrite names, config and storage of scales; what would change a value is refused.
 
     The same command goes on after an interruption; under torchrun all processes share the work.
     """
-    crew = crew_from(workers, memory)
+    crew, largest = crew_from(workers, memory), bytes_from("--shard-size", shard_size)
     from blockscale.checkpoint.convert import (
         ConvertOptions,
         Dialect,
@@ -78,7 +79,7 @@ def convert(
 
     checkpoint = read_checkpoint(source)
     exactness = Exactness.ALLOW_LOSSY if allow_lossy else Exactness.EXACT
-    options = ConvertOptions(Dialect(to.value), ScaleStorage(scales.value), exactness)
+    options = ConvertOptions(Dialect(to.value), ScaleStorage(scales.value), exactness, largest)
     with progress("converting", checkpoint.tensor_bytes, unit="bytes") as advance:
         summary = convert_checkpoint(checkpoint, target, options, advance, crew)
     if as_json:

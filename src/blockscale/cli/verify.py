@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,8 @@ from blockscale.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from blockscale.checkpoint.verify import LayerCheck, Verification
 
 SHOWN_LAYERS = 8
@@ -34,7 +37,9 @@ def verify(
             metavar="FLOAT_PATH", help="The float checkpoint it came from: compare every weight."
         ),
     ] = None,
-    all_layers: Annotated[bool, typer.Option("--all", help="Show every layer.")] = False,
+    all_layers: Annotated[
+        bool, typer.Option("--all", help="Show every layer and finding.")
+    ] = False,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a report, one page for a browser.")
     ] = None,
@@ -58,7 +63,8 @@ def verify(
     if as_json:
         print_json(_document(path, result))
     else:
-        _print(result, len(result.layers) if all_layers else SHOWN_LAYERS)
+        everything = max(len(result.layers), len(result.findings))
+        _print(result, everything if all_layers else SHOWN_LAYERS)
     return ExitCode.FINDING if result.has_fault else ExitCode.FINE
 
 
@@ -84,9 +90,23 @@ def _print(result: Verification, shown: int) -> None:
             out.print(f"and {hidden} more, {order} (--all shows them)")
     if result.findings:
         out.print()
-        print_findings(out, result.findings)
+        _print_findings(out, result, shown)
     if not result.has_fault:
         out.print("\nno fault found")
+
+
+def _print_findings(out: Console, result: Verification, shown: int) -> None:
+    """The first of each kind: a damaged checkpoint may have one for every layer."""
+    counts: Counter[str] = Counter()
+    first = []
+    for finding in result.findings:
+        counts[finding.code] += 1
+        if counts[finding.code] <= shown:
+            first.append(finding)
+    print_findings(out, first)
+    for code, count in counts.items():
+        if count > shown:
+            out.print(f"and {count - shown} more like {code} (--all shows them)")
 
 
 def _rows(checks: tuple[LayerCheck, ...]) -> Any:  # noqa: ANN401 - a rich table, imported late

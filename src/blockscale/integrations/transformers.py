@@ -89,7 +89,7 @@ def load_model(
         expert_slots_of,
         fill_experts,
     )
-    from blockscale.integrations.transformers_layers import fill, slots_of
+    from blockscale.integrations.transformers_layers import fill, observe, slots_of
 
     checkpoint = read_checkpoint(path)
     layers = read_layers(checkpoint)
@@ -104,8 +104,10 @@ def load_model(
     place = "cpu" if device.is_cpu else "cuda"
     experts = expert_slots_of(model, decided, checkpoint, layers)
     slots = slots_of(model, dense_part(decided), checkpoint, layers)
+    started = time.perf_counter()
     fill(model, slots, decided, place, progress)
     fill_experts(model, experts, decided, place, progress)
+    observe(model, time.perf_counter() - started)
     load_rest(model, checkpoint, layers, dtype)
     if not device.is_cpu:
         nn.Module.to(model, "cuda")

@@ -7,16 +7,21 @@ holds them is called with tokens, expert ids and routing weights, as ``BlockScal
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from blockscale.checkpoint.experts import stored_experts
 from blockscale.checkpoint.requests import Merging, RequestOptions, merged_layers
 from blockscale.errors import ModelError
+from blockscale.formats import ceil_div
+from blockscale.integrations.transformers_layers import Reserved, as_entry
+from blockscale.modules.experts import BlockScaledExperts
+from blockscale.modules.restore import restore_weight
 from blockscale.planning.expert_sets import W2, W13, experts_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
     from torch import nn
@@ -24,9 +29,10 @@ if TYPE_CHECKING:
 
     from blockscale.checkpoint.experts import StoredExperts
     from blockscale.checkpoint.read import Checkpoint
-    from blockscale.checkpoint.schema import Layers
+    from blockscale.checkpoint.schema import Layers, QuantizedLayer
     from blockscale.planning.expert_sets import ExpertsPlan
     from blockscale.planning.plan import ModelPlan
+    from blockscale.tensor import BlockScaledTensor
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
@@ -86,14 +92,64 @@ def fill_experts(
 
     ``progress`` counts planned layers, two for each set.
     """
-    from blockscale.modules.experts import BlockScaledExperts
-
     for slot in slots:
         layer = BlockScaledExperts(slot.plan, slot.w13.read, slot.w2.read, plan.policy, place)
         layer.train(model.training)
         model.set_submodule(slot.module, layer)
         if progress is not None:
             progress(2)
+
+
+def reserve_experts(model: PreTrainedModel, slots: Sequence[ExpertSlot]) -> None:
+    """Take the slots' modules out; transformers then neither loads nor misses their tensors."""
+    patterns = set(model._keys_to_ignore_on_load_unexpected or ())  # noqa: SLF001 - the attribute by which a model names tensors that it does not want
+    for slot in slots:
+        model.set_submodule(slot.module, Reserved())
+        # Whatever becomes of the stored names in transformers' table, it stays below the module.
+        name = re.sub(r"[0-9]+", "[0-9]+", re.escape(slot.module))
+        patterns.add(rf"^{name}\.")
+    model._keys_to_ignore_on_load_unexpected = patterns  # noqa: SLF001 - as above
+
+
+def with_stored_experts(
+    model: PreTrainedModel, slots: Sequence[ExpertSlot], tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """``tensors`` of the model, its planned experts as the checkpoint stores them.
+
+    Names are the checkpoint's below the experts' module. Raises ModelError if they were
+    requantized.
+    """
+    for slot in slots:
+        layer = model.get_submodule(slot.module)
+        assert isinstance(layer, BlockScaledExperts)  # PEFT has no class that wraps experts.
+        for name in list(tensors):
+            if name.startswith(slot.module + "."):
+                del tensors[name]
+        for stored, plan, stack in (
+            (slot.w13, slot.plan.w13, layer.w13),
+            (slot.w2, slot.plan.w2, layer.w2),
+        ):
+            for part, codes, scales in _parts(stored, restore_weight(plan, stack)):
+                # Copies in host memory: tensors that share a storage are taken for tied weights.
+                tensors[part.weight.name] = as_entry(codes, part.weight).to("cpu", copy=True)
+                tensors[part.scale.name] = as_entry(scales, part.scale).to("cpu", copy=True)
+    return tensors
+
+
+def _parts(
+    stored: StoredExperts, whole: BlockScaledTensor
+) -> Iterator[tuple[QuantizedLayer, torch.Tensor, torch.Tensor]]:
+    """Every stored weight with its rows of codes and of scales."""
+    block = whole.format.block.mn
+    for number, parts in enumerate(stored.members):
+        codes, scales = whole.data, whole.scales
+        if not stored.stacked:
+            codes, scales = codes[number], scales[number]
+        first = 0
+        for part in parts:
+            begin, end = first // block, ceil_div(first + part.n, block)
+            yield part, codes[..., first : first + part.n, :], scales[..., begin:end, :]
+            first += part.n
 
 
 def _module_name(model: PreTrainedModel, stored: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,12 +65,6 @@ def slots_of(
     Raises ModelError, naming the layer, if the model class has no such module, or one of another
     shape or with another idea of a bias.
     """
-    if any(layer.request.experts is not None for layer in plan.layers):
-        msg = (
-            f"{checkpoint.path} has experts, which only blockscale.integrations.transformers"
-            ".load_model puts into a model yet"
-        )
-        raise ModelError(msg)
     stored = {layer.name: layer for layer in layers.quantized}
     names = _module_names(model, [stored[layer.name] for layer in plan.layers])
     slots = []
@@ -108,10 +101,8 @@ def fill(
 ) -> None:
     """Read, prepare and insert every slot's layer on ``place``; ``progress`` counts them.
 
-    No weight passes through another dtype, and no scale is cast. The model then has
-    ``blockscale_report()``, and NVTX ranges if the environment asks for them.
+    No weight passes through another dtype, and no scale is cast.
     """
-    started = time.perf_counter()
     for slot in slots:
         bias = None if slot.bias is None else read_tensor(slot.bias).to(place)
         # Prepared where it will run: providers compile and check on their own device.
@@ -121,10 +112,14 @@ def fill(
         model.set_submodule(slot.module, layer)
         if progress is not None:
             progress(1)
-    _observe(model, time.perf_counter() - started)
 
 
-def _observe(model: PreTrainedModel, seconds: float) -> None:
+def observe(model: PreTrainedModel, seconds: float) -> None:
+    """Log that every layer was prepared, in ``seconds``, and give the model its report.
+
+    ``model.blockscale_report()`` says what runs; layers mark a profiler's timeline if the
+    environment asks for ranges.
+    """
     report = report_of(model)
     events.emit(
         Kind.PREPARE,
@@ -165,7 +160,7 @@ def stored_tensors(model: PreTrainedModel, slots: Sequence[Slot]) -> dict[str, t
         ):
             if entry is not None and tensor is not None:
                 name = slot.module + entry.name.removeprefix(slot.stored.name)
-                found[name] = _as_entry(tensor, entry)
+                found[name] = as_entry(tensor, entry)
     return found
 
 
@@ -184,7 +179,8 @@ def renamed_tensors(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, 
     return names
 
 
-def _as_entry(tensor: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+def as_entry(tensor: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+    """The dtype and shape that the file has for it; values came from there, so it is exact."""
     wanted = TORCH_DTYPES[entry.dtype]
     if tensor.dtype is not wanted:
         # Exponent bytes have two names in files; BF16 scales and biases are float32 here, and came

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,20 @@ from blockscale.checkpoint.read import read_checkpoint
 from blockscale.checkpoint.schema import read_layers
 from blockscale.errors import ModelError
 from blockscale.integrations.transformers import plan_modules
-from blockscale.integrations.transformers_layers import fill, reserve, slots_of, stored_tensors
+from blockscale.integrations.transformers_experts import (
+    dense_part,
+    expert_slots_of,
+    fill_experts,
+    reserve_experts,
+    with_stored_experts,
+)
+from blockscale.integrations.transformers_layers import (
+    fill,
+    observe,
+    reserve,
+    slots_of,
+    stored_tensors,
+)
 from blockscale.planning.device import Device
 from blockscale.probe import detect_device
 from blockscale.probe.machine import installed_packages
@@ -40,6 +54,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from blockscale.checkpoint.read import Checkpoint
+    from blockscale.integrations.transformers_experts import ExpertSlot
     from blockscale.integrations.transformers_layers import Slot
     from blockscale.planning.plan import ModelPlan
     from blockscale.planning.policy import PlanPolicy
@@ -83,6 +98,7 @@ class BlockScaleQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.plan: ModelPlan | None = None
         self._slots: tuple[Slot, ...] = ()
+        self._experts: tuple[ExpertSlot, ...] = ()
 
     def update_device_map(self, device_map: Any) -> Any:  # noqa: ANN401 - a name, a device or a dict
         """One device, where transformers leaves the choice open: the GPU if there is one.
@@ -120,15 +136,20 @@ class BlockScaleQuantizer(HfQuantizer):
             _device_of(device_map),
             config.policy,
         )
-        self._slots = slots_of(model, self.plan, checkpoint, layers)
+        self._experts = expert_slots_of(model, self.plan, checkpoint, layers)
+        self._slots = slots_of(model, dense_part(self.plan), checkpoint, layers)
         reserve(model, self._slots)
+        reserve_experts(model, self._experts)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
         assert self.plan is not None
         places = {parameter.device for parameter in model.parameters()}
         if len(places) > 1:
             raise _spread(places)
+        started = time.perf_counter()
         fill(model, self._slots, self.plan, model.device)
+        fill_experts(model, self._experts, self.plan, model.device)
+        observe(model, time.perf_counter() - started)
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
@@ -136,7 +157,8 @@ class BlockScaleQuantizer(HfQuantizer):
         """The checkpoint's own tensors, or None where only adapters are saved."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
-        return stored_tensors(model, self._slots), {}
+        tensors = stored_tensors(model, self._slots)
+        return with_stored_experts(model, self._experts, tensors), {}
 
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` works: yes, and gives the same tensors back."""

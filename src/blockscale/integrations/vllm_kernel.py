@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 BATCH_INVARIANCE = (
     "a plan may run other kernels for other batch sizes, and VLLM_BATCH_INVARIANT is set"
 )
+OFFLOADING = "vLLM offloads weights, and a prepared weight must stay where it is"
 
 
 class BlockscaleBlockFp8Kernel(Fp8BlockScaledMMLinearKernel):  # type: ignore[misc]  # vLLM is not installed where types are checked
@@ -67,7 +68,7 @@ class BlockscaleBlockFp8Kernel(Fp8BlockScaledMMLinearKernel):  # type: ignore[mi
             request = plugin.request_of_config(config)
         except FormatError as error:
             return False, str(error)
-        answer = BATCH_INVARIANCE if envs.VLLM_BATCH_INVARIANT else take(request)
+        answer = _why_never() or take(request)
         if not isinstance(answer, str):
             return True, None
         log_refusal(request.name, answer)
@@ -103,6 +104,17 @@ class BlockscaleBlockFp8Kernel(Fp8BlockScaledMMLinearKernel):  # type: ignore[mi
     def apply_block_scaled_mm(self, *_: object, **__: object) -> torch.Tensor:
         """Never called: ``apply_weights`` is overridden."""
         raise NotImplementedError
+
+
+def _why_never() -> str | None:
+    """What in vLLM's configuration keeps every layer away from here, if anything."""
+    if envs.VLLM_BATCH_INVARIANT:
+        return BATCH_INVARIANCE
+    offload = getattr(get_current_vllm_config_or_none(), "offload_config", None)
+    if offload is None:
+        return None
+    is_offloading = offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0
+    return OFFLOADING if is_offloading else None
 
 
 def _tell_compile_cache(name: str) -> None:

@@ -51,8 +51,9 @@ class BlockScaledLinear(nn.Module):
 
     The weight is frozen: where autograd records, the activation gets the gradient of the product
     with the dequantized weight (quantizing activations counts as the identity), so that adapters
-    before and beside this layer can be trained. ``.to(device)`` moves data and scales; dtype casts
-    (``.half()``) touch the bias alone, because FP8 codes have no other dtype.
+    before and beside this layer can be trained. ``.to(device)`` moves data and scales, to another
+    device of the same kind: a plan for a CPU says nothing about a GPU. Dtype casts (``.half()``)
+    touch the bias alone, because FP8 codes have no other dtype.
 
     Raises PlanError if the plan does not fit the weight, BackendError if a provider fails.
     """
@@ -175,6 +176,12 @@ class BlockScaledLinear(nn.Module):
     ) -> BlockScaledLinear:
         # torch's own _apply would cast FP8 codes and drop the strides of padded layouts.
         device = fn(torch.empty(0, device=self._weight.device)).device
+        if device.type != self._weight.device.type:
+            msg = (
+                f"layer {self.plan.name!r} was planned for {self._weight.device.type}, not for "
+                f"{device.type}; plan and load it again for that device"
+            )
+            raise ModelError(msg)
         if device != self._weight.device:
             self._hold(self._weight.to(device), self._handle)
         if self.bias is not None:

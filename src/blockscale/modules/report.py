@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from blockscale.modules.experts import BlockScaledExperts
 from blockscale.modules.linear import BlockScaledLinear
 from blockscale.planning.explain import layer_groups
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from blockscale.planning.plan import LinearPlan
+    from blockscale.tensor import BlockScaledTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +22,16 @@ class LayerReport:
     """One planned layer as it is in memory.
 
     ``module``: its name in the model; ``layer``: in the checkpoint. ``backends``: in order of
-    rising M. ``bytes``: of codes and scales, padding included. ``updates``: times it took new
-    weights. ``lossless`` None: nobody knew when it was planned.
+    rising M. ``experts``: how many are stacked, None for a linear layer. ``bytes``: of codes and
+    scales, padding included. ``updates``: times a linear layer took new weights. ``lossless`` None:
+    nobody knew when it was planned.
     """
 
     module: str
     layer: str
     n: int
     k: int
+    experts: int | None
     backends: tuple[str, ...]
     format: str
     scale_layout: str
@@ -35,7 +39,7 @@ class LayerReport:
     lossless: bool | None
     bytes: int
     device: str
-    updates: int
+    updates: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +83,31 @@ class ModelReport:
 
 
 def report_of(model: nn.Module) -> ModelReport:
-    """What ``model``'s planned layers run now."""
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, BlockScaledLinear)]
-    return ModelReport(
-        tuple(_layer(name, module) for name, module in found),
-        tuple(module.plan for _, module in found),
-    )
+    """What ``model``'s planned layers run now; experts are two layers, w13 and w2."""
+    layers: list[LayerReport] = []
+    plans: list[LinearPlan] = []
+    for name, module in model.named_modules():
+        if isinstance(module, BlockScaledLinear):
+            found = [(module.plan, module.weight)]
+        elif isinstance(module, BlockScaledExperts):
+            found = [(module.plan.w13, module.w13), (module.plan.w2, module.w2)]
+        else:
+            continue
+        updates = module.updates if isinstance(module, BlockScaledLinear) else None
+        layers += [_layer(name, plan, weight, updates) for plan, weight in found]
+        plans += [plan for plan, _ in found]
+    return ModelReport(tuple(layers), tuple(plans))
 
 
-def _layer(name: str, module: BlockScaledLinear) -> LayerReport:
-    plan, weight = module.plan, module.weight
+def _layer(
+    module: str, plan: LinearPlan, weight: BlockScaledTensor, updates: int | None
+) -> LayerReport:
     return LayerReport(
-        module=name,
+        module=module,
         layer=plan.name,
         n=plan.request.n,
         k=plan.request.k,
+        experts=plan.request.experts,
         backends=plan.backends,
         format=weight.format.name,
         scale_layout=weight.layout.name,
@@ -101,5 +115,5 @@ def _layer(name: str, module: BlockScaledLinear) -> LayerReport:
         lossless=plan.is_lossless,
         bytes=weight.nbytes,
         device=str(weight.device),
-        updates=module.updates,
+        updates=updates,
     )

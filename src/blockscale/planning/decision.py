@@ -48,11 +48,16 @@ class Obstacle(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """One reason why one backend may not serve the layer, in words a person can act on."""
+    """One reason why one backend may not serve the layer, in words a person can act on.
+
+    ``copy_bytes``: what a second prepared copy of the weight would take, where that is the
+    obstacle.
+    """
 
     backend: str
     obstacle: Obstacle
     reason: str
+    copy_bytes: int | None = None
 
 
 class Evidence(Enum):

@@ -28,6 +28,7 @@ def findings_of(
         *_unservable(layers),
         *_split_blocks(layers),
         *_unread_scales(layers, if_powers_of_two),
+        *_second_copies(layers),
         *_plan_only(layers),
     ]
 
@@ -84,6 +85,27 @@ def _unread_scales(
             "case with --allow-lossy",
         )
         for (now, then), count in counts.items()
+    ]
+
+
+def _second_copies(layers: Iterable[LinearPlan]) -> list[Finding]:
+    """What keeping two prepared forms would take: a plan keeps one."""
+    counts: dict[str, int] = defaultdict(int)
+    sizes: dict[str, int] = defaultdict(int)
+    for plan in layers:
+        for rejection in plan.rejected:
+            if rejection.copy_bytes is not None:
+                counts[rejection.backend] += 1
+                sizes[rejection.backend] += rejection.copy_bytes
+    return [
+        Finding(
+            Severity.NOTE,
+            "second_copy",
+            f"{backend} would serve some numbers of tokens in {layer_count(count)}, but reads the "
+            f"weights in another form; second prepared copies would cost {sizes[backend]} bytes "
+            "on this rank, and a plan keeps one",
+        )
+        for backend, count in counts.items()
     ]
 
 

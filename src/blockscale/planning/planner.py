@@ -371,6 +371,7 @@ def _second_copy(offer: Offer, anchor: Offer, request: LinearRequest) -> Rejecti
         Obstacle.WEIGHT_FORM,
         f"serves {offer.m_range} but reads {offer.weight.format} scales in {offer.weight.layout}, "
         f"unlike {anchor.backend}; a second prepared copy would cost {extra} bytes",
+        extra,
     )
 
 

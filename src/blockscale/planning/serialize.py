@@ -119,11 +119,15 @@ class ChoiceDocument(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=T
 
 
 class RejectionDocument(msgspec.Struct, forbid_unknown_fields=True):
-    """One reason why one backend does not serve the layer."""
+    """One reason why one backend does not serve the layer.
+
+    ``copy_bytes`` is absent unless it would need a second prepared copy of the weight.
+    """
 
     backend: str
     obstacle: Obstacle
     reason: str
+    copy_bytes: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class LayerDocument(msgspec.Struct, forbid_unknown_fields=True):
@@ -288,7 +292,7 @@ def _layer_document(plan: LinearPlan) -> LayerDocument:
         activation_scale_layout=last.layout.name if last else None,
         conversion=plan.conversion,
         lossless=plan.is_lossless,
-        rejected=[RejectionDocument(r.backend, r.obstacle, r.reason) for r in plan.rejected],
+        rejected=[_rejection_document(r) for r in plan.rejected],
         format=request.format.name,
         activation_dtype=request.activation_dtype,
         out_dtype=request.out_dtype,
@@ -303,6 +307,21 @@ def _layer_document(plan: LinearPlan) -> LayerDocument:
             request.shard.remedy or msgspec.UNSET,
         ),
         experts=request.experts,
+    )
+
+
+def _rejection_document(rejection: Rejection) -> RejectionDocument:
+    extra = msgspec.UNSET if rejection.copy_bytes is None else rejection.copy_bytes
+    return RejectionDocument(rejection.backend, rejection.obstacle, rejection.reason, extra)
+
+
+def _rejection(document: RejectionDocument) -> Rejection:
+    extra = document.copy_bytes
+    return Rejection(
+        document.backend,
+        document.obstacle,
+        document.reason,
+        None if isinstance(extra, msgspec.UnsetType) else extra,
     )
 
 
@@ -353,7 +372,7 @@ def _layer(document: LayerDocument) -> LinearPlan:
         weight,
         document.conversion,
         document.lossless,
-        tuple(Rejection(r.backend, r.obstacle, r.reason) for r in document.rejected),
+        tuple(_rejection(r) for r in document.rejected),
     )
 
 

@@ -105,11 +105,14 @@ def minimax_m25() -> ModelShape:
     return ModelShape("MiniMax-M2.5", config, tuple(tensors))
 
 
-def deepseek_v3() -> ModelShape:
-    """DeepSeek-V3 without its MTP layer: 45,000 FP8 weights and as many scales."""
+def deepseek_v3(layers: int = 61) -> ModelShape:
+    """DeepSeek-V3 without its MTP layer: 45,000 FP8 weights and as many scales.
+
+    More or fewer ``layers`` than its 61 give a larger or smaller checkpoint of the same kind.
+    """
     hidden, heads, experts = 7168, 128, 256
     tensors = [TensorShape("model.embed_tokens.weight", "BF16", (129280, hidden))]
-    for layer in range(61):
+    for layer in range(layers):
         prefix = f"model.layers.{layer}"
         attention = f"{prefix}.self_attn"
         tensors += _linear(f"{attention}.q_a_proj", 1536, hidden)
