@@ -23,7 +23,6 @@ COMMANDS = ("blockscale ", "python ", "pip ", "make ", "vllm ", "docker ", "git 
 # Blocks that tests do not run: (document, how the block begins, why). Reviewed one by one.
 NOT_RUN = [
     ("README.md", "make demo", "installs; CI runs the same commands"),
-    ("README.md", "from blockscale.integrations.transformers import load_model", "ends in ..."),
     ("docs/transformers.md", "from transformers import AutoModelForCausalLM", "ends in ..."),
     ("docs/clients/vllm.md", "pip install blockscale", "a server; `make test-vllm` runs it"),
     ("docs/clients/sglang.md", "pip install blockscale", "a server that needs a GPU"),

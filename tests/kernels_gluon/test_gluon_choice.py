@@ -126,12 +126,13 @@ def test_a_ragged_last_column_of_half_a_tile_may_be_narrow() -> None:
     assert narrow == {256: (16 * 16, 16), 128: (32 * 16, 32)}
 
 
-def test_tiles_of_192_columns_serve_what_they_divide() -> None:
-    """2112 = 11 x 192 and 576 = 3 x 192."""
-    for n in (2112, 576):
-        work = choose(4096, n, 7168, 2, PROCESSORS)
-        assert isinstance(work, DenseWork)
-        assert (work.variant.columns, work.column_tiles) == (192, n // 192)
+def test_tiles_of_192_columns_are_offered_and_fill_a_round() -> None:
+    """2112 = 11 x 192; 1024 x 3072 is 128 tiles of 128x192 for 132 multiprocessors."""
+    works = [w for w in candidates(4096, 2112, 7168, 2, PROCESSORS) if isinstance(w, DenseWork)]
+    assert 11 in {w.column_tiles for w in works if w.variant.columns == 192}
+    chosen = choose(1024, 3072, 6144, 2, PROCESSORS)
+    assert isinstance(chosen, DenseWork)
+    assert (chosen.variant.columns, chosen.items) == (192, 128)
 
 
 @pytest.mark.parametrize("out_bytes", [2, 4])

@@ -78,17 +78,17 @@ class Costs:
     workspace: float
 
 
-SMALL = Costs(171.6, 242.1, 7792.0, 5012.0, 308.6, 1954.0, 17.0)
-DENSE = Costs(1644.0, 63.6, 6316.0, 3135.0, 881.4, 57.1, 13.7)
+SMALL = Costs(140.3, 247.7, 7792.0, 4955.0, 315.3, 1658.0, 17.0)
+DENSE = Costs(2015.0, 63.8, 6683.0, 2999.0, 950.3, 70.4, 12.9)
 # A small-M program's chain for one K block.
-SMALL_BLOCK_CLOCKS = 226.7
+SMALL_BLOCK_CLOCKS = 295.4
 # From a program's first copy to its first wave, and its end; how fast it writes results.
-SMALL_TURN_CLOCKS = 900.0
-SMALL_WRITE_RATE = 16.0
+SMALL_TURN_CLOCKS = 781.6
+SMALL_WRITE_RATE = 15.6
 # From the end of a dense consumer's wave to the start of its next, with its two barriers.
-WAVE_OVERHEAD_CLOCKS = 136.7
+WAVE_OVERHEAD_CLOCKS = 144.3
 # Rounding and staging one wave's rows, beside their bytes.
-WRITE_CLOCKS = 660.7
+WRITE_CLOCKS = 672.2
 
 
 @lru_cache(maxsize=8192)
