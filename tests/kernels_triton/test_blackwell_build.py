@@ -60,6 +60,17 @@ def test_float32_scales_are_promoted_from_fp8_products(m: int) -> None:
     assert fused >= elements
 
 
+def test_the_smallest_tile_multiplies_in_float16() -> None:
+    """Few tokens, few columns: too small for tensor memory, and E4M3 is exact in float16."""
+    from blockscale.kernels.triton.product import gemm_variant
+
+    weight = quantize(torch.zeros(256, 512), FP8_128X128_FP32)
+    tile = tile_for(Product(1, 256, 512, 128, 128, (10, 0), 148))
+    assert (tile.rows, tile.columns) == (16, 16)
+    compiled = gemm_variant(weight, tile, torch.float16, is_aligned=True).compile(100)
+    assert products(compiled.asm["ptx"]) == {"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"}
+
+
 def test_hopper_multiplies_fp8_codes() -> None:
     """The same kernel on sm_90: E4M3 operands, none turned into bfloat16."""
     from blockscale.kernels.triton.product import gemm_variant
