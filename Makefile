@@ -45,8 +45,9 @@ weights: install
 demo: weights
 	$(PYTHON) tools/demo.py --weights $(WEIGHTS)
 
+# A file's tests stay on one core, with what its fixtures made.
 test: weights
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto --dist loadfile
 
 # The Triton kernels' arithmetic on the CPU, bit for bit: minutes, so not part of `make test`.
 test-kernels: install

@@ -42,8 +42,9 @@ OVERLAPPING = [
 ]
 FORMS = [*HALVES, *FLOATS, *OVERLAPPING]
 # Instructions of one K block, all included; DeepGEMM's 256x128 loop has about 185
-# (facts/kernels.md 2.5). By waves and columns; 2026-11-25, ptxas 12.8: 213, 125, 95 and 82.
-MOST_INSTRUCTIONS = {(2, 128): 216, (1, 128): 128, (1, 64): 98, (1, 32): 86}
+# (facts/kernels.md 2.5). By waves and columns; 2026-11-25, ptxas 12.8: 213, 179,
+# 125, 95 and 82.
+MOST_INSTRUCTIONS = {(2, 128): 216, (1, 192): 184, (1, 128): 128, (1, 64): 98, (1, 32): 86}
 # In the loop these mean a stall or a detour through memory.
 NOT_IN_A_LOOP = {"LDG", "LDL", "STL", "STG", "R2UR", "FADD", "MUFU"}
 WAITING = {"BAR", "SYNCS", "LDS"}
@@ -68,7 +69,7 @@ def loops(form: Form) -> list[list[str]]:
 def test_nothing_spills_and_shared_memory_fits(form: Form) -> None:
     found = sass.resources(compiled(form).asm["ptx"])
     assert (found.spilled_bytes, found.stack_bytes) == (0, 0)
-    has_all = isinstance(form.variant, DenseVariant) and form.variant.consumers == CONSUMERS
+    has_all = isinstance(form.variant, DenseVariant) and form.variant.beside == 1
     assert compiled(form).metadata.shared <= (SHARED_BYTES if has_all else HALF_SHARED_BYTES)
     assert "LDL" not in sass.count(code(form))
 
@@ -84,8 +85,9 @@ def test_the_loop_multiplies_on_fp8_tensor_cores_and_promotes_by_one_ffma(form: 
         widths = [columns, columns // 2] * 2
     found = [sass.count(loop) for loop in loops(form)]
     assert sorted(loop["FFMA"] for loop in found) == sorted(64 * w // 128 * waves for w in widths)
-    # Four wgmmas of 32 along K for each wave.
-    assert {loop["QGMMA"] for loop in found} == {4 * waves}
+    # Four wgmmas of 32 along K for each wave, and for each part of a tile.
+    parts = 2 if is_dense and variant.rest else 1
+    assert {loop["QGMMA"] for loop in found} == {4 * waves * parts}
     for loop in found:
         assert not NOT_IN_A_LOOP & set(loop)
         if is_dense:
