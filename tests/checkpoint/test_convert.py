@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blockscale.checkpoint import convert as converting
 from blockscale.checkpoint.convert import (
     ConvertOptions,
     ConvertSummary,
@@ -328,18 +327,16 @@ def test_only_layers_that_must_change_do(ue8m0_checkpoint: Path, tmp_path: Path)
     )
 
 
-def test_lossy_stacks_with_scales_before_weights_in_other_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lossy_stacks_with_scales_before_weights_in_other_files(tmp_path: Path) -> None:
     """As transformers saves: all scales first; here each tensor in a file of its own."""
-    monkeypatch.setattr(converting, "MAX_SHARD_BYTES", 1)
     generator = torch.Generator().manual_seed(1)
     tensors = {
         "a.experts.w2_scale_inv": torch.rand(3, 2, 2, generator=generator) + 0.1,
         "a.experts.w2": codes(3, 192, 160),
     }
     source = write(tmp_path / "source", tensors, V3)
-    (loss,) = lossy(source, tmp_path / "out").losses
+    options = ConvertOptions(HF, E8M0, Exactness.ALLOW_LOSSY, max_shard_bytes=1)
+    (loss,) = convert_checkpoint(read_checkpoint(source), tmp_path / "out", options).losses
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
     (layer,) = read_layers(read_checkpoint(source)).quantized
     wanted = requantize(read_block_scaled(layer), FP8_128X128_UE8M0)
