@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 # Beyond MAX_SMALL_M the small-M kernel would read weights from L2 more than four times. Dense tiles
 # of 64 rows are for FEW_M tokens and more, taller ones for more than SMALL_M.
 FEW_M, SMALL_M, MAX_SMALL_M = 17, 64, 256
-# A multiple of DENSE_TILES' lowest: more rows of tiles than this are better served by taller tiles.
+# Above this, tiles of 64 rows read each weight from L2 more than eight times.
 MAX_LOW_M = 512
 TOKEN_TILES = (8, 16, 32, 64)
 WEIGHT_TILES = (64, 128)
@@ -85,7 +85,7 @@ SMALL_BLOCK_CLOCKS = 295.4
 # From a program's first copy to its first wave, and its end; how fast it writes results.
 SMALL_TURN_CLOCKS = 781.6
 SMALL_WRITE_RATE = 15.6
-# From the end of a dense consumer's wave to the start of its next, with its two barriers.
+# From the end of a dense consumer's wave to the start of its next, beside its FFMAs.
 WAVE_OVERHEAD_CLOCKS = 144.3
 # Rounding and staging one wave's rows, beside their bytes.
 WRITE_CLOCKS = 672.2

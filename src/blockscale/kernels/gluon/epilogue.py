@@ -7,6 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from blockscale.kernels.gluon.dialect import store_box
+from blockscale.kernels.gluon.waves import wave_layout
 
 
 @gluon.jit
@@ -14,9 +15,7 @@ def _halves(values, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     """The left and the right half of the columns; both stay in the registers they are in."""
     parts = gl.permute(gl.reshape(values, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
     left, right = gl.split(parts)
-    HALF: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS // 2, 32]
-    )
+    HALF: gl.constexpr = wave_layout(COLUMNS // 2)
     left = gl.convert_layout(left, HALF, assert_trivial=True)
     right = gl.convert_layout(right, HALF, assert_trivial=True)
     return left, right
