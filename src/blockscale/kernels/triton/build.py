@@ -66,6 +66,10 @@ class Variant:
         """What Triton's compiler takes."""
         signature = {name: kind for name, kind, _ in self.arguments}
         signature.update({name: "constexpr" for name, _ in self.constants})
+        # A launch passes values by place, so a name out of order would be another's value.
+        if list(signature) != self.kernel.arg_names:
+            msg = f"{self.kernel.__name__} takes {self.kernel.arg_names}, not {list(signature)}"
+            raise TypeError(msg)
         places = {name: (self.kernel.arg_names.index(name),) for name in signature}
         return ASTSource(
             self.kernel,

@@ -77,7 +77,6 @@ class QuantizerSpec:
             ("SCALE_KIND", _KINDS[self.layout.packing]),
             # See arithmetic.divide_exactly.
             ("CORRECTIONS", 1 if self.is_half else 2),
-            ("OVERLAP", self.overlaps),
         )
 
     def outputs(self) -> tuple[tuple[str, str, int], ...]:

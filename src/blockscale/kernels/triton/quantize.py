@@ -195,7 +195,12 @@ def _tiled(spec: QuantizerSpec, kernel: object, name: str, alignment: int) -> Va
         ("values_stride", "i32", max(1, alignment // spec.dtype.itemsize)),
         *spec.extents(),
     )
-    constants = (("TILE_ROWS", TILE_ROWS), ("TILE_COLUMNS", TILE_COLUMNS), *spec.constants())
+    constants = (
+        ("TILE_ROWS", TILE_ROWS),
+        ("TILE_COLUMNS", TILE_COLUMNS),
+        *spec.constants(),
+        ("OVERLAP", spec.overlaps),
+    )
     return Variant(kernel, arguments, constants, NUM_WARPS, overlaps=spec.overlaps)
 
 
@@ -223,6 +228,7 @@ def _normalizing(spec: QuantizerSpec, alignment: int, ahead: int, *, has_residua
         ("AHEAD", ahead),
         ("HAS_RESIDUAL", has_residual),
         *spec.constants(),
+        ("OVERLAP", spec.overlaps),
     )
     return Variant(
         normalize_quantize_kernel,

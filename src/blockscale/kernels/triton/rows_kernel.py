@@ -157,7 +157,8 @@ def gather_quantize_kernel(
     CORRECTIONS: tl.constexpr,
 ):
     """Each row's token of ``values`` (tokens, columns), quantized: ``choices`` for each token."""
-    row, block, column = locate_tile(columns, 0, TILE_ROWS, TILE_COLUMNS, BLOCK)
+    tile = tl.program_id(0)
+    row, block, column = locate_tile(tile, columns, 0, TILE_ROWS, TILE_COLUMNS, BLOCK)
     choice = tl.load(source + row, mask=row < rows, other=-1)
     if tl.max(choice, 0) >= 0:
         token = (choice // choices).to(tl.int64)
@@ -202,7 +203,8 @@ def silu_multiply_quantize_rows_kernel(
     CORRECTIONS: tl.constexpr,
 ):
     """silu(gate) * up of ``gate_up`` (rows, 2 columns), contiguous, quantized row for row."""
-    row, block, column = locate_tile(columns, 0, TILE_ROWS, TILE_COLUMNS, BLOCK)
+    tile = tl.program_id(0)
+    row, block, column = locate_tile(tile, columns, 0, TILE_ROWS, TILE_COLUMNS, BLOCK)
     choice = tl.load(source + row, mask=row < rows, other=-1)
     if tl.max(choice, 0) >= 0:
         is_row = choice >= 0
