@@ -14,6 +14,7 @@ from blockscale import events
 from blockscale.backends.registry import BACKENDS
 from blockscale.events import JsonLines, Kind
 from blockscale.formats import FP8_128X128_FP32, DType
+from blockscale.modules.experts import BlockScaledExperts
 from blockscale.modules.linear import BlockScaledLinear
 from blockscale.modules.ranges import add_nvtx_ranges
 from blockscale.modules.report import report_of
@@ -22,7 +23,8 @@ from blockscale.planning.planner import plan_model
 from blockscale.planning.policy import PlanPolicy
 from blockscale.planning.request import LinearRequest
 from blockscale.probe.proving import prove
-from blockscale.reference import quantize
+from blockscale.reference import expert_of, quantize
+from blockscale.testing import expert_cases
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,6 +86,19 @@ def test_prepare_and_update_name_their_layer(everything: pytest.LogCaptureFixtur
     assert updated["updates"] == 1
 
 
+def test_experts_are_prepared_stack_by_stack_and_updated_one_by_one(
+    everything: pytest.LogCaptureFixture,
+) -> None:
+    w13, w2 = expert_cases.exact_weights()
+    layer = BlockScaledExperts(expert_cases.plan_for(), w13, w2)
+    layer.update_expert(4, [expert_of(w13, 0)], [expert_of(w2, 0)])
+    prepared, (updated,) = facts(everything, "prepare"), facts(everything, "update")
+    assert [record["layer"] for record in prepared] == ["mlp.experts.w13", "mlp.experts.w2"]
+    assert [record["bytes"] for record in prepared] == [w13.nbytes, w2.nbytes]
+    assert (updated["layer"], updated["expert"], updated["updates"]) == ("mlp.experts", 4, 1)
+    assert {entry.updates for entry in report_of(layer).layers} == {1}
+
+
 def test_a_probe_is_a_record_for_each_dtype(everything: pytest.LogCaptureFixture) -> None:
     from blockscale.backends.reference import Reference
 
@@ -133,6 +148,16 @@ def test_ranges_open_and_close_around_every_layer(monkeypatch: pytest.MonkeyPatc
         handle.remove()
     layer(torch.zeros(2, K))
     assert len(marks) == 4
+
+
+def test_experts_mark_their_time_as_one_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks: list[str] = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", marks.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: marks.append("end"))
+    layer = BlockScaledExperts(expert_cases.plan_for(), *expert_cases.exact_weights())
+    add_nvtx_ranges(layer)
+    layer(expert_cases.exact_tokens(2), *expert_cases.routing(2))
+    assert marks == ["blockscale mlp.experts (cpu)", "end"]
 
 
 def test_a_report_says_what_runs() -> None:

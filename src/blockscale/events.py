@@ -9,7 +9,7 @@ comparison. Decisions are never made here.
 logger          level    one record for
 ==============  =======  =======================================================================
 ``.plan``       INFO     a planned model: layers of each backend, conversions, findings
-``.prepare``    DEBUG    a layer whose weight was prepared: backend, conversion, bytes, seconds
+``.prepare``    DEBUG    a layer or stack that was prepared: backend, conversion, bytes, seconds
 ``.prepare``    INFO     a model whose layers were all prepared
 ``.probe``      INFO     a backend that was proven or failed, WARNING if it failed
 ``.update``     INFO     new weights that were taken, WARNING if they were refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -12,6 +13,7 @@ from torch import nn
 from blockscale import expert_ops
 from blockscale.backends.registry import runnable_backend_named
 from blockscale.errors import ModelError
+from blockscale.modules.announce import announce_prepared, announce_updated_expert
 from blockscale.modules.prepare import check_parts, convert_into, prepare_experts, prepare_stack
 from blockscale.planning.policy import PlanPolicy
 from blockscale.reference import expert_of
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from blockscale.planning.expert_sets import ExpertsPlan
+    from blockscale.planning.plan import LinearPlan
 
 # A stack (experts, n, k) in memory, or what reads one expert's parts, rows after rows.
 ExpertWeights: TypeAlias = BlockScaledTensor | Callable[[int], Iterable[BlockScaledTensor]]
@@ -61,15 +64,12 @@ class BlockScaledExperts(nn.Module):
         self.plan = plan
         self._policy = policy or PlanPolicy()
         self._backends = tuple(runnable_backend_named(name) for name in plan.w13.backends)
-        prepared = []
-        for layer, weights in ((plan.w13, w13), (plan.w2, w2)):
-            if isinstance(weights, BlockScaledTensor):
-                prepared.append(prepare_stack(layer, weights, self._backends, self._policy))
-            else:
-                prepared.append(
-                    prepare_experts(layer, weights, self._backends, self._policy, device)
-                )
-        self._handle = self._hold((prepared[0], prepared[1]), None)
+        self.updates = 0
+        prepared = (
+            self._prepared(plan.w13, w13, torch.device(device)),
+            self._prepared(plan.w2, w2, torch.device(device)),
+        )
+        self._handle = self._hold(prepared, None)
         weakref.finalize(self, expert_ops.release, self._handle)
 
     @property
@@ -113,6 +113,8 @@ class BlockScaledExperts(nn.Module):
         check_parts(self.plan.w2, w2)
         for plan, stack, new in ((self.plan.w13, self.w13, w13), (self.plan.w2, self.w2, w2)):
             convert_into(expert_of(stack, expert), plan, new, self._policy)
+        self.updates += 1
+        announce_updated_expert(self.plan.name, expert, self.updates)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or what was unpickled, binds its own weights: a handle names one module's."""
@@ -125,6 +127,17 @@ class BlockScaledExperts(nn.Module):
         up, down = self.plan.w13.request, self.plan.w2.request
         chosen = ", ".join(f"{c.offer.backend} ({c.m_range})" for c in self.plan.w13.choices)
         return f"{up.experts} x ({up.k}, {down.k}, {down.n}), {self.w13.format}, {chosen}"
+
+    def _prepared(
+        self, plan: LinearPlan, weights: ExpertWeights, device: torch.device
+    ) -> BlockScaledTensor:
+        started = time.perf_counter()
+        if isinstance(weights, BlockScaledTensor):
+            prepared = prepare_stack(plan, weights, self._backends, self._policy)
+        else:
+            prepared = prepare_experts(plan, weights, self._backends, self._policy, device)
+        announce_prepared(plan, prepared, time.perf_counter() - started)
+        return prepared
 
     def _hold(
         self, weights: tuple[BlockScaledTensor, BlockScaledTensor], handle: int | None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from blockscale import events, ops
+from blockscale import ops
 from blockscale.backends.registry import runnable_backend_named
 from blockscale.errors import ModelError
-from blockscale.events import Kind
+from blockscale.modules.announce import announce_prepared, announce_updated
 from blockscale.modules.prepare import prepare_weight
 from blockscale.planning.policy import PlanPolicy
 from blockscale.reference import dequantize
@@ -76,7 +75,7 @@ class BlockScaledLinear(nn.Module):
         self._backends = tuple(runnable_backend_named(name) for name in plan.backends)
         started = time.perf_counter()
         prepared = prepare_weight(plan, weight, self._backends, self._policy)
-        _announce(plan, prepared, time.perf_counter() - started)
+        announce_prepared(plan, prepared, time.perf_counter() - started)
         self._out_dtype = torch_dtype(plan.request.out_dtype)
         self.register_buffer("bias", None if bias is None else self._checked_bias(bias))
         self._handle = self._hold(prepared, None)
@@ -144,13 +143,7 @@ class BlockScaledLinear(nn.Module):
         self._weight.data.copy_(prepared.data)
         self._weight.scales.copy_(prepared.scales)
         self.updates += 1
-        events.emit(
-            Kind.UPDATE,
-            f"{self.plan.name}: new weight",
-            logging.DEBUG,
-            layer=self.plan.name,
-            updates=self.updates,
-        )
+        announce_updated(self.plan.name, self.updates)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or what was unpickled, binds its own weight: a handle names one module's."""
@@ -197,21 +190,3 @@ class BlockScaledLinear(nn.Module):
             )
             raise ModelError(msg)
         return bias.detach().to(self._out_dtype).contiguous()
-
-
-def _announce(plan: LinearPlan, prepared: BlockScaledTensor, seconds: float) -> None:
-    if events.is_wanted(Kind.PREPARE, logging.DEBUG):
-        backends = ", ".join(plan.backends)
-        events.emit(
-            Kind.PREPARE,
-            f"{plan.name}: {plan.conversion.value} conversion for {backends}",
-            logging.DEBUG,
-            layer=plan.name,
-            backends=list(plan.backends),
-            conversion=plan.conversion.value,
-            lossless=plan.is_lossless,
-            format=prepared.format.name,
-            scale_layout=prepared.layout.name,
-            bytes=prepared.nbytes,
-            seconds=round(seconds, 6),
-        )

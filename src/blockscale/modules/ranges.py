@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from blockscale.modules.experts import BlockScaledExperts
 from blockscale.modules.linear import BlockScaledLinear
 
 if TYPE_CHECKING:
@@ -16,14 +17,15 @@ if TYPE_CHECKING:
 
 
 def add_nvtx_ranges(model: nn.Module) -> tuple[RemovableHandle, ...]:
-    """Every planned layer of ``model`` marks its calls with its name and backends.
+    """Each planned layer or set of experts of ``model`` marks its calls: name and backends.
 
     Gives handles whose ``remove()`` ends it. Needs a torch built with CUDA when a layer runs.
     """
     handles: list[RemovableHandle] = []
     for module in model.modules():
-        if isinstance(module, BlockScaledLinear):
-            label = f"blockscale {module.plan.name} ({'+'.join(module.plan.backends)})"
+        if isinstance(module, BlockScaledLinear | BlockScaledExperts):
+            plan = module.plan if isinstance(module, BlockScaledLinear) else module.plan.w13
+            label = f"blockscale {module.plan.name} ({'+'.join(plan.backends)})"
             handles += (
                 module.register_forward_pre_hook(_push(label)),
                 # Also if the layer raises: a range that stays open swallows all later ones.

@@ -23,7 +23,8 @@ class LayerReport:
 
     ``module``: its name in the model; ``layer``: in the checkpoint. ``backends``: in order of
     rising M. ``experts``: how many are stacked, None for a linear layer. ``bytes``: of codes and
-    scales, padding included. ``updates``: times a linear layer took new weights. ``lossless`` None:
+    scales, padding included. ``updates``: times the module took new weights,
+    one expert's at a time. ``lossless`` None:
     nobody knew when it was planned.
     """
 
@@ -39,7 +40,7 @@ class LayerReport:
     lossless: bool | None
     bytes: int
     device: str
-    updates: int | None
+    updates: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +94,12 @@ def report_of(model: nn.Module) -> ModelReport:
             found = [(module.plan.w13, module.w13), (module.plan.w2, module.w2)]
         else:
             continue
-        updates = module.updates if isinstance(module, BlockScaledLinear) else None
-        layers += [_layer(name, plan, weight, updates) for plan, weight in found]
+        layers += [_layer(name, plan, weight, module.updates) for plan, weight in found]
         plans += [plan for plan, _ in found]
     return ModelReport(tuple(layers), tuple(plans))
 
 
-def _layer(
-    module: str, plan: LinearPlan, weight: BlockScaledTensor, updates: int | None
-) -> LayerReport:
+def _layer(module: str, plan: LinearPlan, weight: BlockScaledTensor, updates: int) -> LayerReport:
     return LayerReport(
         module=module,
         layer=plan.name,
