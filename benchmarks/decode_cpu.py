@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,9 @@ def main() -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    # 5.24 calls the argument `cache` and warns; 5.0 knows only `past_key_values`.
+    warnings.filterwarnings("ignore", "`past_key_values`", FutureWarning)
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(options.source)
     bf16 = AutoModelForCausalLM.from_pretrained(options.source, dtype=torch.bfloat16).eval()

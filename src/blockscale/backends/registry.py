@@ -3,15 +3,18 @@
 The order, and why: DeepGEMM is the fastest public kernel where it can run (baseline/h200.md);
 TRT-LLM next on SM100; then cuBLASLt, the fastest that writes float16 on SM90; the CUTLASS kernels
 of SM120 and SM100; plain Triton, which takes any shape; FlashInfer's SM90 kernel only on request,
-since its accuracy was disputed; the CPU kernel; the reference last.
+since its accuracy was disputed; the CPU kernel; the reference last. Backends of other packages come
+before all of them: who installs one wants it tried.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, cast
 
 from blockscale.backends.cpu import Cpu
 from blockscale.backends.deep_gemm import DeepGemm
+from blockscale.backends.external import ExternalBackend, external_backends
 from blockscale.backends.flashinfer import FlashInferCutlass, FlashInferSm90, FlashInferTrtllm
 from blockscale.backends.gluon import Gluon
 from blockscale.backends.reference import Reference
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from blockscale.backends.base import Backend
     from blockscale.planning.decision import PlannableBackend
 
+# Those of blockscale itself; ``all_backends`` has other packages' too.
 BACKENDS: tuple[PlannableBackend, ...] = (
     DeepGemm(),
     FlashInferTrtllm(),
@@ -53,17 +57,39 @@ _PACKAGES: dict[str, tuple[str, ...]] = {
 }
 
 
+@cache
+def _external() -> tuple[ExternalBackend, ...]:
+    return external_backends([backend.name for backend in BACKENDS])
+
+
+def all_backends() -> tuple[PlannableBackend, ...]:
+    """``BACKENDS``, and before them those that installed packages register.
+
+    Raises BackendError, naming the package, if one of those cannot be loaded.
+    """
+    return (*(one.backend for one in _external()), *BACKENDS)
+
+
+def external_packages() -> tuple[str, ...]:
+    """The distributions that backends of other packages depend on; raises as ``all_backends``."""
+    return tuple(dict.fromkeys(name for one in _external() for name in one.packages))
+
+
 def packages_of(name: str) -> tuple[str, ...]:
     """The distributions whose versions a plan for this backend holds for."""
+    for one in _external():
+        if one.backend.name == name:
+            return one.packages
     return _PACKAGES[name]
 
 
 def backend_named(name: str) -> PlannableBackend:
     """The backend of that name. Raises BackendError, listing the known ones, if there is none."""
-    for backend in BACKENDS:
+    known_ones = all_backends()
+    for backend in known_ones:
         if backend.name == name:
             return backend
-    known = ", ".join(backend.name for backend in BACKENDS)
+    known = ", ".join(backend.name for backend in known_ones)
     msg = f"no backend is called {name!r}; known: {known}"
     raise BackendError(msg)
 

@@ -40,12 +40,12 @@ def advise(
     as_json: Json = False,
 ) -> int:
     """Plan every usual parallel degree: which work, what a rank holds, what remedies cost."""
-    from blockscale.backends.registry import BACKENDS
+    from blockscale.backends.registry import all_backends
     from blockscale.checkpoint.requests import dtype_of_config
     from blockscale.planning.sharded import Target
 
     policy = policy_from(backend, allow_lossy=allow_lossy)
-    target = Target(device_from(device), policy, BACKENDS)
+    target = Target(device_from(device), policy, all_backends())
     checkpoint = open_headers(path)
     activation = dtype.dtype if dtype else dtype_of_config(checkpoint)
     print_advice(checkpoint, activation, target, as_json=as_json)

@@ -39,12 +39,12 @@ def doctor(
     as_json: Json = False,
 ) -> int:
     """Show the device, and for each backend whether it can serve it, or why not."""
-    from blockscale.backends.registry import BACKENDS
+    from blockscale.backends.registry import all_backends
 
     if probe:
         _probe(device)
     target = device_from(device)
-    answers = [_answers(backend, target) for backend in BACKENDS]
+    answers = [_answers(backend, target) for backend in all_backends()]
     if as_json:
         print_json(
             {
@@ -80,7 +80,7 @@ def doctor(
 
 def _probe(device: str | None) -> None:
     """Test every runnable backend in a process of its own; the next lines read what was kept."""
-    from blockscale.backends.registry import BACKENDS
+    from blockscale.backends.registry import all_backends
     from blockscale.errors import SettingsError
     from blockscale.probe.machine import read_machine
     from blockscale.probe.proving import prove, save_proofs
@@ -88,9 +88,9 @@ def _probe(device: str | None) -> None:
     if device is not None:
         msg = f"--probe tests this machine; it cannot test the invented device {device!r}"
         raise SettingsError(msg)
-    runnable = sum(hasattr(backend, "bind") for backend in BACKENDS)
+    runnable = sum(hasattr(backend, "bind") for backend in all_backends())
     with progress("probing", runnable * len(DType), unit="proofs") as advance:
-        proofs = prove(BACKENDS, report=lambda _: advance(1))
+        proofs = prove(all_backends(), report=lambda _: advance(1))
     save_proofs(read_machine(), proofs)
 
 

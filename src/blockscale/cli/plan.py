@@ -75,7 +75,7 @@ def plan(
     as_json: Json = False,
 ) -> int:
     """Decide which backend serves each layer, from headers alone."""
-    from blockscale.backends.registry import BACKENDS
+    from blockscale.backends.registry import all_backends
     from blockscale.checkpoint.rank_plan import plan_rank
     from blockscale.checkpoint.requests import RequestOptions, dtype_of_config
     from blockscale.checkpoint.schema import Foreign, read_layers
@@ -85,7 +85,7 @@ def plan(
 
     parallelism = Parallelism(tp, ep)
     policy = policy_from(backend, allow_lossy=allow_lossy)
-    target = Target(device_from(device), policy, BACKENDS)
+    target = Target(device_from(device), policy, all_backends())
     checkpoint = open_headers(path)
     activation = dtype.dtype if dtype else dtype_of_config(checkpoint)
     if advise:

@@ -29,7 +29,7 @@ def tune(
     as_json: Json = False,
 ) -> int:
     """Measure every backend on a checkpoint's layer shapes; later plans use the times."""
-    from blockscale.backends.registry import BACKENDS
+    from blockscale.backends.registry import all_backends
     from blockscale.checkpoint.read import read_checkpoint
     from blockscale.checkpoint.requests import RequestOptions, dtype_of_config, requests_of
     from blockscale.checkpoint.schema import Foreign, read_layers
@@ -46,8 +46,10 @@ def tune(
     requests = requests_of(checkpoint, layers, options).requests
     device = detect_device()
     shapes = {(request.n, request.k) for request in requests if request.experts is None}
-    with progress("measuring", len(shapes) * len(counts) * len(BACKENDS), unit="times") as advance:
-        found = measure(requests, device, BACKENDS, counts, lambda _: advance(1))
+    with progress(
+        "measuring", len(shapes) * len(counts) * len(all_backends()), unit="times"
+    ) as advance:
+        found = measure(requests, device, all_backends(), counts, lambda _: advance(1))
     place = out or kept_path(device)
     save_measurements(place, device, found)
     if as_json:

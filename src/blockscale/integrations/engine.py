@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
-from blockscale.backends.registry import BACKENDS
+from blockscale.backends.registry import all_backends
 from blockscale.errors import FormatError
 from blockscale.formats import E4M3FN, K_MAJOR, BlockFormat, BlockShape, PowerOfTwo, ScaleFormat
 from blockscale.planning.explain import conversion_words, reasons_by_backend, request_words
@@ -97,7 +97,7 @@ def powers_of_two(weight: BlockScaledTensor) -> PowerOfTwo:
 def take(request: LinearRequest) -> LinearPlan | str:
     """The plan of a layer, or why blockscale leaves it to the engine."""
     here = situation()
-    plan = plan_linear(request, here.device, here.policy, BACKENDS)
+    plan = plan_linear(request, here.device, here.policy, all_backends())
     if not plan.is_servable:
         return "; ".join(f"{name}: {', '.join(why)}" for name, why in _reasons(plan))
     if "reference" in plan.backends and not here.device.is_cpu:

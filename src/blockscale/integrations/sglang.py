@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from blockscale.backends.deep_gemm import K_MULTIPLE, N_MULTIPLE, DeepGemm
-from blockscale.backends.registry import BACKENDS
+from blockscale.backends.registry import all_backends
 from blockscale.errors import ModelError
 from blockscale.formats import (
     E4M3FN,
@@ -110,7 +110,7 @@ def process_weights_after_loading_block_quant(
         existing.update(weight)
         return Processed(existing.plan, existing)
     request = request_of_layer(layer, weight)
-    plan = plan_linear(request, device or detect_device(), policy or PlanPolicy(), BACKENDS)
+    plan = plan_linear(request, device or detect_device(), policy or PlanPolicy(), all_backends())
     linear = _linear(plan, weight, getattr(layer, "bias", None), policy)
     # Beside torch's registry of submodules: SGLang copies every registered buffer when it frees
     # memory, and these share their storage with the layer's own weight.
@@ -178,10 +178,10 @@ def _decide(
     weight_scale: torch.Tensor,
 ) -> BlockScaledLinear:
     tensor = block_scaled(weight, weight_scale, block_size)
-    order = (*FLASHINFER_FIRST, *(b.name for b in BACKENDS if b.name not in FLASHINFER_FIRST))
+    order = (*FLASHINFER_FIRST, *(b.name for b in all_backends() if b.name not in FLASHINFER_FIRST))
     policy = PlanPolicy(backends=order)
     request = _request("weight", tensor, activation.dtype)
-    plan = plan_linear(request, detect_device(), policy, BACKENDS)
+    plan = plan_linear(request, detect_device(), policy, all_backends())
     linear = _linear(plan, tensor, None, policy)
     _DECIDED.setdefault(weight, {})[id(weight_scale), activation.dtype] = linear
     return linear

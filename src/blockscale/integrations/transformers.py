@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from blockscale.backends.registry import BACKENDS, packages_of
+from blockscale.backends.registry import all_backends, packages_of
 from blockscale.checkpoint.read import Checkpoint, read_checkpoint
 from blockscale.checkpoint.requests import Merging, RequestOptions, dtype_of_config, requests_of
 from blockscale.checkpoint.schema import Layers, read_layers
@@ -142,8 +142,10 @@ def _saved_modules(
         reasons.append(f"layer {saved.plan.unservable[0].name!r} has no backend")
     if reasons:
         raise PlanMismatchError(source, reasons)
-    here = situation_of(saved, checkpoint, layers, Target(device, saved.plan.policy, BACKENDS))
-    return fitting_plan(source, saved, here, BACKENDS, packages_of)
+    here = situation_of(
+        saved, checkpoint, layers, Target(device, saved.plan.policy, all_backends())
+    )
+    return fitting_plan(source, saved, here, all_backends(), packages_of)
 
 
 def plan_modules(
@@ -160,7 +162,7 @@ def plan_modules(
         requests.requests,
         device,
         strict,
-        BACKENDS,
+        all_backends(),
         skipped=layers.skipped,
         findings=(*layers.findings, *requests.findings),
     )

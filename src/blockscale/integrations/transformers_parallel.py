@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from blockscale.backends.registry import BACKENDS
+from blockscale.backends.registry import all_backends
 from blockscale.checkpoint.rank_plan import RankPlan, plan_rank
 from blockscale.checkpoint.read import read_checkpoint
 from blockscale.checkpoint.requests import Merging, RequestOptions, dtype_of_config
@@ -109,7 +109,9 @@ def load_model_shard(
     options = RequestOptions(dtype, parallelism, Merging.MODULE)
     strict = replace(policy or PlanPolicy(), strictness=Strictness.RAISE)
     uncut = plan_modules(checkpoint, layers, dtype, device, strict)
-    plan = plan_rank(checkpoint, layers, options, Target(device, strict, BACKENDS), ranks.rank)
+    plan = plan_rank(
+        checkpoint, layers, options, Target(device, strict, all_backends()), ranks.rank
+    )
     _check_divides(plan)
     place = torch.device("cpu" if device.is_cpu else f"cuda:{torch.cuda.current_device()}")
     model = empty_model(checkpoint, dtype)

@@ -13,7 +13,7 @@ from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel impo
 )
 from vllm.platforms import current_platform
 
-from blockscale.backends.registry import BACKENDS
+from blockscale.backends.registry import all_backends
 from blockscale.errors import FormatError
 from blockscale.integrations import vllm as plugin
 from blockscale.integrations.engine import block_scaled, log_plan, log_refusal, situation, take
@@ -84,7 +84,7 @@ class BlockscaleBlockFp8Kernel(Fp8BlockScaledMMLinearKernel):  # type: ignore[mi
             return
         here = situation()
         request = plugin.request_of_layer(layer, weight, self._asked)
-        plan = plan_linear(request, here.device, here.policy, BACKENDS)
+        plan = plan_linear(request, here.device, here.policy, all_backends())
         # The bias stays the layer's: vLLM decides at each call whether it is added here.
         self._linear = BlockScaledLinear(plan, weight, None, here.policy)
         name_by_weight(params.weight, self._linear)

@@ -67,9 +67,11 @@ def _driver() -> tuple[tuple[str, str], ...]:
 
 def installed_packages() -> tuple[tuple[str, str], ...]:
     """(distribution, version) of every provider that is installed, and the C++ compiler's path."""
+    from blockscale.backends.registry import external_packages
     from blockscale.kernels.cpu.build import find_compiler
 
-    found = [(name, version) for name in PROVIDERS if (version := _version(name)) is not None]
+    names = dict.fromkeys((*PROVIDERS, *external_packages()))
+    found = [(name, version) for name in names if (version := _version(name)) is not None]
     compiler = find_compiler()
     if compiler is not None:
         found.append(("c++", compiler))
