@@ -49,9 +49,11 @@ demo: weights
 test: weights
 	$(PYTHON) -m pytest -n auto --dist loadfile
 
-# The Triton kernels' arithmetic on the CPU, bit for bit: minutes, so not part of `make test`.
+# The Triton kernels' arithmetic on the CPU, bit for bit, and tests/gpu on a pretend GPU: minutes, so
+# not part of `make test`.
 test-kernels: install
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/kernels_triton -k interpreted
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/pretended
 
 # A real vLLM server, three times: with blockscale, and twice with it uninstalled.
 test-vllm: weights

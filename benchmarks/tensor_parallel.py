@@ -1,7 +1,7 @@
 """A transformers model over the ranks of a torchrun, beside the same model on one GPU.
 
     torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py --out FILE    two Hopper GPUs, NCCL
-    torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py --smoke       tiny, gloo on the CPU
+    torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py --smoke       tiny; gloo on a CPU
 
 Qwen3-8B's layers (12 of 36), random weights written as a block-FP8 checkpoint on the spot, loaded
 whole on every GPU and cut over all of them. Logits of the two are compared, then each is timed:
@@ -91,13 +91,13 @@ SMOKE = Size(TINY, 2, (1, 3), (32,), 2)
 def main() -> int:
     """Write a checkpoint, compare, measure, print, clean up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="two tiny layers, gloo on the CPU")
+    parser.add_argument("--smoke", action="store_true", help="two tiny layers, on the CPU too")
     parser.add_argument("--layers", type=int, help="decoder layers, 12 by default")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--out", type=Path, help="JSON lines, one record for each measurement")
     options = parser.parse_args()
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    on_gpu = not options.smoke
+    on_gpu = not options.smoke or torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     if on_gpu:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

@@ -190,12 +190,12 @@ def fp16_model() -> str:
 
 def moe_layer() -> str:
     """One decoder layer with experts: the plan beside plain Triton and bfloat16."""
-    last = {(r["machine"], r["activation_dtype"], r["m"]): r for r in records("moe_layer")}
+    found = newest("moe_layer")
+    last = {(r["activation_dtype"], r["m"]): r for r in found}
     return rows(
-        "machine | dtype | tokens | plan | Triton | bf16 | against Triton | against bf16 | planned",
+        "dtype | tokens | plan | Triton | bf16 | against Triton | against bf16 | planned",
         [
             [
-                r["machine"],
                 r["activation_dtype"],
                 r["m"],
                 f"{r['plan_us']:.0f} us",
@@ -207,31 +207,32 @@ def moe_layer() -> str:
             ]
             for r in last.values()
         ],
-    )
+    ) + caption(found)
 
 
 def transformers_model() -> str:
     """Tokens per second of a whole model in every variant; the float model is the measure."""
+    if not records("transformers_model"):
+        return "No record is committed yet.\n"
     last: dict[tuple[object, ...], dict[str, dict[str, Any]]] = {}
-    for r in records("transformers_model"):
-        what = (r["machine"], r["dtype"], r["phase"], r["batch"], r.get("prompt", 1))
+    records_of_machine = newest("transformers_model")
+    for r in records_of_machine:
+        what = (r["dtype"], r["phase"], r["batch"], r.get("prompt", 1))
         last.setdefault(what, {})[r["variant"]] = r
     body: list[list[object]] = []
-    for (_, dtype, phase, batch, prompt), found in last.items():
+    for (dtype, phase, batch, prompt), found in last.items():
         base, ours, theirs = (found.get(k) for k in ("float", "blockscale", "finegrained"))
         assert base is not None and ours is not None  # noqa: PT018 - written together
         other = f"{theirs['tokens_per_second']:,.0f}" if theirs else "kernel not to be had"
         tokens = f"batch {batch}" if phase == "decode" else f"{prompt} tokens"
         ratio = base["time_ms"] / ours["time_ms"]
         speeds = [f"{r['tokens_per_second']:,.0f}" for r in (base, ours)]
-        body.append([dtype, f"{phase}, {tokens}", *speeds, f"{ratio:.2f}x", other, where(ours)])
-    if not body:
-        return "No record is committed yet.\n"
+        body.append([dtype, f"{phase}, {tokens}", *speeds, f"{ratio:.2f}x", other])
     return rows(
         "model | phase | transformers, tokens/s | blockscale, tokens/s | ratio | "
-        "transformers' own FP8 | machine",
+        "transformers' own FP8",
         body,
-    )
+    ) + caption(records_of_machine)
 
 
 M_RANGES = ((1, 16), (32, 64), (128, 512), (1024, 8192))
@@ -239,7 +240,8 @@ M_RANGES = ((1, 16), (32, 64), (128, 512), (1024, 8192))
 
 def tensor_parallel() -> str:
     """A model over several GPUs beside one: times, and how far logits are apart."""
-    last = {(r["dtype"], r["phase"], r["m"]): r for r in records("tensor_parallel")}
+    found = newest("tensor_parallel")
+    last = {(r["dtype"], r["phase"], r["m"]): r for r in found}
     return rows(
         "dtype | phase | tokens | one GPU | all ranks | speed-up | logits differ by | in float32",
         [
@@ -255,7 +257,7 @@ def tensor_parallel() -> str:
             ]
             for (dtype, phase, tokens), r in last.items()
         ],
-    )
+    ) + caption(found)
 
 
 def gemm() -> str:

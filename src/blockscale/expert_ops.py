@@ -232,7 +232,10 @@ def _row_steps(
     if device.type != "cuda" or form is None:
         return TorchRows(form, rows, plan.experts)
     try:
-        from blockscale.kernels.triton.rows import (  # noqa: PLC0415 - only where a GPU runs it
+        from blockscale.kernels.triton.quantize import (  # noqa: PLC0415 - only where a GPU runs it
+            OVERLAPPING,
+        )
+        from blockscale.kernels.triton.rows import (  # noqa: PLC0415 - as above
             ContiguousRows,
             MaskedRows,
             RowsSpec,
@@ -241,7 +244,7 @@ def _row_steps(
         msg = f"experts need Triton on a GPU (pip install triton): {error}"
         raise BackendError(msg) from error
     request = plan.w2.request
-    index = device.index
+    index = torch.cuda.current_device() if device.index is None else device.index
     spec = RowsSpec(
         form.format,
         form.layout,
@@ -250,7 +253,8 @@ def _row_steps(
         torch_dtype(request.activation_dtype),
         request.n,
         request.k,
-        torch.cuda.current_device() if index is None else index,
+        index,
+        overlaps=torch.cuda.get_device_capability(index) >= OVERLAPPING,
     )
     return MaskedRows(spec) if rows.arrangement is Arrangement.MASKED else ContiguousRows(spec)
 

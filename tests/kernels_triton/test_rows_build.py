@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -40,7 +41,7 @@ def test_every_step_compiles(
 
     made: list[Variant] = []
     monkeypatch.setattr(rows, "launcher", lambda variant, _: made.append(variant))
-    spec = rows.RowsSpec(fmt, layout, 64, 256, dtype, 3072, 1536, 0)
+    spec = rows.RowsSpec(fmt, layout, 64, 256, dtype, 3072, 1536, 0, overlaps=True)
     for kind in (rows.ContiguousRows, rows.MaskedRows):
         kind(spec)
     variants = dict.fromkeys(made)
@@ -56,6 +57,10 @@ def test_every_step_compiles(
     for variant in variants:
         text = variant.compile(90).asm["ptx"]
         assert ".target sm_90" in text
+        # Nothing is read or written before the kernel ahead has ended.
+        before, _ = text.split("griddepcontrol.wait;")
+        assert not re.search(r"(ld|st|cp)\.[a-z.]*global", before)
+        assert "griddepcontrol.launch_dependents;" in text
         # Nothing is added by whoever comes first.
         assert "atom.global" not in text
         assert "red.global" not in text

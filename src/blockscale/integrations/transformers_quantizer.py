@@ -107,7 +107,8 @@ class BlockScaleQuantizer(HfQuantizer):
         """
         if device_map is not None and not isinstance(device_map, str):
             return device_map
-        return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+        has_gpu = torch.cuda.is_available()
+        return {"": f"cuda:{torch.cuda.current_device()}" if has_gpu else "cpu"}
 
     def _process_model_before_weight_loading(
         self,

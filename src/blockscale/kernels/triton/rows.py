@@ -45,6 +45,7 @@ class RowsSpec(NamedTuple):
     """A layer of experts as its steps see it. ``k``: of a token; ``inner``: of w2's input.
 
     ``format`` and ``layout``: of quantized rows. ``alignment``: of row blocks or of slots.
+    ``overlaps``: each kernel may be launched before the one ahead has ended (SM90 and later).
     """
 
     format: BlockFormat
@@ -55,6 +56,7 @@ class RowsSpec(NamedTuple):
     k: int
     inner: int
     device: int
+    overlaps: bool = False
 
 
 class TritonRows:
@@ -68,12 +70,12 @@ class TritonRows:
 
     def __init__(self, spec: RowsSpec) -> None:
         self._spec = spec
-        dtype, device = spec.dtype, spec.device
+        device = spec.device
         self._gathered = _Quantized(spec, spec.k)
         self._activated = _Quantized(spec, spec.inner)
         self._gather = launcher(_gathering(self._gathered.spec, VECTOR_BYTES), device)
         self._activate = launcher(_activating(self._activated.spec), device)
-        self._combine = launcher(_combining(dtype, torch.float32), device)
+        self._combine = launcher(_combining(spec, torch.float32), device)
         for chunk in CHUNKS:
             self._arranging(torch.int64, chunk)
 
@@ -149,7 +151,7 @@ class TritonRows:
         weights = weights.contiguous()
         launch = self._combine
         if weights.dtype is not torch.float32:
-            launch = launcher(_combining(self._spec.dtype, weights.dtype), self._spec.device)
+            launch = launcher(_combining(self._spec, weights.dtype), self._spec.device)
         tokens, columns = out.shape
         launch(
             tokens * ceil_div(columns, COMBINED_COLUMNS),
@@ -164,11 +166,13 @@ class TritonRows:
     def _arranging(
         self, ids: torch.dtype, chunk: int
     ) -> tuple[Callable[..., None], Callable[..., None]]:
+        overlaps = self._spec.overlaps
         count = Variant(
             count_kernel,
             (("ids", ID_TYPES[ids], 8), ("counts", "*i32", 4), ("choices", "i32", 1)),
-            (("CHUNK", chunk),),
+            (("CHUNK", chunk), ("OVERLAP", overlaps)),
             CHUNK_WARPS[chunk],
+            overlaps=overlaps,
         )
         pointers = ("counts", "source", "place", "groups")
         numbers = ("choices", "experts", "rows", "slot")
@@ -184,8 +188,10 @@ class TritonRows:
                 ("ALIGNMENT", self._spec.alignment),
                 ("EXPERTS", 1 << (self._spec.experts - 1).bit_length()),
                 ("CHUNK", chunk),
+                ("OVERLAP", overlaps),
             ),
             CHUNK_WARPS[chunk],
+            overlaps=overlaps,
         )
         return launcher(count, self._spec.device), launcher(arrange, self._spec.device)
 
@@ -223,7 +229,14 @@ class _Quantized:
     """Where the codes and scales of (rows, k) go, slot by slot; contiguous rows are one slot."""
 
     def __init__(self, layer: RowsSpec, k: int) -> None:
-        spec = QuantizerSpec(layer.format, layer.layout, layer.dtype, k, layer.device)
+        spec = QuantizerSpec(
+            layer.format,
+            layer.layout,
+            layer.dtype,
+            k,
+            layer.device,
+            overlaps=layer.overlaps,
+        )
         layout = spec.layout
         if layout.packing not in {Packing.NONE, Packing.FOUR_IN_INT32} or (
             layout.axes is not Axes.MN_K
@@ -266,8 +279,13 @@ def _quantizing(
     ]
     places = ("slot", "stored_blocks", "scale_row_stride", "scale_block_stride")
     arguments += [(name, "i32", 1) for name in (*places, "scale_slot_stride")]
-    constants = (("TILE_ROWS", TILE_ROWS), ("TILE_COLUMNS", TILE_COLUMNS), *spec.constants())
-    return Variant(kernel, tuple(arguments), constants, NUM_WARPS)
+    constants = (
+        ("TILE_ROWS", TILE_ROWS),
+        ("TILE_COLUMNS", TILE_COLUMNS),
+        *spec.constants(),
+        ("OVERLAP", spec.overlaps),
+    )
+    return Variant(kernel, tuple(arguments), constants, NUM_WARPS, overlaps=spec.overlaps)
 
 
 def _gathering(spec: QuantizerSpec, alignment: int) -> Variant:
@@ -286,8 +304,8 @@ def _activating(spec: QuantizerSpec) -> Variant:
     return _quantizing(spec, silu_multiply_quantize_rows_kernel, first)
 
 
-def _combining(dtype: torch.dtype, weights: torch.dtype) -> Variant:
-    pointer = "*" + TYPES[dtype]
+def _combining(spec: RowsSpec, weights: torch.dtype) -> Variant:
+    pointer = "*" + TYPES[spec.dtype]
     arguments = (
         ("products", pointer, VECTOR_BYTES),
         ("place", "*i32", 4),
@@ -296,4 +314,5 @@ def _combining(dtype: torch.dtype, weights: torch.dtype) -> Variant:
         ("columns", "i32", 1),
         ("choices", "i32", 1),
     )
-    return Variant(combine_kernel, arguments, (("TILE_COLUMNS", COMBINED_COLUMNS),), NUM_WARPS)
+    constants = (("TILE_COLUMNS", COMBINED_COLUMNS), ("OVERLAP", spec.overlaps))
+    return Variant(combine_kernel, arguments, constants, NUM_WARPS, overlaps=spec.overlaps)

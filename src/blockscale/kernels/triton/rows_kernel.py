@@ -2,6 +2,23 @@
 
 Their twins are in ``blockscale.reference.experts``, bit for bit. A row whose ``source`` is -1 is
 padding: nothing is read for it, and what is written there means nothing.
+
+OVERLAP: a kernel may be launched while the one ahead of it in the stream still runs (programmatic
+dependent launch). That each of them ``start``s, before it reads or writes anything, is all that
+memory order needs. The wait returns when the kernel ahead has ended and its writes are visible (PTX
+ISA, griddepcontrol). That kernel was launched without overlap, after all before it had ended, or it
+waited too: so all kernels before this one have ended, not just the last. A layer's are, in order:
+
+- ``count`` reads ids, writes counts;
+- ``arrange`` reads ids and counts, writes source, place and groups;
+- gather reads source and the tokens, writes codes and scales;
+- w13's product reads those and groups, writes gate_up (Gluon's waits too, Triton's is no overlap);
+- activate reads gate_up, and source from four kernels ago, writes codes and scales;
+- w2's product reads those, and groups from four kernels ago, writes products;
+- ``combine`` reads products, place from five kernels ago and weights, writes the result.
+
+What they write may be memory that an older kernel still read when the host gave it out again: that
+kernel has ended as well.
 """
 
 from __future__ import annotations
@@ -10,7 +27,7 @@ import triton
 import triton.language as tl
 
 from blockscale.kernels.triton.arithmetic import quantize_blocks, rounded_to, silu
-from blockscale.kernels.triton.quantize_kernel import locate_tile
+from blockscale.kernels.triton.quantize_kernel import locate_tile, start
 from blockscale.kernels.triton.scales import store_scales
 from blockscale.reference import experts as reference
 
@@ -19,8 +36,9 @@ OVERFLOW = tl.constexpr(reference.OVERFLOW)
 
 
 @triton.jit
-def count_kernel(ids, counts, choices, CHUNK: tl.constexpr):
+def count_kernel(ids, counts, choices, CHUNK: tl.constexpr, OVERLAP: tl.constexpr):
     """counts[e] = how many of the ``choices`` ids are e; program e."""
+    start(OVERLAP)
     expert = tl.program_id(0)
     total = 0
     for first in range(0, choices, CHUNK):
@@ -45,6 +63,7 @@ def arrange_kernel(
     ALIGNMENT: tl.constexpr,
     EXPERTS: tl.constexpr,
     CHUNK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """``reference.arrange_contiguous`` or ``arrange_masked``; a program for each expert and one.
 
@@ -52,6 +71,7 @@ def arrange_kernel(
     last one. EXPERTS: a power of two, at least ``experts``. Rows of an expert are found in order,
     by a running count over the ids: no atomics, the same bits on every run.
     """
+    start(OVERLAP)
     expert = tl.program_id(0)
     each = tl.arange(0, EXPERTS)
     every = tl.load(counts + each, mask=each < experts, other=0)
@@ -155,8 +175,10 @@ def gather_quantize_kernel(
     IS_UE8M0: tl.constexpr,
     SCALE_KIND: tl.constexpr,
     CORRECTIONS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Each row's token of ``values`` (tokens, columns), quantized: ``choices`` for each token."""
+    start(OVERLAP)
     tile = tl.program_id(0)
     row, block, column = locate_tile(tile, columns, 0, TILE_ROWS, TILE_COLUMNS, BLOCK)
     choice = tl.load(source + row, mask=row < rows, other=-1)
@@ -201,8 +223,10 @@ def silu_multiply_quantize_rows_kernel(
     IS_UE8M0: tl.constexpr,
     SCALE_KIND: tl.constexpr,
     CORRECTIONS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """silu(gate) * up of ``gate_up`` (rows, 2 columns), contiguous, quantized row for row."""
+    start(OVERLAP)
     tile = tl.program_id(0)
     row, block, column = locate_tile(tile, columns, 0, TILE_ROWS, TILE_COLUMNS, BLOCK)
     choice = tl.load(source + row, mask=row < rows, other=-1)
@@ -236,11 +260,13 @@ def combine_kernel(
     columns,
     choices,
     TILE_COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out[t] = sum over choices of weights[t, j] * products[place[t, j]], as the reference adds.
 
     Built without contraction: each product and each sum is rounded.
     """
+    start(OVERLAP)
     tiles_across = tl.cdiv(columns, TILE_COLUMNS)
     token = (tl.program_id(0) // tiles_across).to(tl.int64)
     column = tl.program_id(0) % tiles_across * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)

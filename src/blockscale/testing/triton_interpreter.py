@@ -1,0 +1,133 @@
+"""Triton's interpreter, made to compute what a GPU computes.
+
+Needs ``TRITON_INTERPRET=1`` before Triton is imported. Some things of it are replaced: they are not
+what a GPU computes (casts: it breaks ties upwards; FMA: it rounds twice; inline assembly), or numpy
+2.5 refuses them (an array as the bound of a loop), or they take a hundred times too long
+(reductions by a function of ours, an element at a time in Python, which go by halves of an axis
+here: the same for what may be reduced in any order).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+TORCH_TYPES = {
+    "fp8e4nv": torch.float8_e4m3fn,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "u8": torch.uint8,
+    "i32": torch.int32,
+    "i64": torch.int64,
+}
+UNSIGNED = {
+    8: (np.uint8, torch.uint8),
+    16: (np.uint16, torch.uint16),
+    32: (np.uint32, torch.uint32),
+}
+
+
+def repairs() -> Iterator[tuple[object, str, object]]:
+    """(object, attribute, replacement): what to set before a kernel is run."""
+    import triton.language as tl  # noqa: PLC0415 - only where it is installed
+    from triton.runtime import interpreter  # noqa: PLC0415 - as above
+
+    from blockscale.kernels.triton import arithmetic, quantize_kernel  # noqa: PLC0415 - imports Triton
+
+    yield interpreter, "_convert_float", _convert
+    yield interpreter, "_patch_lang_tensor", _counting(interpreter)
+    yield interpreter.InterpreterBuilder, "create_fma", _fused(interpreter)
+    yield interpreter.ReduceOps, "generic_reduce", _by_halves
+    yield arithmetic, "reciprocal_exactly", lambda values: tl.div_rn(1.0, values)
+    # One kernel runs after the other here.
+    yield quantize_kernel, "gdc_wait", lambda: None
+    yield quantize_kernel, "gdc_launch_dependents", lambda: None
+
+
+def interpreting(variant: Any, device: int) -> Callable[..., None]:  # noqa: ANN401, ARG001 - a Variant, and as build.launcher
+    """What ``build.launcher`` gives, for the interpreter: addresses become tensors again."""
+
+    def launch(programs: int, *arguments: object) -> None:
+        if not programs:
+            return
+        placed = [
+            _at(value, kind) if kind.startswith("*") else value
+            for value, (_, kind, _) in zip(arguments, variant.arguments, strict=True)
+        ]
+        variant.kernel[(programs,)](*placed, **dict(variant.constants))
+
+    return launch
+
+
+def _at(address: Any, kind: str) -> torch.Tensor:  # noqa: ANN401 - an int or None
+    """A tensor of one element at an address; the interpreter goes on from there by itself."""
+    dtype = TORCH_TYPES[kind[1:]]
+    if address is None:
+        return torch.zeros(1, dtype=dtype)
+    memory = (ctypes.c_char * dtype.itemsize).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype)
+
+
+def _convert(values: np.ndarray[Any, Any], source: Any, target: Any, _: object) -> Any:  # noqa: ANN401 - Triton's types
+    """Torch's cast: to nearest even, subnormals included."""
+    bits, wanted = UNSIGNED[source.primitive_bitwidth], UNSIGNED[target.primitive_bitwidth]
+    held = torch.from_numpy(np.ascontiguousarray(values).view(bits[0]))
+    cast = held.view(TORCH_TYPES[source.name]).to(TORCH_TYPES[target.name])
+    return cast.view(wanted[1]).numpy().reshape(values.shape)
+
+
+def _by_halves(reduction: Any, values: tuple[Any, ...]) -> list[Any]:  # noqa: ANN401 - ReduceOps, Triton's tensors
+    """What ``ReduceOps.generic_reduce`` gives: first half with second, until one slice is left."""
+    axis = reduction.axis
+    found = [one.handle.data.reshape(-1) if axis is None else one.handle.data for one in values]
+    along = axis or 0
+    while (length := found[0].shape[along]) > 1:
+        half = length // 2
+        parts = [np.split(data, (half, 2 * half), axis=along) for data in found]
+        joined = reduction.combine_fn.fn(
+            *(
+                reduction.to_tensor(part[0], one.dtype)
+                for part, one in zip(parts, values, strict=True)
+            ),
+            *(
+                reduction.to_tensor(part[1], one.dtype)
+                for part, one in zip(parts, values, strict=True)
+            ),
+        )
+        joined = joined if isinstance(joined, tuple) else (joined,)
+        found = [
+            np.concatenate([new.handle.data, part[2]], axis=along)
+            for new, part in zip(joined, parts, strict=True)
+        ]
+    result = []
+    for data, one in zip(found, values, strict=True):
+        reduced = data if reduction.keep_dims else data.squeeze(along)
+        result.append(reduction.to_tensor(reduced.item() if axis is None else reduced, one.dtype))
+    return result
+
+
+def _counting(interpreter: Any) -> Callable[..., None]:  # noqa: ANN401 - Triton's module
+    original = interpreter._patch_lang_tensor  # noqa: SLF001 - it has no other hook
+
+    def patch(tensor: Any, scope: Any) -> None:  # noqa: ANN401 - Triton's types
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda value: value.handle.data.item())
+
+    return patch
+
+
+def _fused(interpreter: Any) -> Callable[..., object]:  # noqa: ANN401 - Triton's module
+    from blockscale.reference.fused import _fma  # noqa: PLC0415 - beside its only use
+
+    def create_fma(_: object, x: Any, y: Any, z: Any) -> object:  # noqa: ANN401 - Triton's handles
+        parts = [torch.from_numpy(np.ascontiguousarray(part.data)) for part in (x, y, z)]
+        return interpreter.TensorHandle(_fma(*parts).numpy(), z.dtype.scalar)
+
+    return create_fma

@@ -1,0 +1,146 @@
+"""The tests and benchmarks that only a GPU would reach, on a pretend one.
+
+So host code cannot break unseen between two sessions on a real GPU. A quick part runs always; the
+rest with ``make test-kernels`` (Triton's interpreter takes minutes).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="pip install triton: its interpreter runs the kernels")
+
+ROOT = Path(__file__).parent.parent.parent
+SLOW = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="takes minutes: make test-kernels"
+)
+GPU = ROOT / "tests" / "gpu"
+# One of each kind: a graph over all seven launches, an update under it, memory, a whole model.
+QUICK = (
+    "test_experts.py::test_a_graph_serves_every_routing[1-gluon]",
+    "test_experts.py::test_an_update_reaches_a_captured_graph",
+    "test_experts.py::test_preparing_holds_one_expert_beside_the_stacks",
+    "test_transformers.py::test_save_gives_the_same_bytes",
+    "test_transformers.py::test_a_captured_decoding_step_replays_new_tokens_and_new_weights",
+)
+# Left out: thousands of tiles, or Inductor, which needs a real device.
+TOO_BIG = "not size_of_models and not compiles and not 130 and not 300"
+
+
+def pretended(*arguments: str | Path, program: tuple[str, ...] = ()) -> str:
+    """What a program prints on a pretend GPU, in a process of its own."""
+    command = [*program, "-m", "blockscale.testing.pretend_gpu", *map(str, arguments)]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=3000,
+        env={**os.environ, "TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def ran(output: str) -> None:
+    """Tests passed, and none was skipped but for a provider that is not installed."""
+    last = output.strip().splitlines()[-1]
+    assert " passed" in last, output
+    skips = [line for line in output.splitlines() if line.startswith("SKIPPED")]
+    assert all("sgl-deep-gemm" in line for line in skips), output
+
+
+def test_a_quick_part_of_the_gpu_tests_passes() -> None:
+    names = [str(GPU / name) for name in QUICK]
+    ran(pretended("-m", "pytest", "-q", "-rs", "-m", "gpu", "-p", "no:cacheprovider", *names))
+
+
+@SLOW
+@pytest.mark.parametrize("name", ["experts", "transformers", "transformers_experts"])
+def test_all_gpu_tests_of_models_pass(name: str) -> None:
+    path = GPU / f"test_{name}.py"
+    selected = ("-k", TOO_BIG, path)
+    ran(pretended("-m", "pytest", "-q", "-rs", "-m", "gpu", "-p", "no:cacheprovider", *selected))
+
+
+@SLOW
+@pytest.mark.parametrize("name", ["moe_layer", "transformers_model"])
+def test_a_benchmark_times_the_gpu_s_kernels(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "records.jsonl"
+    pretended(ROOT / "benchmarks" / f"{name}.py", "--smoke", "--out", out)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert lines
+    for line in lines:
+        assert line["machine"] == "pretend H100"
+        assert line["timing"] == "cuda_graph"
+        backends = line["backends"]
+        names = [backends] if isinstance(backends, list) else list(backends.values())
+        assert {one for few in names for one in few} == {"gluon"}
+
+
+@SLOW
+def test_two_processes_cut_a_model_over_two_gpus(tmp_path: Path) -> None:
+    out = tmp_path / "records.jsonl"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    program = (ROOT / "benchmarks" / "tensor_parallel.py", "--smoke", "--out", out)
+    pretended(*program, program=torchrun)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["timing"] for line in lines} == {"cuda_graph"}
+    assert {line["ranks"] for line in lines} == {2}
+
+
+CODE = {
+    "two devices": "torch.ones(3, device='cuda') + torch.ones(3)",
+    "waits for the device": (
+        "x = torch.ones(3).cuda()\ntorch.cuda.set_sync_debug_mode('error')\nx.sum().item()"
+    ),
+    "while a CUDA graph is captured": (
+        "g = torch.cuda.CUDAGraph()\n"
+        "x = torch.ones(3).cuda()\n"
+        "with torch.cuda.graph(g):\n    x.nonzero()"
+    ),
+    "no tensor on the GPU is at": (
+        "from blockscale.kernels.triton.rows import *\n"
+        "from blockscale.formats import *\n"
+        "form = FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED\n"
+        "rows = ContiguousRows(RowsSpec(*form, 8, 4, torch.bfloat16, 128, 128, 0))\n"
+        "rows.arrange(torch.zeros(2, 1, dtype=torch.int64))"
+    ),
+    "takes 3 arguments at run time, got 2": (
+        "from blockscale.kernels.triton import rows\n"
+        "from blockscale.kernels.triton.build import launcher\n"
+        "from blockscale.formats import *\n"
+        "form = FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED\n"
+        "made = rows.ContiguousRows(rows.RowsSpec(*form, 8, 4, torch.bfloat16, 128, 128, 0))\n"
+        "made._arranging(torch.int64, 256)[0](1, 0, 0)"
+    ),
+}
+
+
+def test_what_a_gpu_forbids_is_found() -> None:
+    """Operands on two devices, waiting where it is forbidden, a CPU address, a lost argument."""
+    program = (
+        "import json, sys, torch\n"
+        "found = {}\n"
+        f"for name, code in {CODE!r}.items():\n"
+        "    try:\n"
+        "        exec(code, {'torch': torch})\n"
+        "        found[name] = 'nothing'\n"
+        "    except AssertionError as error:\n"
+        "        found[name] = str(error)\n"
+        "    torch.cuda.set_sync_debug_mode('default')\n"
+        "print(json.dumps(found))\n"
+    )
+    code = f"from blockscale.testing import pretend_gpu; pretend_gpu.install()\n{program}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert all(name in words for name, words in found.items()), found

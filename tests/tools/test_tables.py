@@ -1,0 +1,107 @@
+"""Tables of records that no GPU has made yet: rendered from what the benchmarks write."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+ROOT = Path(__file__).parent.parent.parent
+SHARED = {
+    "machine": "Some GPU",
+    "versions": {"torch": "2.11.0"},
+    "commit": "abc1234",
+    "date": "2026-11-26",
+}
+MOE = {
+    "benchmark": "moe_layer",
+    "m": 16,
+    "activation_dtype": "float16",
+    "plan_us": 200.4,
+    "triton_us": 300.6,
+    "bf16_us": 401.0,
+    "speedup_over_triton": 1.5,
+    "speedup_over_bf16": 2.0,
+    "backends": {"qkv": ["gluon"], "o": ["gluon"], "experts": ["gluon", "triton"]},
+}
+PARALLEL = {
+    "benchmark": "tensor_parallel",
+    "dtype": "float16",
+    "phase": "decode",
+    "m": 16,
+    "ranks": 2,
+    "one_us": 900.0,
+    "cut_us": 600.0,
+    "speedup": 1.5,
+    "relative_error": 0.02,
+    "float32_error": 1e-6,
+}
+MODEL = {
+    "benchmark": "transformers_model",
+    "dtype": "float16",
+    "phase": "decode",
+    "batch": 8,
+    "context": 1024,
+    "time_ms": 2.0,
+    "tokens_per_second": 4000.0,
+}
+OLD = {"date": "2026-11-01", "machine": "An older GPU"}
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """tools/tables.py as a module, with no records."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "tools" / "tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+def kept(folder: Path, *records: dict[str, Any]) -> None:
+    for record in records:
+        document = {**SHARED, **record}
+        path = folder / document["machine"] / f"{document['benchmark']}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(document) + "\n")
+
+
+def cells(table: str) -> list[list[str]]:
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def test_a_layer_of_experts(tables: ModuleType, tmp_path: Path) -> None:
+    kept(tmp_path, {**MOE, **OLD}, {**MOE, "plan_us": 1.0}, MOE)
+    table = tables.moe_layer()
+    row = ["float16", "16", "200 us", "301 us", "401 us", "1.50x", "2.00x", "gluon, triton"]
+    assert cells(table) == [row]
+    assert "Some GPU, torch 2.11.0, 2026-11-26, source abc1234." in table
+
+
+def test_a_model_over_ranks(tables: ModuleType, tmp_path: Path) -> None:
+    kept(tmp_path, {**PARALLEL, **OLD}, PARALLEL, {**PARALLEL, "m": 64, "phase": "prefill"})
+    table = tables.tensor_parallel()
+    first = ["float16", "decode", "16", "900 us", "600 us (2 ranks)", "1.50x", "2.0e-02", "1.0e-06"]
+    assert cells(table)[0] == first
+    assert len(cells(table)) == 2
+    assert "Some GPU" in table
+
+
+def test_a_whole_model(tables: ModuleType, tmp_path: Path) -> None:
+    slow = {**MODEL, "variant": "float", "time_ms": 3.0, "tokens_per_second": 2667.0}
+    kept(tmp_path, {**slow, **OLD}, {**MODEL, "variant": "blockscale", **OLD})
+    kept(tmp_path, slow, {**MODEL, "variant": "blockscale"})
+    table = tables.transformers_model()
+    row = ["float16", "decode, batch 8", "2,667", "4,000", "1.50x", "kernel not to be had"]
+    assert cells(table) == [row]
+    assert "Some GPU" in table

@@ -1,0 +1,262 @@
+"""What the next session on a GPU runs, in order of value, each step with a time limit.
+
+    python tools/gpu_session.py [--seconds 560] [--steps NAME,NAME] [--out DIR]
+    python tools/gpu_session.py --list
+    python tools/gpu_session.py --take DIR      the records of DIR go into benchmarks/results
+
+Kernels are compiled on all cores in the background (``benchmarks/ahead.py``) while tests run; what
+is timed waits for that. A step starts only if its limit fits into the rest of ``--seconds``. What
+ran is kept in DIR/session.json, so the same command again goes on with what is left; ``--steps``
+runs what it names, again too. DIR gets three files: session.json, session.log, records.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "src")]
+
+# Seconds of a call that are left for writing things down.
+RESERVE_S = 10
+AHEAD_S = 240
+# In place of a file of JSON lines that the step writes.
+RECORDS = "{records}"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One command. ``is_timed``: it measures, so nothing else may run beside it."""
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: int
+    is_timed: bool = True
+    gpus: int = 1
+
+
+def _tests(name: str, limit_s: int, *what: str) -> Step:
+    command = ("-m", "pytest", "-m", "gpu", "-q", "--durations=8", "-p", "no:cacheprovider", *what)
+    return Step(name, command, limit_s, is_timed=False)
+
+
+def _benchmark(name: str, limit_s: int, *arguments: str) -> Step:
+    program = f"benchmarks/{name.partition(':')[0]}.py"
+    return Step(name, (program, *arguments, "--out", RECORDS), limit_s)
+
+
+NEVER_RUN = ("test_experts", "test_transformers_experts", "test_transformers")
+REST = [f"--ignore=tests/gpu/{name}.py" for name in NEVER_RUN]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+STEPS = (
+    _tests("experts", 150, "tests/gpu/test_experts.py"),
+    _tests("transformers_experts", 90, "tests/gpu/test_transformers_experts.py"),
+    _tests("transformers", 120, "tests/gpu/test_transformers.py"),
+    _benchmark("moe_layer", 100),
+    _benchmark("moe_layer:bfloat16", 100, "--dtype", "bfloat16"),
+    _benchmark("transformers_model", 130),
+    _tests("gpu_tests", 240, "tests/gpu", "tests/probe", *REST),
+    _benchmark("gemm", 160, "--seconds", "140"),
+    _benchmark("fp16_model", 60),
+    _benchmark("grouped", 150, "--seconds", "120"),
+    _benchmark("quantize", 80),
+    _benchmark("call_overhead", 50),
+    Step("doctor", ("-m", "blockscale.cli.main", "doctor", "--probe", "--json"), 100),
+    Step(
+        "tensor_parallel",
+        (*TORCHRUN, "benchmarks/tensor_parallel.py", "--out", RECORDS),
+        180,
+        gpus=2,
+    ),
+)
+# What a benchmark is called in ahead.py.
+COMPILED = ("moe_layer", "transformers_model", "gemm", "fp16_model", "tensor_parallel")
+
+
+@dataclass(slots=True)
+class Session:
+    """One call: where it writes, and when it must have ended."""
+
+    out: Path
+    ends: float
+    log: IO[str]
+
+    def left(self) -> float:
+        """Seconds for steps."""
+        return self.ends - RESERVE_S - time.monotonic()
+
+    def say(self, words: str) -> None:
+        """To the screen and the log."""
+        print(words, flush=True)
+        print(words, file=self.log, flush=True)
+
+    def run(self, step: Step) -> dict[str, Any]:
+        """Run a step to its end or its limit; what came of it."""
+        limit = min(step.limit_s, self.left())
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as scratch:
+            records = Path(scratch) / "records.jsonl"
+            log = Path(scratch) / "log"
+            command = [part.replace(RECORDS, str(records)) for part in step.command]
+            self.say(f"== {step.name}: {' '.join(command)}")
+            with log.open("w", encoding="utf-8") as file:
+                code = wait_for(start(command, file), limit)
+            text = log.read_text(encoding="utf-8", errors="replace")
+            print(text, file=self.log, flush=True)
+            lines = records.read_text(encoding="utf-8") if records.is_file() else ""
+        with (self.out / "records.jsonl").open("a", encoding="utf-8") as file:
+            file.write(lines)
+        seconds = round(time.monotonic() - started, 1)
+        tail = text.strip().splitlines()[-6:]
+        self.say("\n".join(tail))
+        outcome = "passed" if code == 0 else "out of time" if code is None else f"exit {code}"
+        self.say(f"== {step.name}: {outcome} in {seconds} s, {lines.count(chr(10))} records")
+        return {"outcome": outcome, "seconds": seconds, "records": lines.count("\n"), "tail": tail}
+
+
+def main() -> int:
+    """Run what is left; the exit status is 1 if a step failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "session")))
+    parser.add_argument("--seconds", type=float, default=560, help="of this call")
+    parser.add_argument("--steps", help="names, separated by commas; by default what is left")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--take", type=Path, metavar="DIR")
+    parser.add_argument("--no-ahead", action="store_true", help="compile nothing beforehand")
+    options = parser.parse_args()
+    if options.list:
+        for step in STEPS:
+            needs = "2 GPUs" if step.gpus > 1 else "timed" if step.is_timed else ""
+            print(f"{step.name:22s} {step.limit_s:4d} s  {needs}")
+        return 0
+    if options.take is not None:
+        return take(options.take)
+    names = options.steps.split(",") if options.steps else []
+    unknown = sorted(set(names) - {step.name for step in STEPS})
+    if unknown:
+        parser.error(f"no such step: {', '.join(unknown)}; see --list")
+    options.out.mkdir(parents=True, exist_ok=True)
+    ends = time.monotonic() + options.seconds
+    with (options.out / "session.log").open("a", encoding="utf-8") as log:
+        done = run_all(Session(options.out, ends, log), names, is_ahead=not options.no_ahead)
+    failed = [name for name, found in done.items() if found["outcome"] != "passed"]
+    return int(bool(failed))
+
+
+def run_all(session: Session, names: Sequence[str], *, is_ahead: bool) -> dict[str, Any]:
+    """All steps that fit, results kept after each. What ran before is not run again unasked.
+
+    The first that is timed waits until nothing is compiled any more.
+    """
+    file = session.out / "session.json"
+    done: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    gpus = gpus_here()
+    wanted = [step for step in STEPS if step.gpus <= gpus]
+    wanted = [step for step in wanted if (step.name in names if names else step.name not in done)]
+    compiling = start_ahead(wanted, session) if is_ahead else None
+    for step in wanted:
+        if step.is_timed and compiling is not None:
+            wait_for_ahead(compiling, session)
+            compiling = None
+        if session.left() < step.limit_s:
+            session.say(f"== {step.name}: not started, {session.left():.0f} s are left")
+            continue
+        done[step.name] = session.run(step)
+        file.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+    if compiling is not None:
+        wait_for_ahead(compiling, session)
+    for name, found in done.items():
+        session.say(f"{name:22s} {found['outcome']:12s} {found['seconds']:6.1f} s")
+    left = [s.name for s in STEPS if s.name not in done]
+    session.say(f"left: {','.join(left) or 'nothing'}")
+    return done
+
+
+def gpus_here() -> int:
+    """How many GPUs torch sees; asked in another process, so that this one holds no memory."""
+    words = "import torch; print(torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def start_ahead(steps: Sequence[Step], session: Session) -> subprocess.Popen[str] | None:
+    """Compile for the benchmarks among ``steps``, in the background."""
+    parts = [name for name in COMPILED if any(step.name == name for step in steps)]
+    if not parts:
+        return None
+    session.say(f"compiling ahead: {', '.join(parts)}")
+    return start(["benchmarks/ahead.py", *parts], session.log)
+
+
+def wait_for_ahead(process: subprocess.Popen[str], session: Session) -> None:
+    """Until everything is compiled, or for too long: what is missing is compiled when it is met."""
+    started = time.monotonic()
+    code = wait_for(process, min(AHEAD_S, session.left()))
+    waited = time.monotonic() - started
+    outcome = {0: "done", None: "out of time"}.get(code, "not all could be; see the log")
+    session.say(f"compiling ahead: {outcome}; waited {waited:.0f} s for it")
+
+
+def start(command: Sequence[str], output: IO[str]) -> subprocess.Popen[str]:
+    """A Python program of this repository, in a group of processes of its own."""
+    paths = [str(ROOT / "src"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    environ = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        # No network there: what looks for the Hub must not wait for it.
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environ,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(process: subprocess.Popen[str], seconds: float) -> int | None:
+    """The exit status; None if the time was up, and all its processes were ended."""
+    try:
+        return process.wait(timeout=max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(timeout=5)
+        return None
+
+
+def take(folder: Path) -> int:
+    """Append every record of a session to the results of its machine."""
+    from record import append
+
+    counts: dict[Path, int] = {}
+    for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines():
+        path = append(json.loads(line))
+        counts[path] = counts.get(path, 0) + 1
+    for path, count in counts.items():
+        print(f"{path.relative_to(ROOT)}: {count} records")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
