@@ -54,6 +54,7 @@ test: weights
 test-kernels: install
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/kernels_triton -k interpreted
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/pretended
+	$(PYTHON) -m pytest -m machine tests/kernels_cuda
 
 # A real vLLM server, three times: with blockscale, and twice with it uninstalled.
 test-vllm: weights

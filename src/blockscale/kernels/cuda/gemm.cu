@@ -1,0 +1,486 @@
+// Block-scaled FP8 GEMM for Hopper: out = activation x weight^T (+ bias), one launch, persistent.
+//
+// A producer warp copies tiles into a ring of shared-memory slots (TMA), another puts the weight's
+// scales beside them; consumer warpgroups multiply, each its own half of the tile's rows, in one or
+// two waves of 64 rows. A wave is the sum of 128 products, straight from the tensor cores; it is
+// scaled and added to the results ("promoted") with one FFMA an element:
+//
+//     result += wave * (activation_scale[row, k / 128] * weight_scale[column / 128, k / 128])
+//
+// The product of the scales is rounded first, as in the Gluon kernels: the same bits as theirs.
+//
+// Two blocks may form a cluster that shares the rows of the activation or those of the weight: each
+// copies half and sends it to both. A slot is then empty when the consumers of both gave it back.
+//
+// Macros choose the form (work.py): FORM_ROWS x FORM_COLUMNS of a tile, and what is named below.
+#include <primitives.cuh>
+
+enum class Share { NOTHING, ACTIVATION, WEIGHT };
+enum class Output { BFLOAT16, FLOAT16, FLOAT32 };
+
+constexpr int ROWS = FORM_ROWS, COLUMNS = FORM_COLUMNS;
+// Slots of the ring.
+constexpr int STAGES = FORM_STAGES;
+// What the two blocks of a cluster share.
+constexpr Share SHARE = static_cast<Share>(FORM_SHARE);
+constexpr Output OUTPUT = static_cast<Output>(FORM_OUTPUT);
+// Bytes of a row in one store; buffers of each warp for stores.
+constexpr int BOX_BYTES = FORM_BOX_BYTES, BUFFERS = FORM_BUFFERS;
+// Blocks that share a multiprocessor.
+constexpr int BESIDE = FORM_BESIDE;
+
+// K of a slot: one scale block, and 128 bytes of codes.
+constexpr int K_BLOCK = 128;
+// Weight rows that share a scale.
+constexpr int SCALE_BLOCK = 128;
+constexpr int WAVE_ROWS = 64;
+// K of one wgmma.
+constexpr int STEP = 32;
+constexpr int WARPS = 4;  // of a warpgroup
+constexpr int WARP_ROWS = WAVE_ROWS / WARPS;
+
+constexpr int CONSUMERS = ROWS > WAVE_ROWS ? 2 : 1;
+constexpr int OWN_ROWS = ROWS / CONSUMERS;
+constexpr int WAVES = OWN_ROWS / WAVE_ROWS;
+constexpr int CLUSTER = SHARE == Share::NOTHING ? 1 : 2;
+constexpr int THREADS = (CONSUMERS + 1) * WARPS * WARP;
+// Results of one wave in one thread.
+constexpr int SUMS = COLUMNS / 2;
+
+constexpr int greatest_common_divisor(int a, int b) {
+    return b == 0 ? a : greatest_common_divisor(b, a % b);
+}
+
+// Columns that share a weight scale, wherever a tile starts.
+constexpr int SEGMENT = greatest_common_divisor(COLUMNS, SCALE_BLOCK);
+constexpr int SEGMENTS = COLUMNS / SEGMENT;
+constexpr int SCALE_ROWS = SEGMENTS > 1 ? 2 : 1;
+
+constexpr int ELEMENT = OUTPUT == Output::FLOAT32 ? 4 : 2;
+constexpr int BOX_COLUMNS = BOX_BYTES / ELEMENT;
+constexpr int BOXES = COLUMNS / BOX_COLUMNS;
+constexpr int BOX_SIZE = WARP_ROWS * BOX_BYTES;
+constexpr int MATRIX_ROW = 16;  // bytes of a row of an 8x8 matrix, and of a swizzled unit
+
+// Registers of a thread: 168 x 384 and 128 x 512 are all there are.
+constexpr bool MOVES_REGISTERS = CONSUMERS == 2 || BESIDE == 2;
+constexpr int PRODUCER_REGISTERS = 40;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 208;
+
+static_assert(OWN_ROWS % WAVE_ROWS == 0 && WAVES <= 2, "one or two waves a consumer");
+static_assert(COLUMNS % 16 == 0, "a pair of matrices is 16 columns wide");
+static_assert(COLUMNS <= 144 || SEGMENT >= COLUMNS - 128, "a tile meets two scale blocks at most");
+static_assert(COLUMNS % BOX_COLUMNS == 0, "whole boxes");
+
+// Bytes of one slot.
+constexpr u32 A_BYTES = ROWS * K_BLOCK, B_BYTES = COLUMNS * K_BLOCK, A_SCALE_BYTES = ROWS * 4;
+constexpr u32 B_SCALE_BYTES = 8, BARRIER_BYTES = 8;
+constexpr u32 COPIED_BYTES = A_BYTES + B_BYTES + A_SCALE_BYTES;
+constexpr u32 STAGING_BYTES = CONSUMERS * WARPS * BUFFERS * BOX_SIZE;
+
+// Offsets in shared memory.
+constexpr u32 A_SLOTS = 0;
+constexpr u32 B_SLOTS = A_SLOTS + STAGES * A_BYTES;
+constexpr u32 STAGING = B_SLOTS + STAGES * B_BYTES;
+constexpr u32 A_SCALE_SLOTS = STAGING + STAGING_BYTES;
+constexpr u32 B_SCALE_SLOTS = A_SCALE_SLOTS + STAGES * A_SCALE_BYTES;
+constexpr u32 FULL = B_SCALE_SLOTS + STAGES * B_SCALE_BYTES;
+constexpr u32 EMPTY = FULL + STAGES * BARRIER_BYTES;
+constexpr u32 SHARED_BYTES = EMPTY + STAGES * BARRIER_BYTES;
+
+static_assert(SHARED_BYTES <= 232448, "what a block may have on SM90");
+
+// What a launch is about; the same words in launch.py.
+struct Problem {
+    const float* b_scales;
+    // In the output's type; null if there is none.
+    const void* bias;
+    int m;
+    int n;
+    int k_blocks;
+    int b_scale_stride;
+    // A unit is what a cluster computes at a time: one tile, or two that share rows.
+    int unit_rows;
+    int unit_columns;
+    // Units go down columns in bands of so many rows of units.
+    int band;
+};
+
+// First row and column of a block's tile.
+struct Place {
+    int row;
+    int column;
+};
+
+DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+
+// Units that run at the same time share rows of A and columns of B in L2.
+DEVICE Place place_of(const Problem& problem, int unit) {
+    const int band_units = problem.unit_columns * problem.band;
+    const int band = unit / band_units;
+    const int rows = smaller(problem.unit_rows - band * problem.band, problem.band);
+    const int inside = unit - band * band_units;
+    int column = inside / rows;
+    int row = band * problem.band + inside - column * rows;
+    const int rank = block_index() % CLUSTER;
+    if (SHARE == Share::ACTIVATION) column = 2 * column + rank;
+    if (SHARE == Share::WEIGHT) row = 2 * row + rank;
+    return {row * ROWS, column * COLUMNS};
+}
+
+// Walks the units of this block's cluster.
+struct Units {
+    const Problem& problem;
+    int unit = block_index() / CLUSTER;
+
+    DEVICE bool are_left() const { return unit < problem.unit_rows * problem.unit_columns; }
+    DEVICE void advance() { unit += grid_size() / CLUSTER; }
+    DEVICE Place place() const { return place_of(problem, unit); }
+};
+
+// A place in the ring of slots: it goes on from tile to tile.
+struct Ring {
+    u32 memory;
+    u32 slot = 0;
+    u32 parity = 0;
+
+    DEVICE u32 full() const { return memory + FULL + slot * BARRIER_BYTES; }
+    DEVICE u32 empty() const { return memory + EMPTY + slot * BARRIER_BYTES; }
+    DEVICE void advance() {
+        slot++;
+        if (slot == STAGES) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// ---- producer
+
+// This block's part of an operand of SIZE rows; from `row` on all of it, or half of it to both.
+template <int SIZE, bool SHARED>
+DEVICE void copy_rows(u32 target, const TensorMap& map, int k, int row, u32 barrier) {
+    if (SHARED) {
+        const int rank = block_index() % CLUSTER;
+        const int half = SIZE / 2 * rank;
+        tma_load_multicast(target + half * K_BLOCK, map, k, row + half, barrier, 3);
+    } else {
+        tma_load(target, map, k, row, barrier);
+    }
+}
+
+// Expects all of a slot's bytes and starts the copy of its weights.
+DEVICE void copy_weight(const Ring& ring, const TensorMap& b, int block, int column) {
+    barrier_arrive_expecting(ring.full(), COPIED_BYTES);
+    const u32 target = ring.memory + B_SLOTS + ring.slot * B_BYTES;
+    copy_rows<COLUMNS, SHARE == Share::WEIGHT>(target, b, block * K_BLOCK, column, ring.full());
+}
+
+DEVICE void copy_activation(const Ring& ring, const TensorMap& a, const TensorMap& a_scales,
+                            int block, int row) {
+    const u32 target = ring.memory + A_SLOTS + ring.slot * A_BYTES;
+    copy_rows<ROWS, SHARE == Share::ACTIVATION>(target, a, block * K_BLOCK, row, ring.full());
+    const u32 scales = ring.memory + A_SCALE_SLOTS + ring.slot * A_SCALE_BYTES;
+    tma_load(scales, a_scales, row, block, ring.full());
+}
+
+// One thread. The first slots' weights are copied before the kernel ahead has ended: they are no
+// result of it (product.py says what this asks of who writes weights).
+DEVICE void copy_operands(Ring ring, const TensorMap& a, const TensorMap& b,
+                          const TensorMap& a_scales, const Problem& problem) {
+    Units units{problem};
+    int early = 0;
+    if (units.are_left()) {
+        early = smaller(STAGES, problem.k_blocks);
+        Ring ahead = ring;
+        for (int block = 0; block < early; block++) {
+            copy_weight(ahead, b, block, units.place().column);
+            ahead.advance();
+        }
+    }
+    wait_for_kernel_ahead();
+    let_next_kernel_start();
+    for (; units.are_left(); units.advance()) {
+        const Place place = units.place();
+        for (int block = 0; block < problem.k_blocks; block++) {
+            if (early > 0) {
+                early--;
+            } else {
+                barrier_wait(ring.empty(), ring.parity ^ 1);
+                copy_weight(ring, b, block, place.column);
+            }
+            copy_activation(ring, a, a_scales, block, place.row);
+            ring.advance();
+        }
+    }
+}
+
+// One warp: each lane reads the scale of one K block; they come into the slots one by one. So no
+// consumer waits for a load from memory.
+DEVICE void copy_weight_scales(Ring ring, const Problem& problem) {
+    const int lane = lane_index();
+    const int last_row = (problem.n - 1) / SCALE_BLOCK;
+    wait_for_kernel_ahead();
+    for (Units units{problem}; units.are_left(); units.advance()) {
+        // A tile beyond the last column, and a tile's columns beyond it, take any scale.
+        const int first_row = smaller(units.place().column / SCALE_BLOCK, last_row);
+        const int next_row = smaller(first_row + 1, last_row);
+        for (int base = 0; base < problem.k_blocks; base += WARP) {
+            const int here = smaller(problem.k_blocks - base, WARP);
+            const int block = base + smaller(lane, here - 1);
+            const float first =
+                load_global(problem.b_scales + first_row * problem.b_scale_stride + block);
+            const float next =
+                SCALE_ROWS == 1
+                    ? first
+                    : load_global(problem.b_scales + next_row * problem.b_scale_stride + block);
+            for (int owner = 0; owner < here; owner++) {
+                barrier_wait(ring.empty(), ring.parity ^ 1);
+                if (lane == owner) {
+                    const u32 target = ring.memory + B_SCALE_SLOTS + ring.slot * B_SCALE_BYTES;
+                    store_shared_pair(target, first, next);
+                    barrier_arrive(ring.full());
+                }
+                sync_warp();
+                ring.advance();
+            }
+        }
+    }
+}
+
+// ---- consumers
+
+// Starts one wave of one K block.
+DEVICE void start_wave(float (&wave)[SUMS], u32 a, u32 b) {
+    constexpr u32 next = STEP / DESCRIPTOR_UNIT;
+    pin(wave);
+    wgmma_fence();
+    Wgmma<COLUMNS, false>::multiply(wave, a, b);
+    UNROLL for (u32 step = 1; step < K_BLOCK / STEP; step++)
+        Wgmma<COLUMNS, true>::multiply(wave, a + step * next, b + step * next);
+    wgmma_commit();
+}
+
+DEVICE void end_wave(float (&wave)[SUMS]) {
+    wgmma_wait();
+    pin(wave);
+}
+
+// A slot's scales of a thread's rows: of each wave, the upper row's and that of the row 8 below.
+struct Scales {
+    float a[WAVES][2];
+    float b[SCALE_ROWS];
+};
+
+DEVICE Scales read_scales(const Ring& ring, u32 own) {
+    Scales scales;
+    const u32 a = own + ring.slot * A_SCALE_BYTES;
+    const u32 b = ring.memory + B_SCALE_SLOTS + ring.slot * B_SCALE_BYTES;
+    UNROLL for (int i = 0; i < SCALE_ROWS; i++) scales.b[i] = load_shared(b + 4 * i);
+    UNROLL for (int wave = 0; wave < WAVES; wave++) {
+        scales.a[wave][0] = load_shared(a + 4 * (wave * WAVE_ROWS));
+        scales.a[wave][1] = load_shared(a + 4 * (wave * WAVE_ROWS + 8));
+    }
+    return scales;
+}
+
+// results += wave * scales. `own_columns`: columns before the second weight scale begins. Pinned:
+// otherwise the compiler may move the FFMAs below the start of the next wave, which then spills.
+DEVICE void promote(float (&results)[SUMS], const float (&wave)[SUMS], const Scales& scales,
+                    int number, int own_columns) {
+    constexpr int per_segment = SUMS / SEGMENTS;
+    UNROLL for (int segment = 0; segment < SEGMENTS; segment++) {
+        const bool is_first = segment * SEGMENT < own_columns;
+        const float b = is_first ? scales.b[0] : scales.b[SCALE_ROWS - 1];
+        const float upper = scales.a[number][0] * b;
+        const float lower = scales.a[number][1] * b;
+        UNROLL for (int i = 0; i < per_segment; i += 4) {
+            const int at = segment * per_segment + i;
+            results[at] = multiply_add(wave[at], upper, results[at]);
+            results[at + 1] = multiply_add(wave[at + 1], upper, results[at + 1]);
+            results[at + 2] = multiply_add(wave[at + 2], lower, results[at + 2]);
+            results[at + 3] = multiply_add(wave[at + 3], lower, results[at + 3]);
+        }
+    }
+    pin(results);
+}
+
+// One lane of each warp, or one for each block of the cluster: the warp has read the slot.
+DEVICE void give_back(const Ring& ring) {
+    if (CLUSTER == 1) {
+        if (lane_index() == 0) barrier_arrive(ring.empty());
+    } else {
+        if (lane_index() < CLUSTER) barrier_arrive_at(ring.empty(), lane_index());
+    }
+}
+
+// All K blocks of one tile. Scales are read while a wave runs, and the next slot is looked at: what
+// stands between two waves is the FFMAs and the arrival that gives the slot back.
+DEVICE void accumulate(float (&results)[WAVES][SUMS], float (&wave)[SUMS], Ring& ring, int k_blocks,
+                       int consumer, u32 own_scales, int own_columns) {
+    const u32 a_slots = matrix_descriptor(ring.memory + A_SLOTS + consumer * OWN_ROWS * K_BLOCK);
+    const u32 b_slots = matrix_descriptor(ring.memory + B_SLOTS);
+    bool is_full = false;
+    for (int block = 0; block < k_blocks; block++) {
+        if (!is_full) barrier_wait(ring.full(), ring.parity);
+        const u32 a = a_slots + ring.slot * (A_BYTES / DESCRIPTOR_UNIT);
+        const u32 b = b_slots + ring.slot * (B_BYTES / DESCRIPTOR_UNIT);
+        Ring next = ring;
+        next.advance();
+        Scales scales;
+        UNROLL for (int number = 0; number < WAVES; number++) {
+            start_wave(wave, a + number * (WAVE_ROWS * K_BLOCK / DESCRIPTOR_UNIT), b);
+            if (number == 0) scales = read_scales(ring, own_scales);
+            if (number == WAVES - 1) is_full = barrier_test(next.full(), next.parity);
+            end_wave(wave);
+            if (number == WAVES - 1) give_back(ring);
+            promote(results[number], wave, scales, number, own_columns);
+        }
+        ring = next;
+    }
+}
+
+// ---- results
+
+// Two results rounded to the output's type.
+DEVICE u32 rounded(float low, float high) {
+    return OUTPUT == Output::FLOAT16 ? to_float16(low, high) : to_bfloat16(low, high);
+}
+
+// Adds the bias to one wave's results, in float32.
+DEVICE void add_bias(float (&sums)[SUMS], const Problem& problem, int column) {
+    UNROLL for (int i = 0; i < SUMS; i += 4) {
+        const int own = column + i * 2 + lane_index() % 4 * 2;
+        float left = 0, right = 0;
+        if (own < problem.n) {
+            if (OUTPUT == Output::FLOAT32) {
+                left = load_global(static_cast<const float*>(problem.bias) + own);
+                right = load_global(static_cast<const float*>(problem.bias) + own + 1);
+            } else {
+                const u32 both = load_global(static_cast<const u32*>(problem.bias) + own / 2);
+                left = OUTPUT == Output::FLOAT16 ? from_float16(both) : from_bits(both << 16);
+                right = OUTPUT == Output::FLOAT16 ? from_float16(both >> 16) : from_bits(both & 0xffff0000);
+            }
+        }
+        sums[i] += left;
+        sums[i + 1] += right;
+        sums[i + 2] += left;
+        sums[i + 3] += right;
+    }
+}
+
+// Where 16 bytes of a box lie in shared memory: TMA's swizzle of rows of BOX_BYTES.
+DEVICE u32 swizzled(int row, int unit) {
+    const u32 offset = row * BOX_BYTES + unit * MATRIX_ROW;
+    return offset ^ ((offset >> 7 & (BOX_BYTES / MATRIX_ROW - 1)) * MATRIX_ROW);
+}
+
+// Puts one box of a warp's 16 rows into its buffer.
+DEVICE void stage_box(u32 buffer, const float (&sums)[SUMS], int box) {
+    const int lane = lane_index();
+    constexpr int box_sums = BOX_COLUMNS / 2;
+    if constexpr (OUTPUT == Output::FLOAT32) {
+        UNROLL for (int i = 0; i < box_sums; i += 4) {
+            const int at = box * box_sums + i;
+            const int unit = i / 2 + lane % 4 / 2;
+            const u32 half = lane % 2 * 8;
+            store_shared_pair(buffer + swizzled(lane / 4, unit) + half, sums[at], sums[at + 1]);
+            store_shared_pair(buffer + swizzled(lane / 4 + 8, unit) + half, sums[at + 2],
+                              sums[at + 3]);
+        }
+    } else {
+        // Lanes 0 to 15 give the rows of the left matrices, the others those of the right ones.
+        UNROLL for (int i = 0; i < box_sums; i += 8) {
+            const int at = box * box_sums + i;
+            store_matrices(buffer + swizzled(lane % 16, i / 4 + lane / 16),
+                           rounded(sums[at], sums[at + 1]), rounded(sums[at + 2], sums[at + 3]),
+                           rounded(sums[at + 4], sums[at + 5]), rounded(sums[at + 6], sums[at + 7]));
+        }
+    }
+}
+
+// Starts the stores of one wave: a warp stages its 16 rows box by box, no other warp takes part.
+DEVICE void write_wave(const float (&sums)[SUMS], const TensorMap& out, const Problem& problem,
+                       Place place, u32 staging, u32& buffer) {
+    const bool is_inside = place.row < problem.m;
+    UNROLL for (int box = 0; box < BOXES; box++) {
+        const u32 target = staging + buffer * BOX_SIZE;
+        if (lane_index() == 0) tma_store_wait_read<BUFFERS - 1>();
+        sync_warp();
+        stage_box(target, sums, box);
+        fence_for_tma();
+        sync_warp();
+        if (lane_index() == 0) {
+            const int column = place.column + box * BOX_COLUMNS;
+            if (is_inside && column < problem.n) tma_store(out, target, column, place.row);
+            tma_store_commit();
+        }
+        buffer = buffer + 1 == BUFFERS ? 0 : buffer + 1;
+    }
+}
+
+DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& problem) {
+    const int consumer = warp / WARPS;
+    // The warp's first row in a wave of its tile.
+    const int warp_row = consumer * OWN_ROWS + warp % WARPS * WARP_ROWS;
+    const u32 own_scales = ring.memory + A_SCALE_SLOTS + 4 * (warp_row + lane_index() / 4);
+    const u32 staging = ring.memory + STAGING + warp * (BUFFERS * BOX_SIZE);
+    u32 buffer = 0;
+    float wave[SUMS];
+    UNROLL for (int i = 0; i < SUMS; i++) wave[i] = 0;
+    for (Units units{problem}; units.are_left(); units.advance()) {
+        const Place place = units.place();
+        float results[WAVES][SUMS];
+        UNROLL for (int number = 0; number < WAVES; number++)
+            UNROLL for (int i = 0; i < SUMS; i++) results[number][i] = 0;
+        accumulate(results, wave, ring, problem.k_blocks, consumer, own_scales,
+                   SCALE_BLOCK - place.column % SCALE_BLOCK);
+        UNROLL for (int number = 0; number < WAVES; number++) {
+            if (problem.bias) add_bias(results[number], problem, place.column);
+            const Place own{place.row + warp_row + number * WAVE_ROWS, place.column};
+            write_wave(results[number], out, problem, own, staging, buffer);
+        }
+    }
+    if (lane_index() == 0) tma_store_wait_all();
+    sync_warp();
+}
+
+DEVICE void prepare_barriers(u32 memory) {
+    for (u32 slot = 0; slot < STAGES; slot++) {
+        // The copies' thread and the scales' lane; every consumer warp of the cluster.
+        barrier_init(memory + FULL + slot * BARRIER_BYTES, 2);
+        barrier_init(memory + EMPTY + slot * BARRIER_BYTES, CLUSTER * CONSUMERS * WARPS);
+    }
+    fence_barrier_init();
+}
+
+// Blocks: a multiple of CLUSTER; THREADS threads, SHARED_BYTES of shared memory.
+KERNEL(THREADS, BESIDE)
+block_fp8_gemm(CONSTANT TensorMap a, CONSTANT TensorMap b, CONSTANT TensorMap a_scales,
+               CONSTANT TensorMap out, CONSTANT Problem problem) {
+    const int warp = warp_index();
+    Ring ring{shared_memory()};
+    if (warp == 0 && lane_index() == 0) prepare_barriers(ring.memory);
+    if (CLUSTER > 1) {
+        sync_cluster();
+    } else {
+        sync_block();
+    }
+    if (warp < CONSUMERS * WARPS) {
+        if constexpr (MOVES_REGISTERS) take_registers<CONSUMER_REGISTERS>();
+        consume(ring, warp, out, problem);
+    } else {
+        if constexpr (MOVES_REGISTERS) give_registers<PRODUCER_REGISTERS>();
+        if (warp == CONSUMERS * WARPS && lane_index() == 0) {
+            prefetch_map(a);
+            prefetch_map(b);
+            prefetch_map(a_scales);
+            prefetch_map(out);
+            copy_operands(ring, a, b, a_scales, problem);
+        }
+        if (warp == CONSUMERS * WARPS + 1) copy_weight_scales(ring, problem);
+        sync_warp();
+    }
+    // No block may end while the other still sends to it.
+    if (CLUSTER > 1) sync_cluster();
+}

@@ -1,0 +1,218 @@
+// The instructions of Hopper that gemm.cu is made of, one function each (PTX ISA 8.x, sm_90a).
+// No header of the CUDA toolkit is needed, so that NVRTC compiles this wherever it is installed.
+// src/blockscale/testing/cuda_machine has the same functions for a pretend Hopper on the CPU.
+#pragma once
+
+#define DEVICE __device__ __forceinline__
+#define KERNEL(threads, beside) extern "C" __global__ void __launch_bounds__(threads, beside)
+#define CONSTANT const __grid_constant__
+#define UNROLL _Pragma("unroll")
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+constexpr int WARP = 32;
+
+// CUtensorMap (cuda.h).
+struct alignas(64) TensorMap {
+    unsigned char opaque[128];
+};
+
+// ---- where a thread is
+
+DEVICE int lane_index() { return threadIdx.x % WARP; }
+
+// Uniform for the compiler too: by a shuffle, as threadIdx / 32 is not.
+DEVICE int warp_index() { return __shfl_sync(0xffffffff, threadIdx.x / WARP, 0); }
+
+DEVICE int block_index() { return blockIdx.x; }
+
+DEVICE int grid_size() { return gridDim.x; }
+
+// Address of the block's dynamic shared memory.
+DEVICE u32 shared_memory() {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    return static_cast<u32>(__cvta_generic_to_shared(memory));
+}
+
+// ---- synchronisation
+
+DEVICE void sync_block() { __syncthreads(); }
+
+DEVICE void sync_warp() { __syncwarp(); }
+
+// All threads of the cluster; what they wrote before is visible after.
+DEVICE void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+DEVICE void barrier_init(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+// Makes initialised barriers visible to the cluster and to TMA.
+DEVICE void fence_barrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async;" ::: "memory");
+}
+
+DEVICE void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives at the barrier in the same place of the cluster's block number `rank`.
+DEVICE void barrier_arrive_at(u32 barrier, u32 rank) {
+    asm volatile(
+        "{\n\t.reg .b32 remote;\n\t"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n\t}" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
+// Arrives, and has the phase wait for so many bytes of copies too.
+DEVICE void barrier_arrive_expecting(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+}
+
+// Whether the phase of this parity has ended.
+DEVICE bool barrier_test(u32 barrier, u32 parity) {
+    u32 has_ended;
+    asm volatile(
+        "{\n\t.reg .pred ended;\n\t"
+        "mbarrier.test_wait.parity.shared::cta.b64 ended, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, ended;\n\t}"
+        : "=r"(has_ended)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return has_ended != 0;
+}
+
+// Until the phase of this parity has ended.
+DEVICE void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n\t.reg .pred ended;\n"
+        "again:\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n\t"
+        "@!ended bra again;\n\t}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// ---- TMA
+
+DEVICE void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Copies the box at (column, row) into shared memory; `barrier` counts its bytes.
+DEVICE void tma_load(u32 target, const TensorMap& map, int column, int row, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%2, %3}], [%4];" ::"r"(target),
+        "l"(&map), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
+
+// The same into the same place of every block of `ranks` (bits), each with its own barrier.
+DEVICE void tma_load_multicast(u32 target, const TensorMap& map, int column, int row, u32 barrier,
+                               u16 ranks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
+        "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(ranks)
+        : "memory");
+}
+
+// Copies a box from shared memory to (column, row), as a group of its own.
+DEVICE void tma_store(const TensorMap& map, u32 source, int column, int row) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
+                     &map),
+                 "r"(source), "r"(column), "r"(row)
+                 : "memory");
+}
+
+DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until all but the last PENDING groups of this thread have been read from shared memory.
+template <int PENDING>
+DEVICE void tma_store_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
+
+// Until all groups of this thread are written.
+DEVICE void tma_store_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Shared memory that this thread wrote may be read by TMA.
+DEVICE void fence_for_tma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- launches that overlap
+
+DEVICE void wait_for_kernel_ahead() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" :::); }
+
+// ---- registers and memory
+
+template <int REGISTERS>
+DEVICE void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+template <int REGISTERS>
+DEVICE void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+DEVICE float load_shared(u32 address) {
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+    return value;
+}
+
+DEVICE void store_shared_pair(u32 address, float first, float second) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second)
+                 : "memory");
+}
+
+// Four 8x8 matrices of 16 bits; lanes 8 i to 8 i + 7 give the addresses of matrix i's rows.
+DEVICE void store_matrices(u32 address, u32 first, u32 second, u32 third, u32 fourth) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+                 "r"(first), "r"(second), "r"(third), "r"(fourth)
+                 : "memory");
+}
+
+DEVICE float load_global(const float* address) { return __ldg(address); }
+
+DEVICE u32 load_global(const u32* address) { return __ldg(address); }
+
+// ---- arithmetic
+
+DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+// Two floats rounded to nearest even, the first in the lower half.
+DEVICE u32 to_bfloat16(float low, float high) {
+    u32 both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+DEVICE u32 to_float16(float low, float high) {
+    u32 both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+DEVICE float from_bits(u32 bits) { return __uint_as_float(bits); }
+
+// The float16 in the lower half.
+DEVICE float from_float16(u32 bits) {
+    float value;
+    asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %1;\n\tcvt.f32.f16 %0, low;\n\t}"
+        : "=f"(value)
+        : "r"(bits));
+    return value;
+}
+
+#include <wgmma.cuh>

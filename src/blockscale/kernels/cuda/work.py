@@ -1,0 +1,212 @@
+"""What a launch of ``gemm.cu`` does: which form of the kernel, which tiles. Plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from math import ceil
+
+from blockscale.formats import DType
+
+# Shared memory that one block may have on SM90 (227 KB), and each of two on one multiprocessor.
+SHARED_BYTES = 232_448
+HALF_SHARED_BYTES = 115_200
+# Full and empty barriers of a slot, and its two weight scales.
+SLOT_EXTRA_BYTES = 24
+MAX_STAGES = 12
+
+K_BLOCK = 128
+SCALE_BLOCK = 128
+WAVE_ROWS = 64
+WARP_ROWS = 16
+WARPS = 4
+WARP = 32
+SCALE_BYTES = 4
+# A row of codes in a slot, and the widest swizzle.
+ROW_BYTES = 128
+# Widths that gemm.cu has wgmmas for: no tile meets more than two weight scales.
+WIDTHS = (16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 192)
+HEIGHTS = (64, 128, 256)
+# Two waves of more columns than these would not leave room for their results in registers.
+MAX_COLUMNS = {64: 192, 128: 192, 256: 128}
+OUTPUTS = (DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32)
+
+
+class Share(IntEnum):
+    """What the two blocks of a cluster copy for each other."""
+
+    NOTHING = 0
+    ACTIVATION = 1
+    WEIGHT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """What one TMA copy moves: rows x columns of elements; ``swizzle`` in bytes, 0 for none."""
+
+    rows: int
+    columns: int
+    element_bytes: int
+    swizzle: int
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One compiled form of the kernel.
+
+    ``rows`` x ``columns``: a tile. ``stages``: slots of the ring. ``box_bytes``: of a row in one
+    store. ``buffers``: of each warp for stores. ``beside``: blocks that share a multiprocessor.
+    """
+
+    rows: int
+    columns: int
+    stages: int
+    share: Share
+    out: DType
+    box_bytes: int
+    buffers: int
+    beside: int
+
+    @property
+    def consumers(self) -> int:
+        """Consumer warpgroups."""
+        return min(2, self.rows // WAVE_ROWS)
+
+    @property
+    def waves(self) -> int:
+        """Waves of 64 rows of each consumer."""
+        return self.rows // (self.consumers * WAVE_ROWS)
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return 1 if self.share is Share.NOTHING else 2
+
+    @property
+    def threads(self) -> int:
+        """Of a block: the consumers' and the producer's warpgroup."""
+        return (self.consumers + 1) * WARPS * WARP
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        staging = self.consumers * WARPS * self.buffers * WARP_ROWS * self.box_bytes
+        return self.stages * slot_bytes(self.rows, self.columns) + staging
+
+    @property
+    def macros(self) -> dict[str, int]:
+        """What ``gemm.cu`` is compiled with."""
+        return {
+            "FORM_ROWS": self.rows,
+            "FORM_COLUMNS": self.columns,
+            "FORM_STAGES": self.stages,
+            "FORM_SHARE": int(self.share),
+            "FORM_OUTPUT": OUTPUTS.index(self.out),
+            "FORM_BOX_BYTES": self.box_bytes,
+            "FORM_BUFFERS": self.buffers,
+            "FORM_BESIDE": self.beside,
+        }
+
+    @property
+    def boxes(self) -> tuple[Box, Box, Box, Box]:
+        """Of the activation's codes, the weight's codes, the activation's scales, the result."""
+        a_rows = self.rows // (2 if self.share is Share.ACTIVATION else 1)
+        b_rows = self.columns // (2 if self.share is Share.WEIGHT else 1)
+        element = self.out.bytes
+        return (
+            Box(a_rows, K_BLOCK, 1, ROW_BYTES),
+            Box(b_rows, K_BLOCK, 1, ROW_BYTES),
+            Box(1, self.rows, SCALE_BYTES, 0),
+            Box(WARP_ROWS, self.box_bytes // element, element, self.box_bytes),
+        )
+
+    @property
+    def name(self) -> str:
+        """``256x128s4+ab64x3``: tile, slots, what is shared, box and buffers, ``x2`` beside."""
+        shared = ("", "+a", "+b")[self.share]
+        beside = f"x{self.beside}" if self.beside > 1 else ""
+        stores = f"b{self.box_bytes}x{self.buffers}"
+        return f"{self.rows}x{self.columns}s{self.stages}{shared}{stores}{beside}"
+
+
+def slot_bytes(rows: int, columns: int) -> int:
+    """Shared memory of one slot, with its barriers."""
+    return (rows + columns) * ROW_BYTES + rows * SCALE_BYTES + SLOT_EXTRA_BYTES
+
+
+def widest_box(columns: int, element_bytes: int) -> int:
+    """Bytes of a row in one store: the widest swizzle that a tile's row is a multiple of."""
+    return next(width for width in (128, 64, 32) if columns * element_bytes % width == 0)
+
+
+def make_form(
+    rows: int, columns: int, out: DType, *, share: Share = Share.NOTHING, beside: int = 1,
+    stores: tuple[int, int] | None = None,
+) -> Form:  # fmt: skip
+    """The form with the deepest ring that fits beside its buffers.
+
+    ``stores``: bytes of a row in one store and buffers of each warp, where not the usual ones.
+    """
+    box_bytes, buffers = stores or usual_stores(rows, columns, out)
+    consumers = min(2, rows // WAVE_ROWS)
+    staging = consumers * WARPS * buffers * WARP_ROWS * box_bytes
+    room = (SHARED_BYTES if beside == 1 else HALF_SHARED_BYTES) - staging
+    stages = min(MAX_STAGES, room // slot_bytes(rows, columns))
+    return Form(rows, columns, stages, share, out, box_bytes, buffers, beside)
+
+
+def usual_stores(rows: int, columns: int, out: DType) -> tuple[int, int]:
+    """4 KB for each warp; for a tile of 256x128 3 KB, which leaves room for a fourth slot."""
+    widest = widest_box(columns, out.bytes)
+    if rows * columns == 256 * 128:
+        return 64, 3
+    return widest, min(8, 4096 // (WARP_ROWS * widest))
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A form and its units: what a cluster computes at a time, one tile or two that share rows."""
+
+    form: Form
+    unit_rows: int
+    unit_columns: int
+    k_blocks: int
+    band: int
+    blocks: int
+
+    @property
+    def units(self) -> int:
+        """All of them."""
+        return self.unit_rows * self.unit_columns
+
+    @property
+    def name(self) -> str:
+        """The form's, and the height of a band."""
+        return f"{self.form.name} /{self.band}"
+
+
+def make_work(
+    form: Form, m: int, n: int, k: int, processors: int, *, band: int | None = None
+) -> Work:
+    """The units of (m, n, k), all at least 1; ``band``: rows of units, about square by itself."""
+    row_tiles, column_tiles = ceil(m / form.rows), ceil(n / form.columns)
+    unit_rows = ceil(row_tiles / (2 if form.share is Share.WEIGHT else 1))
+    unit_columns = ceil(column_tiles / (2 if form.share is Share.ACTIVATION else 1))
+    clusters = processors * form.beside // form.cluster
+    if band is None:
+        band = square_band(form, clusters)
+    band = max(1, min(band, unit_rows))
+    blocks = min(clusters, unit_rows * unit_columns) * form.cluster
+    return Work(form, unit_rows, unit_columns, ceil(k / K_BLOCK), band, blocks)
+
+
+def square_band(form: Form, clusters: int) -> int:
+    """Rows of units such that what runs at a time reads as many rows of A as of B."""
+    height = form.rows * (2 if form.share is Share.WEIGHT else 1)
+    width = form.columns * (2 if form.share is Share.ACTIVATION else 1)
+    return max(1, round((clusters * width / height) ** 0.5))
+
+
+def aligned_scale_stride(m: int) -> int:
+    """From one K block's activation scales to the next, in elements: TMA wants 16 bytes."""
+    return (m + 3) // 4 * 4

@@ -1,0 +1,192 @@
+"""Runs ``kernels/cuda/gemm.cu`` on a pretend Hopper: the same source, compiled for the CPU.
+
+``machine.hpp`` says what is pretended. Every thread is a fiber, copies come late and in any order;
+reported are: a slot filled while it is read or read while it is filled, stores that are not fenced,
+wgmmas without a fence, lanes that part, blocks that end too early, waits that never end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from blockscale.kernels.cpu.build import find_compiler
+from blockscale.kernels.cuda.work import aligned_scale_stride
+from blockscale.tensor import torch_dtype
+
+if TYPE_CHECKING:
+    from blockscale.kernels.cuda.work import Box, Form, Work
+
+HERE = Path(__file__).parent
+KERNELS = Path(__file__).parents[2] / "kernels" / "cuda"
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unused")
+TIME_LIMIT_S = 300
+CACHE = Path(tempfile.gettempdir()) / "blockscale-cuda-machine"
+
+
+class EmulationError(AssertionError):
+    """The kernel did what the hardware forbids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """How one run differs from another.
+
+    ``seed``: of the order of things. ``change``: a piece of ``gemm.cu`` and what to put in its
+    place, to see that it is noticed.
+    """
+
+    seed: int = 0
+    change: tuple[str, str] | None = None
+
+
+FIRST = Trial()
+
+
+class _Map(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("rows", ctypes.c_long),
+        ("columns", ctypes.c_long),
+        ("pitch", ctypes.c_long),
+        ("box_rows", ctypes.c_int),
+        ("box_columns", ctypes.c_int),
+        ("element", ctypes.c_int),
+        ("swizzle", ctypes.c_int),
+        ("is_weight", ctypes.c_bool),
+    )
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        ("b_scales", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("m", ctypes.c_int),
+        ("n", ctypes.c_int),
+        ("k_blocks", ctypes.c_int),
+        ("b_scale_stride", ctypes.c_int),
+        ("unit_rows", ctypes.c_int),
+        ("unit_columns", ctypes.c_int),
+        ("band", ctypes.c_int),
+    )
+
+
+class _Run(ctypes.Structure):
+    _fields_ = (
+        ("a", _Map),
+        ("b", _Map),
+        ("a_scales", _Map),
+        ("out", _Map),
+        ("problem", _Problem),
+        ("b_scale_count", ctypes.c_long),
+        ("bias_bytes", ctypes.c_long),
+        ("a_codes", ctypes.c_void_p),
+        ("a_bytes", ctypes.c_long),
+        ("grid", ctypes.c_int),
+        ("seed", ctypes.c_uint32),
+    )
+
+
+@cache
+def library(form: Form, change: tuple[str, str] | None = None) -> ctypes.CDLL:
+    """The kernel in this form for the CPU, compiled when its sources have changed."""
+    compiler = find_compiler()
+    assert compiler is not None, "needs a C++ compiler (apt install g++)"
+    kernel = (KERNELS / "gemm.cu").read_text(encoding="utf-8")
+    if change is not None:
+        assert kernel.count(change[0]) == 1, f"gemm.cu has {change[0]!r} not once"
+        kernel = kernel.replace(*change)
+    sources = [kernel.encode(), *(path.read_bytes() for path in sorted(HERE.glob("*.[ch]*")))]
+    macros = [f"-D{name}={value}" for name, value in form.macros.items()]
+    key = hashlib.sha256(b"\0".join([*sources, *map(str.encode, (*FLAGS, *macros))]))
+    CACHE.mkdir(parents=True, exist_ok=True)
+    target = CACHE / f"{form.name}-{key.hexdigest()[:16]}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            (Path(folder) / "gemm.cu").write_text(kernel, encoding="utf-8")
+            built = Path(folder) / "machine.so"
+            command = [compiler, *FLAGS, f"-I{HERE}", f"-I{folder}", *macros]
+            subprocess.run(  # noqa: S603 - a compiler found on PATH, our own source
+                [*command, str(HERE / "run.cpp"), "-o", str(built)],
+                check=True,
+                timeout=TIME_LIMIT_S,
+            )
+            built.replace(target)
+    loaded = ctypes.CDLL(str(target))
+    loaded.run.restype = ctypes.c_char_p
+    return loaded
+
+
+def multiply(
+    work: Work,
+    a: tuple[torch.Tensor, torch.Tensor],
+    b: tuple[torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    trial: Trial = FIRST,
+) -> None:
+    """Run ``work`` on the pretend Hopper. Raises EmulationError for what the hardware forbids.
+
+    ``a``, ``b``: codes and scales as ``CudaProduct.multiply`` takes them; ``out`` has the form's
+    dtype.
+    """
+    (codes, scales), (weight, weight_scales) = a, b
+    (m, k), n = codes.shape, weight.shape[0]
+    assert out.dtype == torch_dtype(work.form.out)
+    loaded = library(work.form, trial.change)
+    # The activation comes when the kernel ahead ends; until then its place holds NaN.
+    arriving = torch.full_like(codes.contiguous().view(torch.uint8), 0xFF)
+    final = codes.contiguous()
+    a_box, b_box, scale_box, out_box = work.form.boxes
+    problem = _Problem(
+        weight_scales.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        m,
+        n,
+        work.k_blocks,
+        weight_scales.stride(0),
+        work.unit_rows,
+        work.unit_columns,
+        work.band,
+    )
+    run = _Run(
+        _map(arriving.data_ptr(), m, k, k, a_box),
+        _map(weight.data_ptr(), n, k, weight.stride(0), b_box, is_weight=True),
+        _map(scales.data_ptr(), work.k_blocks, m, aligned_scale_stride(m), scale_box),
+        _map(out.data_ptr(), m, n, out.stride(0), out_box),
+        problem,
+        weight_scales.numel(),
+        0 if bias is None else bias.nbytes,
+        final.data_ptr(),
+        final.nbytes,
+        work.blocks,
+        trial.seed,
+    )
+    failure = loaded.run(ctypes.byref(run)).decode()
+    if failure:
+        raise EmulationError(failure)
+
+
+def _map(
+    address: int, rows: int, columns: int, stride: int, box: Box, *, is_weight: bool = False
+) -> _Map:
+    element = box.element_bytes
+    return _Map(
+        address,
+        rows,
+        columns,
+        stride * element,
+        box.rows,
+        box.columns,
+        element,
+        box.swizzle,
+        is_weight,
+    )
