@@ -2,6 +2,7 @@
 
     python tools/gpu_session.py [--seconds 560] [--steps NAME,NAME] [--out DIR]
     python tools/gpu_session.py --list
+    python tools/gpu_session.py --rehearse      what can be tiny, on a pretend GPU
     python tools/gpu_session.py --take DIR      the records of DIR go into benchmarks/results
 
 Kernels are compiled on all cores in the background (``benchmarks/ahead.py``) while tests run; what
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -60,6 +61,10 @@ def _benchmark(name: str, limit_s: int, *arguments: str) -> Step:
 
 
 NEVER_RUN = ("test_experts", "test_transformers_experts", "test_transformers")
+PRETEND = ("-m", "blockscale.testing.pretend_gpu")
+# Benchmarks that have a tiny size; and what takes hours in an interpreter, or needs Inductor.
+TINY = ("moe_layer", "transformers_model", "tensor_parallel")
+NOT_TINY = "not size_of_models and not compiles and not 130 and not 300"
 REST = [f"--ignore=tests/gpu/{name}.py" for name in NEVER_RUN]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -84,6 +89,24 @@ STEPS = (
         gpus=2,
     ),
 )
+
+
+def rehearsed(steps: Sequence[Step]) -> list[Step]:
+    """The tests that never ran on a GPU, and tiny benchmarks, on a pretend one."""
+    found = []
+    for step in steps:
+        command = [*step.command]
+        if f"test_{step.name}" in NEVER_RUN:
+            command = [*PRETEND, *command, "-k", NOT_TINY]
+        elif step.name in TINY:
+            program = next(i for i, part in enumerate(command) if part.endswith(".py"))
+            command = [*command[:program], *PRETEND, *command[program:], "--smoke"]
+        else:
+            continue
+        found.append(replace(step, command=tuple(command), gpus=1))
+    return found
+
+
 # What a benchmark is called in ahead.py.
 COMPILED = ("moe_layer", "transformers_model", "gemm", "fp16_model", "tensor_parallel")
 
@@ -138,6 +161,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--take", type=Path, metavar="DIR")
     parser.add_argument("--no-ahead", action="store_true", help="compile nothing beforehand")
+    parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
     if options.list:
         for step in STEPS:
@@ -153,21 +177,23 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + options.seconds
     with (options.out / "session.log").open("a", encoding="utf-8") as log:
-        done = run_all(Session(options.out, ends, log), names, is_ahead=not options.no_ahead)
+        session = Session(options.out, ends, log)
+        steps = rehearsed(STEPS) if options.rehearse else here(STEPS)
+        done = run_all(session, steps, names, is_ahead=not (options.no_ahead or options.rehearse))
     failed = [name for name, found in done.items() if found["outcome"] != "passed"]
     return int(bool(failed))
 
 
-def run_all(session: Session, names: Sequence[str], *, is_ahead: bool) -> dict[str, Any]:
+def run_all(
+    session: Session, steps: Sequence[Step], names: Sequence[str], *, is_ahead: bool
+) -> dict[str, Any]:
     """All steps that fit, results kept after each. What ran before is not run again unasked.
 
     The first that is timed waits until nothing is compiled any more.
     """
     file = session.out / "session.json"
     done: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    gpus = gpus_here()
-    wanted = [step for step in STEPS if step.gpus <= gpus]
-    wanted = [step for step in wanted if (step.name in names if names else step.name not in done)]
+    wanted = [step for step in steps if (step.name in names if names else step.name not in done)]
     compiling = start_ahead(wanted, session) if is_ahead else None
     for step in wanted:
         if step.is_timed and compiling is not None:
@@ -185,6 +211,12 @@ def run_all(session: Session, names: Sequence[str], *, is_ahead: bool) -> dict[s
     left = [s.name for s in STEPS if s.name not in done]
     session.say(f"left: {','.join(left) or 'nothing'}")
     return done
+
+
+def here(steps: Sequence[Step]) -> list[Step]:
+    """The steps for which this machine has GPUs enough."""
+    gpus = gpus_here()
+    return [step for step in steps if step.gpus <= gpus]
 
 
 def gpus_here() -> int:

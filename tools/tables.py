@@ -243,7 +243,8 @@ def tensor_parallel() -> str:
     found = newest("tensor_parallel")
     last = {(r["dtype"], r["phase"], r["m"]): r for r in found}
     return rows(
-        "dtype | phase | tokens | one GPU | all ranks | speed-up | logits differ by | in float32",
+        "dtype | phase | tokens | one GPU | all ranks | speed-up | logits differ by | "
+        "first layer in float32",
         [
             [
                 dtype,

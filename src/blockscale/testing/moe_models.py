@@ -107,7 +107,8 @@ class FixedRouter(nn.Module):
         self, hidden: torch.Tensor, *bias: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits, weights and experts, as transformers' routers give them."""
-        logits = self.router(hidden, *bias)[0]
+        logits, own, _ = self.router(hidden, *bias)
         scores = logits.float().sigmoid() if bias else logits.float().softmax(-1)
         weights = scores.gather(1, self.chosen)
-        return logits, weights / weights.sum(-1, keepdim=True), self.chosen
+        # In the router's own dtype: weights that round otherwise change codes all over the model.
+        return logits, (weights / weights.sum(-1, keepdim=True)).to(own.dtype), self.chosen

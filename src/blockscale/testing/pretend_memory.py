@@ -33,6 +33,7 @@ WAITING = {
     "unique_consecutive",
     "unique_dim",
 }
+HALF_TO_FLOAT = (torch.ops.aten._softmax.default, torch.ops.aten._log_softmax.default)  # noqa: SLF001 - their names
 # Operators between two devices.
 MOVING = {"_to_copy", "copy_"}
 
@@ -234,6 +235,8 @@ def _on_held(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  
         kwargs["device"] = CPU
     if kwargs.get("pin_memory"):
         kwargs["pin_memory"] = False
+    if func in HALF_TO_FLOAT and args[2]:
+        args = (args[0].float(), args[1], False)  # A CPU takes no half here, a GPU does.
     result = func(*args, **kwargs)
     if SITUATION.graph is not None:
         SITUATION.graph.add(_again(func, args, kwargs, result))

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 # Row blocks of the contiguous layout, and numbers of rows that a group may be expected to have.
 ALIGNMENTS = (16, 64, 128)
 ROW_BOUNDS = (16, 32, 64, 128, 512)
-# Row blocks, and rows of a group, that kernels are compiled for beforehand.
-LIKELY = ((16, 16), (64, 64), (128, 128), (128, 1024))
+# Row blocks, and rows of a group, that kernels are compiled for beforehand: what the numbers of
+# tokens that get such row blocks come to, eight experts for each, padding counted.
+LIKELY = ((16, 16), (16, 32), (64, 64), (64, 128), (128, 128), (128, 512), (128, 1024))
 
 
 class Rows(NamedTuple):
