@@ -8,6 +8,14 @@ TORCH   := torch==2.13.0
 # Compiles the GPU kernels without a GPU; the library runs and passes its tests without it.
 TRITON  := triton==3.6.0
 
+# Python keeps what it compiled, whatever the caller's environment says: tests start hundreds of
+# interpreters. Of the 15000 files that pip would compile, a quarter is ever imported.
+export PYTHONDONTWRITEBYTECODE :=
+PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+
+# The library's dependencies and what tests need, nothing optional.
+BARE    := .cache/venv-bare
+
 # vLLM's CPU build and its requirements: several GB, kept apart and cached.
 VLLM    := .cache/venv-vllm
 
@@ -15,13 +23,14 @@ VLLM    := .cache/venv-vllm
 PEERS   := .cache/venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help install weights demo test test-kernels test-vllm test-sglang test-peers check docs format clean
+.PHONY: help install weights demo test test-kernels test-bare test-vllm test-sglang test-peers check docs format clean
 
 help:
 	@echo "make demo    install into $(VENV), fetch SmolLM2-135M, quantize, plan, verify, generate"
-	@echo "make test    all CPU tests"
+	@echo "make test    all CPU tests; of the Triton kernels in the interpreter, one test of each family"
 	@echo "make check   format, lint, types, layers"
-	@echo "make test-kernels  Triton kernels in the interpreter, bit for bit (minutes)"
+	@echo "make test-kernels  Triton kernels in the interpreter, all of it, bit for bit (minutes)"
+	@echo "make test-bare     all CPU tests without Triton and without any extra (own environment)"
 	@echo "make test-vllm     vLLM's own server on this machine's CPU, with and without blockscale (minutes)"
 	@echo "make test-sglang   the plugin against SGLang's own sources, no GPU needed"
 	@echo "make test-peers    llm-compressor and ModelOpt read our files, and we theirs (minutes)"
@@ -33,9 +42,9 @@ install: $(VENV)/.installed
 # torch first and pinned: asked for without a version, pip would take a CUDA build of several GB.
 $(VENV)/.installed: pyproject.toml
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(TORCH)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable '.[dev]'
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(TRITON) \
+	$(PIP) --no-compile $(TORCH)
+	$(PIP) --no-compile --editable '.[dev]'
+	$(PIP) --no-compile $(TRITON) \
 	  || echo "no $(TRITON) for this machine: tests of the GPU kernels will be skipped"
 	touch $@
 
@@ -45,9 +54,9 @@ weights: install
 demo: weights
 	$(PYTHON) tools/demo.py --weights $(WEIGHTS)
 
-# A file's tests stay on one core, with what its fixtures made.
+# Each core starts with a half, file after file; who is done first takes from the other's end.
 test: weights
-	$(PYTHON) -m pytest -n auto --dist loadfile
+	$(PYTHON) -m pytest -n auto --dist worksteal
 
 # The Triton kernels' arithmetic on the CPU, bit for bit, and tests/gpu on a pretend GPU: minutes, so
 # not part of `make test`.
@@ -55,6 +64,13 @@ test-kernels: install
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/kernels_triton -k interpreted
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/pretended
 	$(PYTHON) -m pytest -m machine tests/kernels_cuda
+
+# As a user has it who asked for no extra: what needs one is skipped and says which.
+test-bare:
+	test -x $(BARE)/bin/python || python3 -m venv $(BARE)
+	$(BARE)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(TORCH)
+	$(BARE)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable '.[test]'
+	$(BARE)/bin/python -m pytest -n auto --dist worksteal
 
 # A real vLLM server, three times: with blockscale, and twice with it uninstalled.
 test-vllm: weights

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 import tracemalloc
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from command_line import blockscale
 
 from blockscale.checkpoint.header import MAX_HEADER_BYTES, read_header
 from blockscale.checkpoint.read import INDEX_NAME, read_checkpoint
@@ -240,12 +239,7 @@ def test_the_command_says_one_line_and_exits_with_2(tmp_path: Path) -> None:
     folder.mkdir()
     terminal_escapes(folder)
     for command in ("plan", "verify"):
-        done = subprocess.run(
-            [sys.executable, "-m", "blockscale.cli.main", command, folder],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = blockscale(command, folder)
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
         assert "\x1b" not in done.stderr

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from huggingface_hub import constants, get_session
 from safetensors.torch import load_file, save_file
 
 from blockscale.checkpoint import hub
@@ -27,6 +26,9 @@ from blockscale.testing.model_shapes import qwen3_8b, write_model_headers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+pytest.importorskip("huggingface_hub", reason="pip install 'blockscale[hub]'")
+from huggingface_hub import constants, get_session
 
 HASTY = Patience(attempts=4, first_wait_s=0.0, silence_s=5.0)
 TINY = Repository("org/tiny")

@@ -164,15 +164,32 @@ def test_an_interruption_leaves_nothing(
     assert left_behind(tmp_path, float_checkpoint) == set()
 
 
+# The command, which takes its time over each tensor once the first is in its file.
+SLOW = """
+import time
+from blockscale.checkpoint import output
+from blockscale.cli import main
+
+append = output.ShardWriter._append
+
+def slowly(*arguments):
+    append(*arguments)
+    time.sleep(0.1)
+
+output.ShardWriter._append = slowly
+main.run()
+"""
+
+
 def test_ctrl_c_exits_with_130_and_one_line(tmp_path: Path) -> None:
     """A real SIGINT to the real command, in the middle of a real file."""
     source = tmp_path / "source"
     source.mkdir()
     save_file(
-        {f"l{i}.weight": torch.ones(4096, 4096) for i in range(6)}, source / "model.safetensors"
+        {f"l{i}.weight": torch.ones(128, 128) for i in range(400)}, source / "model.safetensors"
     )
     (source / "config.json").write_text("{}")
-    command = [sys.executable, "-m", "blockscale.cli.main", "quantize", source, tmp_path / "out"]
+    command = [sys.executable, "-c", SLOW, "quantize", source, tmp_path / "out"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".out.partial-*/parts/*")) and time.monotonic() < deadline:

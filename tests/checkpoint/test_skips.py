@@ -69,6 +69,7 @@ patterns = names | st.sampled_from(
 @settings(deadline=None)
 @given(layer=names, entries=st.lists(patterns, min_size=1, max_size=3))
 def test_transformers_agrees(layer: str, entries: list[str]) -> None:
+    pytest.importorskip("transformers", reason="pip install 'blockscale[transformers]'")
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     ours = TRANSFORMERS in readers_that_skip(layer, *entries)
@@ -78,6 +79,7 @@ def test_transformers_agrees(layer: str, entries: list[str]) -> None:
 @settings(deadline=None)
 @given(layer=names, entries=st.lists(patterns.map("re:".__add__) | names, max_size=3))
 def test_compressed_tensors_agrees(layer: str, entries: list[str]) -> None:
+    pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors")
     from compressed_tensors.utils.match import match_name
 
     ours = COMPRESSED in readers_that_skip(layer, *entries)

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from command_line import blockscale
 
 from blockscale.testing.model_shapes import minimax_m25, write_model_headers
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from subprocess import CompletedProcess
 
 
-def blockscale(*arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("BLOCKSCALE_")}
-    return subprocess.run(
-        [sys.executable, "-m", "blockscale.cli.main", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env={**clean, **environ},
-    )
-
-
-def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+def refused(done: CompletedProcess[str], *words: str) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1, done.stderr
     for word in words:
@@ -55,7 +42,7 @@ def test_warm_builds_a_saved_plan(fp8_checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_the_warm_up_list_needs_neither_device_nor_checkpoint(tmp_path: Path) -> None:
-    write_model_headers(tmp_path / "minimax", minimax_m25())
+    write_model_headers(tmp_path / "minimax", minimax_m25(layers=6))
     file = tmp_path / "plan.json"
     blockscale("plan", tmp_path / "minimax", "--device", "sm_90", "--save", file)
     listed = json.loads(blockscale("warm", file, "--list", "--json").stdout)

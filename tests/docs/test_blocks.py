@@ -25,6 +25,8 @@ PYTHON = [b for b in lists.BLOCKS if b.language == "python" and not b.is_listed]
 def fp8_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3 of one layer in block FP8, with a tokenizer that knows its 128 bytes."""
     import torch
+
+    pytest.importorskip("transformers", reason="pip install 'blockscale[transformers]'")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 

@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("transformers", reason="pip install 'blockscale[transformers]'")
+
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "rl_weight_sync.py"
 
 

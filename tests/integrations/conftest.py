@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def save_qwen3(folder: Path, intermediate_size: int) -> Path:
     """A Qwen3 of two layers with random weights, in bfloat16."""
+    pytest.importorskip("transformers", reason="pip install 'blockscale[transformers]'")
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(

@@ -22,6 +22,7 @@ from blockscale.planning.policy import PlanPolicy
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytest.importorskip("transformers", reason="pip install 'blockscale[transformers]'")
 pytestmark = pytest.mark.weights
 
 FORMATS = {"fp32": FP8_128X128_FP32, "ue8m0": FP8_128X128_UE8M0}

@@ -22,6 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+pytest.importorskip("transformers", reason="pip install 'blockscale[transformers]'")
+
 from blockscale.checkpoint.quantize import QuantizeOptions, quantize_checkpoint
 from blockscale.checkpoint.read import read_checkpoint
 from blockscale.checkpoint.schema import read_layers

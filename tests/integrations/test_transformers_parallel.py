@@ -8,6 +8,8 @@ import pytest
 
 from blockscale.testing.ranks import PASSED, run_ranks
 
+pytest.importorskip("transformers", reason="pip install 'blockscale[transformers]'")
+
 WORKER = Path(__file__).with_name("shard_worker.py")
 CASES = (
     "logits_are_those_of_one_process",

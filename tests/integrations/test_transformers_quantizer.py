@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+pytest.importorskip("transformers", reason="pip install 'blockscale[transformers]'")
+
 from blockscale.checkpoint.convert import (
     ConvertOptions,
     Dialect,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytest.importorskip("fastapi", reason="pip install 'blockscale[serve]'")
 pytestmark = pytest.mark.weights
 
 START_LIMIT_S = 180.0

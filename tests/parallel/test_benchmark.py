@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("transformers", reason="pip install 'blockscale[transformers]'")
+
 ROOT = Path(__file__).parent.parent.parent
 
 

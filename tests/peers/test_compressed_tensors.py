@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     Values = dict[str, torch.Tensor]
 
+pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors")
+pytest.importorskip("transformers", reason="pip install 'blockscale[transformers]'")
 # It says that a declaration is overwritten by the one that asks for dequantized weights.
 pytestmark = pytest.mark.filterwarnings("ignore:You passed .quantization_config.")
 

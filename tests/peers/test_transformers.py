@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     Values = dict[str, torch.Tensor]
 
+pytest.importorskip("transformers", reason="pip install 'blockscale[transformers]'")
 DOWN = "model.layers.0.mlp.down_proj"
 
 

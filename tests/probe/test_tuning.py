@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from command_line import blockscale
 
 from blockscale.backends.registry import BACKENDS
 from blockscale.errors import SettingsError
@@ -63,12 +62,8 @@ def test_a_damaged_table_is_named(text: str) -> None:
 def test_the_command_keeps_a_table_for_later_plans(fp8_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "table.json"
     command = ["tune", fp8_checkpoint, "--tokens", "1", "--out", out, "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "blockscale.cli.main", *command],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = blockscale(*command)
+    assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert {row["backend"] for row in rows} == {"cpu", "reference"}
     assert len(read_table(out.read_text(), str(out))) == len(rows)

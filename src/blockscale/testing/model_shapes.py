@@ -66,11 +66,11 @@ def write_model_headers(directory: Path, model: ModelShape) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(document))
 
 
-def minimax_m25() -> ModelShape:
+def minimax_m25(layers: int = 62) -> ModelShape:
     """MiniMax-M2.5: 62 layers, 256 experts of 1536, 48 attention heads, 8 for keys and values."""
     hidden, experts, intermediate = 3072, 256, 1536
     tensors = [TensorShape("model.embed_tokens.weight", "BF16", (200064, hidden))]
-    for layer in range(62):
+    for layer in range(layers):
         prefix = f"model.layers.{layer}"
         attention = f"{prefix}.self_attn"
         tensors += _linear(f"{attention}.q_proj", 6144, hidden)
