@@ -1,13 +1,13 @@
 """Fits the corrections of ``kernels.gluon.corrections`` to a sweep, and says what the choice loses.
 
-    python benchmarks/gluon_fit.py SWEEP [--write] [--folds 5]
+    python benchmarks/gluon_fit.py SWEEP... [--write] [--folds 5]
 
 A loss is chosen / fastest of what was timed. First, by range of M, what is lost on (N, K) that the
 fit has not seen (``--folds`` parts by (N, K), each left out once): by the analytic model alone, by
 the corrected one, and by the fastest work of the nearest (N, K) at that M. Then what the table of
 winners loses where a shape was measured twice (one measurement chooses, the other judges), and at
-another M of the same bucket. ``--write`` writes the table that ships: factors fitted to nine (N, K)
-in ten (the tests judge them by the tenth), winners of all.
+another M of the same bucket. The sweeps are of one machine. ``--write`` writes the table that ships:
+factors fitted to nine (N, K) in ten (the tests judge them by the tenth), winners of all.
 
 The fit is a ridge regression of log(measured / modelled), a constant for each shape taken out: what
 a whole shape gains or loses from one measurement to the next (4-8 %) chooses nothing. Candidates
@@ -89,18 +89,18 @@ class Shape:
 def main() -> int:
     """Read, validate, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sweep", type=Path)
+    parser.add_argument("sweeps", type=Path, nargs="+")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--folds", type=int, default=5)
     options = parser.parse_args()
-    shapes = read(options.sweep)
+    shapes = [shape for sweep in options.sweeps for shape in read(sweep)]
     print(f"{len(shapes)} shapes, {len({(s.n, s.k) for s in shapes})} different (N, K)")
     validate(shapes, options.folds)
     judge_winners(shapes)
     if options.write:
         kept = parts(shapes, HELD_OUT)
         table = fit([shape for shape in shapes if kept[shape.n, shape.k]])
-        write(options.sweep, replace(table, winners=winners(shapes, table)), kept)
+        write(options.sweeps, replace(table, winners=winners(shapes, table)), kept)
     return 0
 
 
@@ -322,10 +322,11 @@ def report(losses: list[tuple[int, float]]) -> None:
             )
 
 
-def write(sweep: Path, table: Table, kept: dict[tuple[int, int], int]) -> None:
+def write(sweeps: list[Path], table: Table, kept: dict[tuple[int, int], int]) -> None:
     """The table that ships, with where it comes from."""
-    head: dict[str, Any] = json.loads(sweep.read_text(encoding="utf-8").splitlines()[0])
-    log = ["git", "log", "-1", "--format=%h %cs", "--", str(sweep.resolve())]
+    head: dict[str, Any] = json.loads(sweeps[-1].read_text(encoding="utf-8").splitlines()[0])
+    paths = [str(sweep.resolve().relative_to(ROOT)) for sweep in sweeps]
+    log = ["git", "log", "-1", "--format=%h %cs", "--", *paths]
     said = subprocess.run(log, cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603 - git
     commit, _, date = said.stdout.strip().partition(" ")
     document = {
@@ -335,7 +336,7 @@ def write(sweep: Path, table: Table, kept: dict[tuple[int, int], int]) -> None:
         "packages": head["versions"],
         "commit": commit,
         "date": date,
-        "source": str(sweep.resolve().relative_to(ROOT)),
+        "sources": paths,
         "held_out": sorted(pair for pair, part in kept.items() if not part),
         "ranges": [[round(low, DIGITS), round(high, DIGITS)] for low, high in table.ranges],
     }

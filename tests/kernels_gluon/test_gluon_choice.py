@@ -183,7 +183,8 @@ def test_factors_lose_little_on_shapes_that_their_fit_has_not_seen() -> None:
     document = json.loads(TABLE.read_text(encoding="utf-8"))
     held_out = {(n, k) for n, k in document["held_out"]}
     losses: dict[bool, list[float]] = {True: [], False: []}
-    for line in map(json.loads, (ROOT / document["source"]).read_text("utf-8").splitlines()[1:]):
+    texts = [(ROOT / source).read_text("utf-8") for source in document["sources"]]
+    for line in (json.loads(line) for text in texts for line in text.splitlines()[1:]):
         m, n, k, times = line["m"], line["n"], line["k"], line["times"]
         if (n, k) in held_out:
             works = [w for w in candidates(m, n, k, 2, PROCESSORS) if w.name in times]

@@ -68,11 +68,13 @@ def candidates(m: int, n: int, k: int, out_bytes: int, processors: int) -> tuple
     return tuple(dict.fromkeys(found))
 
 
-def promising(m: int, n: int, k: int, out_bytes: int, processors: int) -> list[Work]:
-    """The candidates that the model does not hold for far slower than its choice: to be timed."""
+def promising(
+    m: int, n: int, k: int, out_bytes: int, processors: int, far: float = FAR
+) -> list[Work]:
+    """The candidates that the model does not hold for ``far`` times the choice's: to be timed."""
     found = candidates(m, n, k, out_bytes, processors)
     costs = [clocks(work, m, n, out_bytes, processors) for work in found]
-    return [work for work, cost in zip(found, costs, strict=True) if cost <= FAR * min(costs)]
+    return [work for work, cost in zip(found, costs, strict=True) if cost <= far * min(costs)]
 
 
 def variants(out_bytes: int) -> tuple[DenseVariant | SmallVariant, ...]:
