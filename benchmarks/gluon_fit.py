@@ -6,7 +6,7 @@ A loss is chosen / fastest of what was timed. First, by range of M, what is lost
 fit has not seen (``--folds`` parts by (N, K), each left out once): by the analytic model alone, by
 the corrected one, and by the fastest work of the nearest (N, K) at that M. Then what the table of
 winners loses where a shape was measured twice (one measurement chooses, the other judges), and at
-another M of the same bucket. The sweeps are of one machine. ``--write`` writes the table that ships:
+another M of the same bucket. The sweeps are of one machine. ``--write`` writes what ships:
 factors fitted to nine (N, K) in ten (the tests judge them by the tenth), winners of all.
 
 The fit is a ridge regression of log(measured / modelled), a constant for each shape taken out: what
@@ -99,7 +99,7 @@ def main() -> int:
     judge_winners(shapes)
     if options.write:
         kept = parts(shapes, HELD_OUT)
-        table = fit([shape for shape in shapes if kept[shape.n, shape.k]])
+        table = rounded(fit([shape for shape in shapes if kept[shape.n, shape.k]]))
         write(options.sweeps, replace(table, winners=winners(shapes, table)), kept)
     return 0
 
@@ -322,6 +322,15 @@ def report(losses: list[tuple[int, float]]) -> None:
             )
 
 
+def rounded(table: Table) -> Table:
+    """As it is written."""
+    ranges = tuple((round(low, DIGITS), round(high, DIGITS)) for low, high in table.ranges)
+    factors = {
+        name: tuple(round(value, DIGITS) for value in row) for name, row in table.factors.items()
+    }
+    return replace(table, ranges=ranges, factors=factors)
+
+
 def write(sweeps: list[Path], table: Table, kept: dict[tuple[int, int], int]) -> None:
     """The table that ships, with where it comes from."""
     head: dict[str, Any] = json.loads(sweeps[-1].read_text(encoding="utf-8").splitlines()[0])
@@ -338,12 +347,9 @@ def write(sweeps: list[Path], table: Table, kept: dict[tuple[int, int], int]) ->
         "date": date,
         "sources": paths,
         "held_out": sorted(pair for pair, part in kept.items() if not part),
-        "ranges": [[round(low, DIGITS), round(high, DIGITS)] for low, high in table.ranges],
+        "ranges": table.ranges,
     }
-    factors = [
-        f"  {json.dumps(name)}: {json.dumps([round(value, DIGITS) for value in row])}"
-        for name, row in table.factors.items()
-    ]
+    factors = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table.factors.items()]
     rows = [
         f"  {json.dumps([n, k, ' '.join(f'{m}:{name}' for m, name in sorted(of_m.items()))])}"
         for (n, k), of_m in table.winners.items()

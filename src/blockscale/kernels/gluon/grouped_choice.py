@@ -4,7 +4,8 @@ Row counts are on the GPU; the host knows the number of groups and what a count 
 Whatever is chosen is right for any counts, only not as fast.
 
 Rules, not yet a model: estimates from facts/kernels.md 1.2, 5 and 7 and from the dense kernels'
-measurements, to be replaced by what ``benchmarks/grouped.py --variants`` finds.
+measurements, to be replaced by what ``benchmarks/grouped.py --variants`` finds
+(``benchmarks/grouped_fit.py`` reads it).
 """
 
 from __future__ import annotations

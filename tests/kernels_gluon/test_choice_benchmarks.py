@@ -1,0 +1,85 @@
+"""The tools around the choice: what a sweep asks first, and what fits and estimates say."""
+
+from __future__ import annotations
+
+import json
+import random
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+H100 = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3"
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return import_module
+
+
+def test_a_sweep_after_another_asks_what_was_chosen_untimed_then_the_baseline(
+    benchmark: Any,
+    tmp_path: Path,
+) -> None:
+    sweep = benchmark("gluon_sweep")
+    known = tmp_path / "sweep.jsonl"
+    works = sweep.candidates(320, 7000, 4608, 2, 132)
+    chosen = sweep.choose(320, 7000, 4608, 2, 132)
+    times = {work.name: 50.0 for work in works if work != chosen}
+    lines = [{"machine": "x"}, {"m": 320, "n": 7000, "k": 4608, "times": times}]
+    known.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    first, *others = islice(sweep.order([known], random.Random(0)), 12)
+    assert first == ((7000, 4608), [320])
+    assert [shape for shape, _ in others[:9]] == list(sweep.BASELINE)
+    assert all(m in range(17, 513) for _, tokens in others for m in tokens)
+
+
+def test_the_table_that_ships_is_what_the_fit_writes(benchmark: Any) -> None:
+    """The same winners from the committed sweep, and factors for every form."""
+    fit = benchmark("gluon_fit")
+    shapes = fit.read(H100 / "gluon_sweep.jsonl")
+    table = fit.corrections.shipped()
+    assert fit.winners(shapes, table) == table.winners
+
+
+def test_grouped_fit_finds_the_thresholds_that_records_speak_for(
+    benchmark: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fit = benchmark("grouped_fit")
+    assert {name: values[0] for name, values in fit.GRID.items()} == {
+        name: getattr(fit.grouped_choice, name) for name in fit.GRID
+    }
+    case = "masked-masked-32x192-4096x7168"
+    lines = [
+        {"case": case, "out_dtype": "bfloat16", "backend": backend, "detail": name, "time_us": us}
+        for backend, name, us in (
+            ("deep_gemm", "", 90.0),
+            ("gluon", "masked-256x128s3b2g32", 110.0),
+            ("gluon", "masked-128x128s5b1g32", 100.0),
+        )
+    ]
+    records = tmp_path / "grouped.jsonl"
+    records.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["grouped_fit.py", str(records)])
+    assert fit.main() == 0
+    said = capsys.readouterr().out
+    assert "10.0%  0.900  masked-256x128s3b2g32, fastest masked-128x128s5b1g32" in said
+    best = said.splitlines()[2]
+    assert best.startswith("1.000")
+    assert "ROWS_FOR_WIDE_SLOTS = 192" in best
+    assert fit.choice(next(iter(fit.read(records)[0]))) == "masked-256x128s3b2g32"
+
+
+def test_estimates_are_labelled_and_keep_what_did_not_change(benchmark: Any) -> None:
+    estimate = benchmark("gluon_estimate")
+    found = list(estimate.estimates(H100))
+    assert len(found) == 108
+    assert {one.source for one in found} == {"same", "sweep", "model"}
+    assert all(one.then == one.now for one in found if one.source == "same")
