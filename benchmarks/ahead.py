@@ -4,7 +4,9 @@
 
 A kernel is compiled when the first call needs it, a second or more each, one after the other. Here
 the host code of the layers that a benchmark runs is asked for its kernels (weights are on torch's
-meta device, launchers only take notes), and many processes compile them. No GPU is needed or used.
+meta device, launchers only take notes), and many processes compile them. No GPU is needed or used,
+but for DeepGEMM, where it is installed: it builds with nvcc, one kernel at a time, when it is
+called. ``gemm`` calls it on zeros, a process for each shape and number of tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import importlib.util
 import multiprocessing
 import os
 import sys
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import ModuleType
 
+    from blockscale.formats import BlockFormat, ScaleLayout
     from blockscale.kernels.gluon.build import Form
     from blockscale.kernels.triton.build import Variant
     from blockscale.planning.decision import GroupedRows
@@ -91,6 +95,51 @@ class Kernel:
         Variant(kernel, **dict(self.fields)).compile(90)
 
 
+@dataclass(frozen=True, slots=True)
+class DeepGemmCall:
+    """One dense product by DeepGEMM, on zeros; it keeps what it builds in ~/.deep_gemm."""
+
+    n: int
+    k: int
+    m: int
+
+    @property
+    def name(self) -> str:
+        """As in the list of kernels."""
+        return f"deep_gemm {self.m}x{self.n}x{self.k}"
+
+    def compile(self) -> None:
+        """Call it once, as the backend does."""
+        from blockscale.backends.registry import runnable_backend_named
+        from blockscale.planning.decision import Offer, OperandForm
+        from blockscale.tensor import empty_scales
+
+        offer = Offer("deep_gemm", OperandForm(FP8_128X128_FP32, K_MAJOR), OperandForm(*QUANTIZED))
+
+        def zeros(rows: int, fmt: BlockFormat, layout: ScaleLayout) -> BlockScaledTensor:
+            codes = torch.zeros((rows, self.k), dtype=torch.uint8, device="cuda")
+            scales = empty_scales(rows, self.k, fmt, layout, codes.device)
+            return BlockScaledTensor(codes.view(torch.float8_e4m3fn), scales, fmt, layout)
+
+        weight, activation = zeros(self.n, FP8_128X128_FP32, K_MAJOR), zeros(self.m, *QUANTIZED)
+        out = torch.empty((self.m, self.n), dtype=torch.bfloat16, device="cuda")
+        multiply: Any = runnable_backend_named("deep_gemm").bind(weight, offer)
+        multiply(activation, out, None)
+        torch.cuda.synchronize()
+
+
+def deep_gemm_calls() -> list[DeepGemmCall]:
+    """What ``gemm.py`` compares with; nothing where DeepGEMM is not installed."""
+    if importlib.util.find_spec("deep_gemm") is None:
+        return []
+    from gemm import SHAPES, TOKENS
+
+    shapes = [tuple(map(int, shape.split("x"))) for shape in SHAPES.split(",")]
+    # The largest first: among them are those that take longest.
+    tokens = sorted(map(int, TOKENS.split(",")), reverse=True)
+    return [DeepGemmCall(n, k, m) for m in tokens for n, k in shapes]
+
+
 def kernels_of(layers: Iterable[Linear | Experts]) -> list[Kernel | Form]:
     """All that these layers launch, Gluon's first: they take longest. Imports Triton."""
     found: dict[Kernel | Form, None] = {}
@@ -101,19 +150,19 @@ def kernels_of(layers: Iterable[Linear | Experts]) -> list[Kernel | Form]:
     return sorted(found, key=lambda kernel: isinstance(kernel, Kernel))
 
 
-def compile_kernels(kernels: list[Kernel | Form], workers: int) -> list[str]:
+def compile_kernels(kernels: Sequence[Kernel | Form | DeepGemmCall], workers: int) -> list[str]:
     """Compile them in a pool of processes; gives what could not be, and why."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context) as pool:
         return [words for words in pool.map(compile_one, kernels) if words]
 
 
-def compile_one(kernel: Kernel | Form) -> str:
+def compile_one(kernel: Kernel | Form | DeepGemmCall) -> str:
     """Compile one; nothing, or what went wrong: the others are still wanted."""
     from blockscale.kernels.gluon.build import compile_ahead
 
     try:
-        if isinstance(kernel, Kernel):
+        if isinstance(kernel, (Kernel, DeepGemmCall)):
             kernel.compile()
         else:
             compile_ahead(kernel)
@@ -302,7 +351,9 @@ def main() -> int:
     started = time.perf_counter()
     without_a_gpu()
     layers = dict.fromkeys(layer for part in options.parts or PARTS for layer in PARTS[part]())
-    kernels = kernels_of(layers)
+    kernels: list[Kernel | Form | DeepGemmCall] = [*kernels_of(layers)]
+    if "gemm" in (options.parts or PARTS):
+        kernels += deep_gemm_calls()
     print(f"{len(kernels)} kernels of {len(layers)} layers", flush=True)
     if options.list:
         print("\n".join(kernel.name for kernel in kernels))

@@ -103,6 +103,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny layer, on a CPU too, for tests")
     names = [dtype.value for dtype in (DType.FLOAT16, DType.BFLOAT16)]
     parser.add_argument("--dtype", default="float16", choices=names)
+    parser.add_argument("--backends", help="that the plan may take, separated by commas; else any")
     parser.add_argument("--out", type=Path, help="JSON lines here, not among the results")
     options = parser.parse_args()
     size = SMOKE if options.smoke else MINIMAX
@@ -112,8 +113,9 @@ def main() -> int:
     weights = made(size, place)
     # A CPU has no Triton: the reference stands in, so that three variants run there too.
     slow = "triton" if place == "cuda" else "reference"
+    allowed = tuple(options.backends.split(",")) if options.backends else None
     layers: dict[str, Layer] = {
-        "plan": Planned(size, weights, dtype, None),
+        "plan": Planned(size, weights, dtype, allowed),
         "triton": Planned(size, weights, dtype, (slow,)),
         "bf16": Bfloat16(size, weights, place),
     }

@@ -66,9 +66,10 @@ TINY = {
 # Every layer rounds activations to E4M3. A sum over ranks rounds otherwise than one process's, so a
 # few codes fall on the other side, each a tenth of its value away, and random layers amplify that:
 # after some layers the two models differ as two ways of quantizing do, in float32 as well. So
-# float32 is compared after the first decoder layer, where hardly any code has changed.
+# float32 is compared after the first decoder layer: one changed code is 0.005 there for three
+# tokens of 256 values, and changes two in a hundred of the next. A lost part of a sum is 0.7 off.
 LARGEST_ERROR = 0.4
-LARGEST_FLOAT32_ERROR = 0.005
+LARGEST_FLOAT32_ERROR = 0.03
 WARM_UP_CALLS = 3
 # This project's kernels. DeepGEMM, where it is installed, would compile half a minute a shape; the
 # reference on a CPU quantizes activations, as they do.

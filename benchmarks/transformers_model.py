@@ -81,22 +81,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="two tiny layers, for tests")
     parser.add_argument("--layers", type=int, help="decoder layers, 8 by default")
+    parser.add_argument("--backends", help="that the plan may take, separated by commas; else any")
     parser.add_argument("--out", type=Path, help="JSON lines, one record for each measurement")
     options = parser.parse_args()
     size = SMOKE if options.smoke else FULL
+    backends = tuple(options.backends.split(",")) if options.backends else None
+    policy = PlanPolicy(backends=backends, strictness=Strictness.RAISE)
     lines = []
-    for name, dtype in DTYPES.items():
-        lines += measure_dtype(size, options.layers or size.layers, name, dtype)
+    for name in DTYPES:
+        lines += measure_dtype(size, options.layers or size.layers, name, policy)
         if options.out:  # After each dtype: a time limit must not lose the first one.
             options.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return 0
 
 
-def measure_dtype(size: Size, layers: int, name: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+def measure_dtype(size: Size, layers: int, name: str, policy: PlanPolicy) -> list[dict[str, Any]]:
     """All variants and phases in one model dtype."""
     started = time.perf_counter()
+    dtype = DTYPES[name]
     base = float_model(size, layers, dtype)
-    models = {"float": base, "blockscale": planned_model(base, dtype)}
+    models = {"float": base, "blockscale": planned_model(base, dtype, policy)}
     missing = None
     try:
         models["finegrained"] = finegrained_model(base, models["blockscale"])
@@ -146,10 +150,10 @@ def float_model(size: Size, layers: int, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def planned_model(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def planned_model(base: PreTrainedModel, dtype: torch.dtype, policy: PlanPolicy) -> PreTrainedModel:
     """A copy that shares embeddings, norms and head; its linear layers run by plan."""
     model = without_linears(base)
-    device, policy = detect_device(), PlanPolicy(strictness=Strictness.RAISE)
+    device = detect_device()
     for name, linear in linears(base):
         n, k = linear.weight.shape
         planned_dtype = dtype_of(dtype)

@@ -7,8 +7,9 @@
 
 Kernels are compiled on all cores in the background (``benchmarks/ahead.py``) while tests run; what
 is timed waits for that. A step starts only if its limit fits into the rest of ``--seconds``. What
-ran is kept in DIR/session.json, so the same command again goes on with what is left; ``--steps``
-runs what it names, again too. DIR gets three files: session.json, session.log, records.jsonl.
+ran is kept in .cache/gpu_session.json, so the same command again, into an empty DIR too, goes on
+with what is left; ``--steps`` runs what it names, again too; ``--anew`` forgets. DIR ($OUT by
+default) gets three files with what this call did: session.json, session.log, records.jsonl.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "src")]
 # Seconds of a call that are left for writing things down.
 RESERVE_S = 10
 AHEAD_S = 240
+# Git ignores it, so a machine that is given the working tree anew keeps it.
+STATE = ROOT / ".cache" / "gpu_session.json"
+# Lines of a step's output that are shown, if it failed.
+SHOWN, SHOWN_IF_FAILED = 4, 40
 # In place of a file of JSON lines that the step writes.
 RECORDS = "{records}"
 
@@ -66,6 +71,7 @@ PRETEND = ("-m", "blockscale.testing.pretend_gpu")
 TINY = ("moe_layer", "transformers_model", "tensor_parallel")
 NOT_TINY = "not size_of_models and not compiles and not 130 and not 300"
 REST = [f"--ignore=tests/gpu/{name}.py" for name in NEVER_RUN]
+OWN = ("--backends", "gluon,triton")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 STEPS = (
@@ -73,8 +79,9 @@ STEPS = (
     _tests("transformers_experts", 90, "tests/gpu/test_transformers_experts.py"),
     _tests("transformers", 120, "tests/gpu/test_transformers.py"),
     _benchmark("moe_layer", 100),
-    _benchmark("moe_layer:bfloat16", 100, "--dtype", "bfloat16"),
-    _benchmark("transformers_model", 130),
+    # Without DeepGEMM, which would build for half a minute a shape while it prepares.
+    _benchmark("moe_layer:bfloat16", 100, "--dtype", "bfloat16", *OWN),
+    _benchmark("transformers_model", 130, *OWN),
     _tests("gpu_tests", 240, "tests/gpu", "tests/probe", *REST),
     _benchmark("gemm", 160, "--seconds", "140"),
     _benchmark("fp16_model", 60),
@@ -118,6 +125,7 @@ class Session:
     out: Path
     ends: float
     log: IO[str]
+    state: Path
 
     def left(self) -> float:
         """Seconds for steps."""
@@ -145,11 +153,15 @@ class Session:
         with (self.out / "records.jsonl").open("a", encoding="utf-8") as file:
             file.write(lines)
         seconds = round(time.monotonic() - started, 1)
-        tail = text.strip().splitlines()[-6:]
-        self.say("\n".join(tail))
+        tail = text.strip().splitlines()[-(SHOWN if code == 0 else SHOWN_IF_FAILED) :]
+        print("\n".join(tail), flush=True)
         outcome = "passed" if code == 0 else "out of time" if code is None else f"exit {code}"
         self.say(f"== {step.name}: {outcome} in {seconds} s, {lines.count(chr(10))} records")
-        return {"outcome": outcome, "seconds": seconds, "records": lines.count("\n"), "tail": tail}
+        found = {"outcome": outcome, "seconds": seconds, "records": lines.count("\n"), "tail": tail}
+        file = self.out / "session.json"
+        ran = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        file.write_text(json.dumps({**ran, step.name: found}, indent=1) + "\n", encoding="utf-8")
+        return found
 
 
 def main() -> int:
@@ -162,6 +174,7 @@ def main() -> int:
     parser.add_argument("--take", type=Path, metavar="DIR")
     parser.add_argument("--no-ahead", action="store_true", help="compile nothing beforehand")
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--anew", action="store_true", help="forget what ran before")
     options = parser.parse_args()
     if options.list:
         for step in STEPS:
@@ -174,10 +187,14 @@ def main() -> int:
     unknown = sorted(set(names) - {step.name for step in STEPS})
     if unknown:
         parser.error(f"no such step: {', '.join(unknown)}; see --list")
+    if options.anew:
+        STATE.unlink(missing_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + options.seconds
     with (options.out / "session.log").open("a", encoding="utf-8") as log:
-        session = Session(options.out, ends, log)
+        session = Session(options.out, ends, log, STATE)
+        if options.rehearse:
+            session.state = options.out / "rehearsed.json"
         steps = rehearsed(STEPS) if options.rehearse else here(STEPS)
         done = run_all(session, steps, names, is_ahead=not (options.no_ahead or options.rehearse))
     failed = [name for name, found in done.items() if found["outcome"] != "passed"]
@@ -187,13 +204,15 @@ def main() -> int:
 def run_all(
     session: Session, steps: Sequence[Step], names: Sequence[str], *, is_ahead: bool
 ) -> dict[str, Any]:
-    """All steps that fit, results kept after each. What ran before is not run again unasked.
+    """All steps that fit; what each came to is kept. What ran before is not run again unasked.
 
     The first that is timed waits until nothing is compiled any more.
     """
-    file = session.out / "session.json"
-    done: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    wanted = [step for step in steps if (step.name in names if names else step.name not in done)]
+    state: dict[str, str] = {}
+    if session.state.is_file():
+        state = json.loads(session.state.read_text(encoding="utf-8"))
+    done: dict[str, Any] = {}
+    wanted = [step for step in steps if (step.name in names if names else step.name not in state)]
     compiling = start_ahead(wanted, session) if is_ahead else None
     for step in wanted:
         if step.is_timed and compiling is not None:
@@ -203,12 +222,14 @@ def run_all(
             session.say(f"== {step.name}: not started, {session.left():.0f} s are left")
             continue
         done[step.name] = session.run(step)
-        file.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+        state[step.name] = done[step.name]["outcome"]
+        session.state.parent.mkdir(exist_ok=True)
+        session.state.write_text(json.dumps(state) + "\n", encoding="utf-8")
     if compiling is not None:
         wait_for_ahead(compiling, session)
     for name, found in done.items():
         session.say(f"{name:22s} {found['outcome']:12s} {found['seconds']:6.1f} s")
-    left = [s.name for s in STEPS if s.name not in done]
+    left = [step.name for step in STEPS if step.name not in state]
     session.say(f"left: {','.join(left) or 'nothing'}")
     return done
 

@@ -14,6 +14,7 @@ pytest.importorskip("transformers", reason="pip install transformers")
 from blockscale.checkpoint.quantize import quantize_checkpoint
 from blockscale.checkpoint.read import read_checkpoint
 from blockscale.modules.linear import BlockScaledLinear
+from blockscale.planning.policy import PlanPolicy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +28,8 @@ pytestmark = [
 ]
 
 DTYPES = (torch.bfloat16, torch.float16)
+# Not DeepGEMM, where it is installed: it would build every shape here, a quarter minute each.
+POLICY = PlanPolicy(backends=("gluon", "triton", "cpu", "reference"))
 PROMPT = torch.arange(3, 23)[None]
 NEW_TOKENS = 12
 
@@ -59,7 +62,7 @@ def model_on(folder: Path, device: str | None, dtype: torch.dtype) -> Any:
     from blockscale.integrations.transformers import BlockScaleConfig
 
     return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=BlockScaleConfig(), device_map=device, dtype=dtype
+        folder, quantization_config=BlockScaleConfig(POLICY), device_map=device, dtype=dtype
     )
 
 

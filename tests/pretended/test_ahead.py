@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="pip install triton: kernels are Triton's")
 ROOT = Path(__file__).parent.parent.parent
 # Layers on the pretend GPU, launches noted and not run, beside what ahead says.
 PROGRAM = """
-import json, sys
+import json, sys, types
 sys.path.insert(0, "benchmarks")
 from blockscale.testing import pretend_gpu, pretend_launch
 pretend_gpu.install()
@@ -53,18 +53,28 @@ layers = [
     ahead.Experts(size.experts, size.hidden, size.inner, size.choices, tokens, "float16"),
 ]
 listed = set(ahead.kernels_of(layers))
-print(json.dumps([len(launched), sorted(str(one) for one in launched - listed)]))
+
+calls = []
+deep_gemm = types.ModuleType("deep_gemm")
+deep_gemm.fp8_gemm_nt = lambda a, b, out, compiled_dims: calls.append(
+    [list(one.shape) for one in (*a, *b, out)]
+)
+sys.modules["deep_gemm"] = deep_gemm
+ahead.DeepGemmCall(256, 384, 8).compile()
+print(json.dumps([len(launched), sorted(str(one) for one in launched - listed), calls]))
 """
 
 
 def test_every_launch_was_compiled_ahead() -> None:
+    """By blockscale; and DeepGEMM, of which a stand-in notes the call, gets what it asks for."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    count, missing = json.loads(done.stdout.splitlines()[-1])
+    count, missing, calls = json.loads(done.stdout.splitlines()[-1])
     assert count > 20
     assert missing == []
+    assert calls == [[[8, 384], [8, 3], [256, 384], [2, 3], [8, 256]]]
 
 
 def test_every_part_lists_its_kernels() -> None:

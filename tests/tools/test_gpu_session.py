@@ -19,7 +19,7 @@ RECORD = '{"benchmark": "none", "machine": "none"}'
 
 
 @pytest.fixture
-def session(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """tools/gpu_session.py as a module, on a machine with one GPU."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     spec = importlib.util.spec_from_file_location("gpu_session", ROOT / "tools" / "gpu_session.py")
@@ -29,6 +29,7 @@ def session(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, "gpu_session", module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "gpus_here", lambda: 1)
+    monkeypatch.setattr(module, "STATE", tmp_path / "state.json")
     return module
 
 
@@ -38,7 +39,8 @@ def run(
     command = ["gpu_session.py", "--no-ahead", "--out", str(folder), *arguments]
     monkeypatch.setattr(sys, "argv", command)
     code: int = module.main()
-    return code, json.loads((folder / "session.json").read_text())
+    file = folder / "session.json"
+    return code, json.loads(file.read_text()) if file.is_file() else {}
 
 
 def test_steps_run_to_their_limits_and_only_once(
@@ -55,7 +57,8 @@ def test_steps_run_to_their_limits_and_only_once(
     )
     monkeypatch.setattr(session, "STEPS", steps)
     started = time.monotonic()
-    code, found = run(session, monkeypatch, tmp_path)
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    code, found = run(session, monkeypatch, first)
     assert time.monotonic() - started < 60
     assert code == 1
     assert {name: one["outcome"] for name, one in found.items()} == {
@@ -63,16 +66,18 @@ def test_steps_run_to_their_limits_and_only_once(
         "bad": "exit 3",
         "endless": "out of time",
     }
-    assert (tmp_path / "records.jsonl").read_text() == RECORD + "\n"
-    log = (tmp_path / "session.log").read_text()
+    assert (first / "records.jsonl").read_text() == RECORD + "\n"
+    log = (first / "session.log").read_text()
     assert "written" in log
     assert "left: two,long" in log
-    assert len(list(tmp_path.iterdir())) == 3
-    # Again: nothing is left that fits; by name, a step runs once more.
-    run(session, monkeypatch, tmp_path)
-    assert (tmp_path / "records.jsonl").read_text().count("\n") == 1
-    run(session, monkeypatch, tmp_path, "--steps", "good")
-    assert (tmp_path / "records.jsonl").read_text().count("\n") == 2
+    assert len(list(first.iterdir())) == 3
+    # Again, into an empty folder: nothing is left that fits; by name, a step runs once more.
+    assert run(session, monkeypatch, second) == (0, {})
+    code, found = run(session, monkeypatch, third, "--steps", "good")
+    assert (code, list(found)) == (0, ["good"])
+    assert (third / "records.jsonl").read_text() == RECORD + "\n"
+    code, found = run(session, monkeypatch, third, "--anew")
+    assert (code, set(found)) == (1, {"good", "bad", "endless"})
 
 
 def test_every_step_names_a_program_that_takes_its_arguments(session: ModuleType) -> None:
