@@ -114,12 +114,13 @@ def main() -> int:
     folder = shared_folder(ranks)
     try:
         lines = bench.run(folder)
+        # Before the others go on: the first that ends with a fault has all of them ended.
+        if ranks.rank == 0 and options.out:
+            options.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
     finally:
         distributed.barrier()
         if ranks.rank == 0:
             shutil.rmtree(folder)
-    if ranks.rank == 0 and options.out:
-        options.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
     distributed.destroy_process_group()
     return 0 if all(is_the_same_model(line) for line in lines) else 1
 
