@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 
 from blockscale.errors import BackendError
+from blockscale.kernels.cache import cache_directory
 
 SOURCE = Path(__file__).with_name("block_fp8.cpp")
 ABI = 3
@@ -45,7 +45,7 @@ def library() -> ctypes.CDLL:
         raise BackendError(msg)
     openmp = _openmp_runtime()
     flags = (*FLAGS, "-fopenmp") if openmp else FLAGS
-    target = _cache_directory() / f"block_fp8-{_key(compiler, flags)}.so"
+    target = cache_directory() / f"block_fp8-{_key(compiler, flags)}.so"
     if not target.exists():
         _build(compiler, flags, target)
     if openmp:
@@ -101,18 +101,6 @@ def _processor() -> str:
     lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     wanted = ("model name", "flags", "Features", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
-
-
-def _cache_directory() -> Path:
-    for candidate in (Path.home() / ".cache" / "blockscale", Path(tempfile.gettempdir())):
-        try:
-            candidate.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(candidate, os.W_OK):
-            return candidate
-    msg = "no writable cache directory for compiled kernels (tried ~/.cache and the temp folder)"
-    raise BackendError(msg)
 
 
 def _build(compiler: str, flags: tuple[str, ...], target: Path) -> None:

@@ -60,12 +60,13 @@ DEVICE void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives at the barrier in the same place of the cluster's block number `rank`.
+// Arrives at the barrier in the same place of the cluster's block number `rank`. It says that this
+// warp has read a slot, nothing that it wrote: `.release.cluster` would be two MEMBARs in the loop.
 DEVICE void barrier_arrive_at(u32 barrier, u32 rank) {
     asm volatile(
         "{\n\t.reg .b32 remote;\n\t"
         "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n\t}" ::"r"(barrier),
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n\t}" ::"r"(barrier),
         "r"(rank)
         : "memory");
 }

@@ -1,0 +1,146 @@
+"""A weight ready to multiply: the hot call of the ``cuda`` backend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from blockscale.kernels.cuda import driver
+from blockscale.kernels.cuda.choice import choose
+from blockscale.kernels.cuda.launch import Arguments, Launch, Problem
+from blockscale.kernels.cuda.work import SCALE_BYTES, aligned_scale_stride
+from blockscale.tensor import dtype_of
+
+if TYPE_CHECKING:
+    from blockscale.kernels.cuda.driver import TensorMap
+    from blockscale.kernels.cuda.work import Work
+    from blockscale.tensor import BlockScaledTensor
+
+# Launches that one product keeps ready, about 3 KB each, before it starts again.
+MAX_LAUNCHES = 2048
+ELEMENT_TYPES = {
+    torch.bfloat16: driver.BFLOAT16,
+    torch.float16: driver.FLOAT16,
+    torch.float32: driver.FLOAT32,
+}
+
+
+class CudaProduct:
+    """out = activation x weight^T (+ bias), in bfloat16, float16 or float32.
+
+    ``weight``: (n, k) E4M3FN, on an SM90 device, one float32 scale a 128x128 block, K-major. Its
+    storages are read on every call. ``overlap``: launches may start before the kernel ahead of them
+    in the stream has ended (programmatic dependent launch). They read the weight's codes at once
+    and wait before they read anything else: whoever writes weights must have another kernel run
+    between that and the product, as quantizing the activation is one.
+
+    Needs no workspace: calls on different streams may run at the same time. Deterministic: the same
+    bits on every run, and whatever tile serves a shape.
+    """
+
+    def __init__(self, weight: BlockScaledTensor, *, overlap: bool = True) -> None:
+        self._data = weight.data
+        self._scales = weight.scales
+        self._n, self._k = weight.data.shape
+        self._overlap = overlap
+        index = weight.data.device.index
+        self._device = torch.cuda.current_device() if index is None else index
+        self._processors = torch.cuda.get_device_properties(self._device).multi_processor_count
+        self._works: dict[tuple[int, torch.dtype], Work] = {}
+        self._weight_maps: dict[int, TensorMap] = {}
+        self._launches: dict[tuple[object, ...], Launch] = {}
+
+    def __call__(
+        self, activation: BlockScaledTensor, out: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """``multiply`` with the halves of ``activation``."""
+        self.multiply(activation.data, activation.scales, out, bias)
+
+    def multiply(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> None:
+        """Enqueue the product on the current stream of the weight's device.
+
+        ``codes``: (m, k) E4M3FN, stride 1 along k, m >= 1. ``scales``: float32, one for each row
+        and 128 columns, MN-major and TMA-aligned. ``out``: a contiguous (m, n) matrix. ``bias``:
+        (n,) in out's dtype. Raises BackendError if TMA cannot reach an operand.
+        """
+        if torch.cuda.current_device() != self._device:
+            with torch.cuda.device(self._device):
+                self._enqueue(codes, scales, out, bias)
+            return
+        self._enqueue(codes, scales, out, bias)
+
+    def work(self, m: int, out_dtype: torch.dtype) -> Work:
+        """What serves ``m`` tokens."""
+        found = self._works.get((m, out_dtype))
+        if found is None:
+            found = choose(m, self._n, self._k, dtype_of(out_dtype), self._processors)
+        return found
+
+    def use(self, work: Work, m: int, out_dtype: torch.dtype) -> None:
+        """Serve ``m`` tokens by this work from now on: for tests and measurements."""
+        self._works[m, out_dtype] = work
+        self._launches.clear()
+
+    def _enqueue(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(self._device)  # noqa: SLF001 - the public one takes 10 times as long
+        key = (
+            stream,
+            out.shape[0],
+            out.dtype,
+            out.data_ptr(),
+            codes.data_ptr(),
+            codes.stride(0),
+            scales.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+        )
+        launch = self._launches.get(key)
+        if launch is None:
+            if len(self._launches) >= MAX_LAUNCHES:
+                self._launches.clear()
+            launch = self._launches[key] = self._launch(key)
+        launch()
+
+    def _launch(self, key: tuple) -> Launch:
+        stream, m, dtype, out, codes, stride, scales, bias = key
+        work = self.work(m, dtype)
+        a_box, b_box, scale_box, out_box = work.form.boxes
+        weight_map = self._weight_maps.get(b_box.rows)
+        if weight_map is None:
+            weight_map = self._weight_maps[b_box.rows] = driver.encode(
+                self._data.data_ptr(), (self._n, self._k), self._data.stride(0), b_box,
+                driver.UINT8, driver.PROMOTE_256,
+            )  # fmt: skip
+        maps = (
+            driver.encode(codes, (m, self._k), self._k if m == 1 else stride, a_box,
+                          driver.UINT8, driver.PROMOTE_256),
+            weight_map,
+            driver.encode(scales, (work.k_blocks, m), aligned_scale_stride(m) * SCALE_BYTES,
+                          scale_box, driver.FLOAT32, driver.PROMOTE_NOTHING),
+            driver.encode(out, (m, self._n), self._n * dtype.itemsize, out_box,
+                          ELEMENT_TYPES[dtype], driver.PROMOTE_NOTHING),
+        )  # fmt: skip
+        problem = Problem(
+            self._scales.data_ptr(),
+            bias or None,
+            m,
+            self._n,
+            work.k_blocks,
+            self._scales.stride(0),
+            work.unit_rows,
+            work.unit_columns,
+            work.band,
+        )
+        return Launch(work, self._device, stream, Arguments(maps, problem), overlap=self._overlap)
