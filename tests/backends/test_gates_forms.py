@@ -48,6 +48,7 @@ FORMS = [
     ("flashinfer_cutlass", ("sm_100", "sm_103", "sm_120", "sm_121"), WKM, AKM),
     ("flashinfer_sm90", ("sm_90",), WF32, None),
     ("gluon", ("sm_90",), WF32, AF32T),
+    ("cuda", ("sm_90",), WF32, AF32T),
     ("sgl_cutlass", ("sm_120", "sm_121"), WCT, AF32CP),
     ("torch_scaled_mm", ("sm_90",), L4, AF32T),
     ("triton", ("sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121"), WF32, AF32T),

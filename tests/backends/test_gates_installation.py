@@ -30,6 +30,7 @@ def answer(backend: str, device: Device) -> Offer | list[Rejection]:
         ("flashinfer_cutlass", "sm_120", "flashinfer-python"),
         ("flashinfer_sm90", "sm_90", "flashinfer-python"),
         ("gluon", "sm_90", "triton"),
+        ("cuda", "sm_90", "cuda-bindings"),
         ("triton", "sm_89", "triton"),
         ("sgl_cutlass", "sm_120", "sgl-kernel"),
         ("cpu", "cpu", "c++"),

@@ -13,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, cast
 
 from blockscale.backends.cpu import Cpu
+from blockscale.backends.cuda import Cuda
 from blockscale.backends.deep_gemm import DeepGemm
 from blockscale.backends.external import ExternalBackend, external_backends
 from blockscale.backends.flashinfer import FlashInferCutlass, FlashInferSm90, FlashInferTrtllm
@@ -36,6 +37,7 @@ BACKENDS: tuple[PlannableBackend, ...] = (
     SglCutlass(),
     FlashInferCutlass(),
     Triton(),
+    Cuda(),
     FlashInferSm90(),
     Cpu(),
     Reference(),
@@ -51,6 +53,7 @@ _PACKAGES: dict[str, tuple[str, ...]] = {
     "sgl_cutlass": ("sgl-kernel",),
     "flashinfer_cutlass": ("flashinfer-python",),
     "triton": ("blockscale", "triton"),
+    "cuda": ("blockscale", "cuda-bindings"),
     "flashinfer_sm90": ("flashinfer-python",),
     "cpu": ("blockscale",),
     "reference": ("blockscale", "torch"),

@@ -15,6 +15,7 @@ PROVIDERS = (
     "apache-tvm-ffi",
     "flashinfer-python",
     "sgl-kernel",
+    "cuda-bindings",
     "transformers",
 )
 

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 SOURCE = HERE / "gemm.cu"
 HEADERS = ("primitives.cuh", "wgmma.cuh")
 KERNEL = "block_fp8_gemm"
-OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--Werror=all-warnings")
+OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17")
 
 
 @cache
@@ -61,18 +61,17 @@ def sources() -> dict[str, bytes]:
 
 def _key(options: tuple[str, ...]) -> str:
     """Changes with the sources, the options and NVRTC."""
-    nvrtc = _nvrtc()
-    version = nvrtc.nvrtcVersion()[1:]
+    version = nvrtc().nvrtcVersion()[1:]
     parts = (*sources().values(), *(option.encode() for option in options), repr(version).encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _compile(options: tuple[str, ...]) -> bytes:
-    nvrtc = _nvrtc()
+    binding = nvrtc()
     texts = sources()
     names = [name.encode() for name in HEADERS]
     program = _checked(
-        nvrtc.nvrtcCreateProgram(
+        binding.nvrtcCreateProgram(
             texts[SOURCE.name],
             SOURCE.name.encode(),
             len(names),
@@ -80,36 +79,37 @@ def _compile(options: tuple[str, ...]) -> bytes:
             names,
         )
     )
-    status = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])[0]
-    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-        nvrtc.nvrtcGetProgramLog(program, log)
+    status = binding.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])[0]
+    if status != binding.nvrtcResult.NVRTC_SUCCESS:
+        log = b" " * _checked(binding.nvrtcGetProgramLogSize(program))
+        binding.nvrtcGetProgramLog(program, log)
         words = " ".join(log.decode(errors="replace").strip("\0 ").split())[:500]
         msg = f"NVRTC failed on {SOURCE.name}: {words}"
         raise BackendError(msg)
-    cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-    _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
-    nvrtc.nvrtcDestroyProgram(program)
+    cubin = b" " * _checked(binding.nvrtcGetCUBINSize(program))
+    _checked(binding.nvrtcGetCUBIN(program, cubin))
+    binding.nvrtcDestroyProgram(program)
     return cubin
 
 
 def _checked(answer):
     """What a call of the binding gives beside its status."""
     status, *values = answer
-    if status != _nvrtc().nvrtcResult.NVRTC_SUCCESS:
+    if status != nvrtc().nvrtcResult.NVRTC_SUCCESS:
         msg = f"NVRTC failed: {status}"
         raise BackendError(msg)
     return values[0] if values else None
 
 
 @cache
-def _nvrtc():
+def nvrtc():
+    """NVRTC, by its Python binding. Raises BackendError if either is missing."""
     try:
-        from cuda.bindings import nvrtc
+        from cuda.bindings import nvrtc as binding
 
-        nvrtc.nvrtcVersion()
+        binding.nvrtcVersion()
     except (ImportError, OSError, RuntimeError) as error:
         words = " ".join(str(error).split())[:200]
         msg = f"the cuda backend compiles by NVRTC (pip install 'blockscale[cuda]'): {words}"
         raise BackendError(msg) from error
-    return nvrtc
+    return binding

@@ -47,12 +47,8 @@ constexpr int THREADS = (CONSUMERS + 1) * WARPS * WARP;
 // Results of one wave in one thread.
 constexpr int SUMS = COLUMNS / 2;
 
-constexpr int greatest_common_divisor(int a, int b) {
-    return b == 0 ? a : greatest_common_divisor(b, a % b);
-}
-
-// Columns that share a weight scale, wherever a tile starts.
-constexpr int SEGMENT = greatest_common_divisor(COLUMNS, SCALE_BLOCK);
+// Columns that share a weight scale, wherever a tile starts: the greatest common divisor of both.
+constexpr int SEGMENT = (COLUMNS | SCALE_BLOCK) & -(COLUMNS | SCALE_BLOCK);
 constexpr int SEGMENTS = COLUMNS / SEGMENT;
 constexpr int SCALE_ROWS = SEGMENTS > 1 ? 2 : 1;
 

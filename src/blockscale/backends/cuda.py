@@ -1,0 +1,109 @@
+"""Warp-specialised Hopper GEMM in CUDA C++, blockscale's own, compiled by NVRTC when it is needed.
+
+Architectures: SM90. Output: bfloat16, float16, float32; fused bias. Dense layers.
+Blocks: weights 128x128, activations 1x128, float32 scales, ceil(K / 128) of them.
+Scales lie as Gluon's and DeepGEMM's on SM90. Not proven: it has not run on a GPU yet (ADR 0010).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blockscale.backends.gates import Gates
+from blockscale.errors import BackendError
+from blockscale.formats import (
+    FP8_1X128_FP32,
+    FP8_128X128_FP32,
+    K_MAJOR,
+    MN_MAJOR_TMA_ALIGNED,
+    BlockShape,
+    DType,
+)
+from blockscale.planning.decision import Evidence, Offer, OperandForm, Readiness
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from blockscale.backends.base import Multiply
+    from blockscale.planning.decision import Rejection
+    from blockscale.planning.device import Device
+    from blockscale.planning.request import LinearRequest
+    from blockscale.tensor import BlockScaledTensor
+
+# NVRTC's Python binding; torch's CUDA wheels bring NVRTC itself, and often the binding.
+PACKAGE = "cuda-bindings"
+# wgmma, and clusters with TMA multicast beside it, exist on SM90 only (PTX ISA).
+ARCHITECTURES = ((9, 0),)
+# The first NVRTC that knows sm_90a and PTX 8.0.
+FIRST_CUDA = (12, 0)
+# TMA: rows of the operands and of the output start on 16 bytes (cuTensorMapEncodeTiled).
+TMA_BYTES = 16
+
+
+class Cuda:
+    """The CUDA C++ kernel.
+
+    A form of it is compiled when the first call needs it, one for each tile and output dtype, one
+    or two seconds each; cubins are kept on disk. Run a layer once before capturing it in a CUDA
+    graph.
+    """
+
+    name = "cuda"
+
+    def evaluate(self, request: LinearRequest, device: Device) -> Offer | Sequence[Rejection]:
+        """An offer, or every reason against one."""
+        gates = Gates(self.name, request, device)
+        gates.architectures(ARCHITECTURES)
+        gates.package(PACKAGE)
+        gates.cuda_at_least(*FIRST_CUDA)
+        gates.blocks((BlockShape(128, 128),))
+        gates.out_dtypes((DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32))
+        gates.multiples(TMA_BYTES // request.out_dtype.bytes, TMA_BYTES, "TMA rows are 16 bytes")
+        gates.whole_blocks()
+        gates.dense()
+        if gates.rejections:
+            return gates.rejections
+        return Offer(
+            self.name,
+            OperandForm(FP8_128X128_FP32, K_MAJOR),
+            OperandForm(FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED),
+            evidence=Evidence.DOCUMENTED,
+            readiness=Readiness.RUNNABLE,
+        )
+
+    def prepare(self, weight: BlockScaledTensor, offer: Offer) -> BlockScaledTensor:
+        """The weight as it is, after making sure that TMA can read it and NVRTC is there.
+
+        Raises BackendError otherwise.
+        """
+        from blockscale.kernels.cuda.build import nvrtc
+
+        nvrtc()
+        if weight.data.stride(-2) % TMA_BYTES or weight.data.data_ptr() % TMA_BYTES:
+            msg = f"TMA reads rows that start on {TMA_BYTES} bytes; copy {weight!r} first"
+            raise BackendError(msg)
+        if (weight.format, weight.layout) != (offer.weight.format, offer.weight.layout):
+            msg = f"planned for {offer.weight.format} in {offer.weight.layout}, got {weight!r}"
+            raise BackendError(msg)
+        return weight
+
+    def quantize_activation(self, activation: torch.Tensor, offer: Offer) -> BlockScaledTensor:
+        """Quantize by blockscale's own Triton kernel, straight into the layout of TMA.
+
+        Raises BackendError if Triton cannot be imported.
+        """
+        try:
+            from blockscale.kernels.triton.quantize import quantize_rows
+        except ImportError as error:
+            msg = f"quantizing activations needs Triton (pip install triton): {error}"
+            raise BackendError(msg) from error
+        assert offer.activation is not None
+        return quantize_rows(activation, offer.activation.format, offer.activation.layout)
+
+    def bind(self, weight: BlockScaledTensor, offer: Offer) -> Multiply:  # noqa: ARG002 - the protocol's signature
+        """Which form serves a token count is looked up once for each; see ``kernels/cuda``."""
+        from blockscale.kernels.cuda.product import CudaProduct
+
+        return CudaProduct(weight)
