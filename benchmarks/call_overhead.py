@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 N, K, M = 256, 256, 4
 CALLS, ROUNDS = 500, 15
-NAMES = ("triton", "gluon", "deep_gemm", "torch_scaled_mm")
+NAMES = ("triton", "gluon", "cuda", "deep_gemm", "torch_scaled_mm")
 
 
 def main() -> int:

@@ -39,6 +39,7 @@ from blockscale.formats import (
     MN_MAJOR_TMA_ALIGNED,
     DType,
 )
+from blockscale.kernels.cuda.product import CudaProduct
 from blockscale.kernels.gluon.choice import promising
 from blockscale.kernels.gluon.product import GluonProduct
 from blockscale.planning.decision import Offer
@@ -60,7 +61,7 @@ SHAPES = (
     "4096x7168,2112x7168,576x7168,24576x1536,32768x512,7168x16384,7168x2048,8192x3072,3072x6144"
 )
 TOKENS = "1,8,16,32,64,128,256,512,1024,2048,4096,8192"
-NAMES = "gluon,deep_gemm,torch_scaled_mm,triton,bf16_matmul"
+NAMES = "gluon,cuda,deep_gemm,torch_scaled_mm,triton,bf16_matmul"
 RANGES = ((1, 16), (32, 64), (128, 512), (1024, 8192))
 ROTATED_BYTES = 200 << 20
 MAX_COPIES = 32
@@ -243,7 +244,7 @@ def backend_variant(name: str, copies: list[Copy], dtype: DType) -> Variant | No
         backend = runnable_backend_named(name)
         bound = [backend.bind(relayout(copy.weight, offer.weight.layout), offer) for copy in copies]
         detail = ""
-        if isinstance(bound[0], GluonProduct):
+        if isinstance(bound[0], (GluonProduct, CudaProduct)):
             detail = bound[0].work(copies[0].activation.mn, torch_dtype(dtype)).name
         variant = bound_variant(Variant(name, dtype, [], [], detail), bound, copies, layout)
         variant.calls[0]()

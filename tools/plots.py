@@ -38,6 +38,7 @@ OUT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 # In the order of the legend. Colours that differ in lightness too (Okabe and Ito).
 STYLES = {
     "gluon": ("blockscale, Gluon", "#0072b2", "o"),
+    "cuda": ("blockscale, CUDA C++", "#56b4e9", "P"),
     "deep_gemm": ("DeepGEMM (bfloat16)", "#d55e00", "s"),
     "torch_scaled_mm": ("cuBLASLt", "#009e73", "^"),
     "triton": ("blockscale, plain Triton", "#b07aa1", "D"),

@@ -28,6 +28,7 @@ def install() -> None:
     """Have Triton's and Gluon's launches come here."""
     from blockscale.kernels.gluon import launch  # noqa: PLC0415 - imports Triton
     from blockscale.kernels.triton import build  # noqa: PLC0415 - as above
+    from blockscale.testing import pretend_driver  # noqa: PLC0415 - imports this module
 
     np.seterr(all="ignore")
     ours: list[tuple[object, str, object]] = [
@@ -37,6 +38,7 @@ def install() -> None:
     ]
     for owner, name, replacement in ours:
         setattr(owner, name, replacement)
+    pretend_driver.install()
 
 
 def done(work: Callable[[], None]) -> None:

@@ -19,10 +19,15 @@ if TYPE_CHECKING:
 
 # Launches that one product keeps ready, about 3 KB each, before it starts again.
 MAX_LAUNCHES = 2048
-ELEMENT_TYPES = {
-    torch.bfloat16: driver.BFLOAT16,
-    torch.float16: driver.FLOAT16,
-    torch.float32: driver.FLOAT32,
+# Descriptors that one product keeps, about 400 bytes each, before it starts again.
+MAX_MAPS = 4096
+# Type and promotion into L2: codes come from memory, 128 bytes of a row at a time (perf-log G14).
+CODES = driver.UINT8, driver.PROMOTE_256
+SCALES = driver.FLOAT32, driver.PROMOTE_NOTHING
+RESULTS = {
+    torch.bfloat16: (driver.BFLOAT16, driver.PROMOTE_NOTHING),
+    torch.float16: (driver.FLOAT16, driver.PROMOTE_NOTHING),
+    torch.float32: (driver.FLOAT32, driver.PROMOTE_NOTHING),
 }
 
 
@@ -48,7 +53,7 @@ class CudaProduct:
         self._device = torch.cuda.current_device() if index is None else index
         self._processors = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._works: dict[tuple[int, torch.dtype], Work] = {}
-        self._weight_maps: dict[int, TensorMap] = {}
+        self._maps: dict[tuple[object, ...], TensorMap] = {}
         self._launches: dict[tuple[object, ...], Launch] = {}
 
     def __call__(
@@ -117,21 +122,15 @@ class CudaProduct:
         stream, m, dtype, out, codes, stride, scales, bias = key
         work = self.work(m, dtype)
         a_box, b_box, scale_box, out_box = work.form.boxes
-        weight_map = self._weight_maps.get(b_box.rows)
-        if weight_map is None:
-            weight_map = self._weight_maps[b_box.rows] = driver.encode(
-                self._data.data_ptr(), (self._n, self._k), self._data.stride(0), b_box,
-                driver.UINT8, driver.PROMOTE_256,
-            )  # fmt: skip
+        weight, pitch = self._data.data_ptr(), self._data.stride(0)
+        columns = aligned_scale_stride(m) * SCALE_BYTES
+        row = self._k if m == 1 else stride
         maps = (
-            driver.encode(codes, (m, self._k), self._k if m == 1 else stride, a_box,
-                          driver.UINT8, driver.PROMOTE_256),
-            weight_map,
-            driver.encode(scales, (work.k_blocks, m), aligned_scale_stride(m) * SCALE_BYTES,
-                          scale_box, driver.FLOAT32, driver.PROMOTE_NOTHING),
-            driver.encode(out, (m, self._n), self._n * dtype.itemsize, out_box,
-                          ELEMENT_TYPES[dtype], driver.PROMOTE_NOTHING),
-        )  # fmt: skip
+            self._map(codes, (m, self._k), row, a_box, *CODES),
+            self._map(weight, (self._n, self._k), pitch, b_box, *CODES),
+            self._map(scales, (work.k_blocks, m), columns, scale_box, *SCALES),
+            self._map(out, (m, self._n), self._n * dtype.itemsize, out_box, *RESULTS[dtype]),
+        )
         problem = Problem(
             self._scales.data_ptr(),
             bias or None,
@@ -144,3 +143,12 @@ class CudaProduct:
             work.band,
         )
         return Launch(work, self._device, stream, Arguments(maps, problem), overlap=self._overlap)
+
+    def _map(self, *key) -> TensorMap:
+        """``driver.encode`` of the same arguments, once."""
+        found = self._maps.get(key)
+        if found is None:
+            if len(self._maps) >= MAX_MAPS:
+                self._maps.clear()
+            found = self._maps[key] = driver.encode(*key)
+        return found

@@ -1,0 +1,161 @@
+"""Times the forms of gemm.cu on many shapes, beside Gluon's choice: what its model is fitted to.
+
+    python benchmarks/cuda_sweep.py --out FILE [--seconds 200] [--shapes 4096x7168,...]
+                                    [--tokens 128,...]
+
+For each (N, K) and M the candidates that ``kernels.cuda.choice.promising`` gives, at most 12 with
+the model's best first, and what ``kernels.gluon.choice`` chooses: CUDA graphs over weights rotated
+beyond L2, candidates in turns, float16 output. One JSON line for each (M, N, K), as
+``gluon_sweep.py`` writes them: {"m", "n", "k", "times": {work: us}, "clocks": {work: the model's}}.
+At the end how the model's choice compares with the fastest, and the fastest with Gluon.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from statistics import geometric_mean
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from blockscale.formats import DType
+from blockscale.kernels.cuda.build import compile_all
+from blockscale.kernels.cuda.choice import clocks, promising
+from blockscale.kernels.cuda.product import CudaProduct
+from blockscale.kernels.gluon.product import GluonProduct
+from gluon_sweep import quantized_tokens, rotated_weights
+from record import machine, versions
+from timing import replay_in_turns
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from blockscale.kernels.cuda.work import Work
+
+# baseline/h200.md; the ranges of M where the Gluon kernel is behind DeepGEMM come first.
+SHAPES = (
+    "4096x7168,2112x7168,576x7168,24576x1536,32768x512,7168x16384,7168x2048,8192x3072,3072x6144"
+)
+TOKENS = "256,1024,128,4096,512,2048,64,8192,32"
+MOST_CANDIDATES = 12
+ROUNDS, REPLAYS = 5, 2
+OUT = DType.FLOAT16
+
+
+def main() -> int:
+    """Compile everything on all cores, then measure until the time is up."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=200)
+    parser.add_argument("--shapes", default=SHAPES)
+    parser.add_argument("--tokens", default=TOKENS)
+    options = parser.parse_args()
+    started = time.monotonic()
+    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+    points = [(int(m), n, k) for m in options.tokens.split(",") for n, k in shapes]
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    forms = {work.form for point in points for work in works(*point, processors)}
+    compile_all(forms, os.cpu_count() or 1)
+    print(f"compiled {len(forms)} forms in {time.monotonic() - started:.0f} s", flush=True)
+    lines = []
+    with options.out.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"machine": machine(), "versions": versions()}) + "\n")
+        for m, n, k in points:
+            if time.monotonic() - started > options.seconds:
+                print("out of time", flush=True)
+                break
+            lines.append(measure(m, n, k, works(m, n, k, processors)))
+            file.write(json.dumps(lines[-1]) + "\n")
+            file.flush()
+            print_line(lines[-1])
+    print_summary(lines)
+    return 0
+
+
+def works(m: int, n: int, k: int, processors: int) -> list[Work]:
+    """What is timed."""
+    return promising(m, n, k, OUT, processors)[:MOST_CANDIDATES]
+
+
+def measure(m: int, n: int, k: int, candidates: list[Work]) -> dict[str, Any]:
+    """Microseconds of one product by candidate; Gluon's under its own name."""
+    weights = rotated_weights(n, k)
+    activation = quantized_tokens(m, k)
+    out = torch.empty((m, n), dtype=torch.float16, device="cuda")
+    graphs = {}
+    products = [CudaProduct(weight) for weight in weights]
+    for work in candidates:
+        for product in products:
+            product.use(work, m, torch.float16)
+        graphs[work.name] = captured(products, activation, out)
+    gluon = [GluonProduct(weight) for weight in weights]
+    graphs[f"gluon {gluon[0].work(m, torch.float16).name}"] = captured(gluon, activation, out)
+    taken = replay_in_turns(graphs, ROUNDS, REPLAYS)
+    times = {name: round(statistics.median(t) / len(weights), 3) for name, t in taken.items()}
+    model = {work.name: round(clocks(work, m, n)) for work in candidates}
+    return {"m": m, "n": n, "k": k, "times": times, "clocks": model}
+
+
+def captured(
+    products: list[Callable[..., None]], activation: object, out: torch.Tensor
+) -> torch.cuda.CUDAGraph:
+    """All products in one graph, each run once before."""
+    for product in products:
+        product(activation, out, None)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for product in products:
+            product(activation, out, None)
+    return graph
+
+
+def best(line: dict[str, Any]) -> tuple[str, float]:
+    """The fastest form of gemm.cu."""
+    own = {name: us for name, us in line["times"].items() if not name.startswith("gluon")}
+    name = min(own, key=own.__getitem__)
+    return name, own[name]
+
+
+def gluon_time(line: dict[str, Any]) -> float:
+    """Of Gluon's choice."""
+    found: float = next(us for name, us in line["times"].items() if name.startswith("gluon"))
+    return found
+
+
+def chosen(line: dict[str, Any]) -> str:
+    """What the model takes."""
+    name: str = min(line["clocks"], key=line["clocks"].__getitem__)
+    return name
+
+
+def print_line(line: dict[str, Any]) -> None:
+    """The fastest, the model's choice, and both against Gluon."""
+    name, us = best(line)
+    choice = chosen(line)
+    tflops = 2 * line["m"] * line["n"] * line["k"] / us / 1e6
+    print(
+        f"M={line['m']} N={line['n']} K={line['k']}: {name} {us:.2f} us {tflops:.0f} TF, "
+        f"chosen {choice} {line['times'][choice]:.2f}, gluon {gluon_time(line):.2f} "
+        f"(x{gluon_time(line) / us:.3f})",
+        flush=True,
+    )
+
+
+def print_summary(lines: list[dict[str, Any]]) -> None:
+    """By M: speed of the fastest and of the chosen form relative to Gluon's choice."""
+    for m in dict.fromkeys(line["m"] for line in lines):
+        of_m = [line for line in lines if line["m"] == m]
+        fastest = geometric_mean([gluon_time(line) / best(line)[1] for line in of_m])
+        taken = geometric_mean([gluon_time(line) / line["times"][chosen(line)] for line in of_m])
+        print(f"M={m}: fastest x{fastest:.3f}, chosen x{taken:.3f} of gluon, {len(of_m)} shapes")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

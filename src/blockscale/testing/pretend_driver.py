@@ -1,0 +1,191 @@
+"""The CUDA driver of the pretend GPU, as ``kernels.cuda.driver`` calls it.
+
+Looks at every descriptor and launch as a real driver and the kernel would. Small products are then
+computed by ``gemm.cu`` itself on the pretend Hopper (``cuda_machine``), larger ones by torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from blockscale.formats import DType
+from blockscale.kernels.cuda import build, driver, launch
+from blockscale.kernels.cuda.work import Box, Form, Share, Work, aligned_scale_stride
+from blockscale.testing import cuda_machine
+from blockscale.testing.pretend_launch import Operands, done, strided
+from blockscale.testing.pretend_memory import PretendError
+
+# Above this, threads as fibers take too long.
+MAX_BLOCKS, MAX_PRODUCTS = 8, 1 << 25
+ELEMENTS = {
+    driver.UINT8: torch.uint8,
+    driver.FLOAT16: torch.float16,
+    driver.FLOAT32: torch.float32,
+    driver.BFLOAT16: torch.bfloat16,
+}
+SWIZZLE_BYTES = {number: width for width, number in driver.SWIZZLES.items()}
+MAX_BOX, MAX_PITCH = 256, 1 << 40
+
+
+def install() -> None:
+    """Have the cuda backend compile nothing and launch here."""
+    replacements: list[tuple[object, str, object]] = [
+        (driver, "driver", lambda: DRIVER),
+        (launch, "compile_form", packed),
+        (build, "nvrtc", lambda: None),
+    ]
+    for owner, name, replacement in replacements:
+        setattr(owner, name, replacement)
+
+
+def packed(form: Form) -> bytes:
+    """In the place of a cubin: the form in words."""
+    return json.dumps({**asdict(form), "out": form.out.value}).encode()
+
+
+def unpacked(cubin: bytes) -> Form:
+    """What ``packed`` packed."""
+    fields = json.loads(cubin)
+    return Form(**{**fields, "share": Share(fields["share"]), "out": DType(fields["out"])})
+
+
+class Map(ctypes.Structure):
+    """What the driver was asked to encode, in 128 bytes."""
+
+    _fields_ = (
+        ("address", ctypes.c_uint64),
+        ("rows", ctypes.c_uint64),
+        ("columns", ctypes.c_uint64),
+        ("pitch", ctypes.c_uint64),
+        ("box_rows", ctypes.c_uint32),
+        ("box_columns", ctypes.c_uint32),
+        ("element_type", ctypes.c_uint32),
+        ("swizzle", ctypes.c_uint32),
+        ("promotion", ctypes.c_uint32),
+        ("padding", ctypes.c_ubyte * 76),
+    )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of an element."""
+        return ELEMENTS[self.element_type]
+
+    @property
+    def box(self) -> Box:
+        """Of one copy."""
+        swizzle = SWIZZLE_BYTES[self.swizzle]
+        return Box(self.box_rows, self.box_columns, self.dtype.itemsize, swizzle)
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """What it describes. Raises PretendError if it is not all there."""
+        strides = (self.pitch // self.dtype.itemsize, 1)
+        return strided(name, self.address, self.dtype, (self.rows, self.columns), strides)
+
+
+def _require(holds: object, otherwise: str) -> None:
+    if not holds:
+        raise PretendError(otherwise)
+
+
+class Driver:
+    """The functions of libcuda that ``kernels.cuda`` calls; each answers 0, success."""
+
+    def __init__(self) -> None:
+        self._forms: list[Form] = []
+        self._shared: dict[int, int] = {}
+
+    def cuGetErrorString(self, status: int, words: Any) -> int:  # noqa: ANN401, N802 - a ctypes reference; the driver's name
+        """No status but success is ever given."""
+        msg = f"no error has status {status} ({words})"
+        raise PretendError(msg)
+
+    def cuModuleLoadData(self, module: Any, cubin: bytes) -> int:  # noqa: ANN401, N802 - as above
+        """A module is the number of its form."""
+        self._forms.append(unpacked(cubin))
+        module._obj.value = len(self._forms)  # noqa: SLF001 - what byref refers to
+        return 0
+
+    def cuModuleGetFunction(self, function: Any, module: Any, name: bytes) -> int:  # noqa: ANN401, N802 - as above
+        """A function has its module's number."""
+        _require(name.decode() == build.KERNEL, f"no kernel {name!r}")
+        function._obj.value = module.value  # noqa: SLF001 - what byref refers to
+        return 0
+
+    def cuFuncSetAttribute(self, function: Any, attribute: int, value: int) -> int:  # noqa: ANN401, N802 - as above
+        """Only how much shared memory it may have."""
+        _require(attribute == driver.MAX_DYNAMIC_SHARED_BYTES, f"attribute {attribute}")
+        self._shared[function.value] = value
+        return 0
+
+    def cuTensorMapEncodeTiled(self, place: Any, element_type: int, *given: Any) -> int:  # noqa: ANN401, N802 - as above
+        """Write down what is to be encoded, having looked at it."""
+        rank, address, sizes, pitches, box, steps, interleave, swizzle, promotion, fill = given
+        _require((rank, interleave, fill, *steps) == (2, 0, 0, 1, 1), "an unusual descriptor")
+        size = ELEMENTS[element_type].itemsize
+        _require(place.value % driver.MAP_ALIGNMENT == 0, "a descriptor is aligned")
+        _require(address.value % driver.TMA_BYTES == 0, "TMA: address")
+        _require(pitches[0] % driver.TMA_BYTES == 0 and pitches[0] < MAX_PITCH, "TMA: pitch")
+        _require(all(0 < side <= MAX_BOX for side in box), "TMA: box of 1 to 256 each way")
+        _require(box[0] * size % driver.TMA_BYTES == 0, "TMA: a row of the box is 16 bytes or more")
+        width = SWIZZLE_BYTES[swizzle]
+        _require(not width or box[0] * size <= width, "TMA: a row of the box fits the swizzle")
+        _require(all(sizes), "TMA: an empty matrix")
+        found = Map(
+            address.value, sizes[1], sizes[0], pitches[0], box[1], box[0], element_type, swizzle,
+            promotion,
+        )  # fmt: skip
+        ctypes.memmove(place.value, ctypes.addressof(found), ctypes.sizeof(found))
+        return 0
+
+    def cuLaunchKernelEx(self, config: int, function: Any, places: Any, extra: None) -> int:  # noqa: ANN401, N802 - as above
+        """Look at the launch, then compute what it computes."""
+        _require(extra is None, "arguments are given one by one")
+        form = self._forms[function.value - 1]
+        asked = driver.LaunchConfig.from_address(config)
+        attributes = {one.id: list(one.value) for one in asked.attributes[: asked.attribute_count]}
+        cluster = attributes.get(driver.CLUSTER_DIMENSION, [1, 1, 1])[:3]
+        _require(cluster == [form.cluster, 1, 1], f"{form.name} in clusters of {cluster}")
+        _require(asked.grid[0] % form.cluster == 0, "blocks are a multiple of the cluster")
+        _require(list(asked.grid[1:]) == [1, 1] and asked.grid[0] > 0, "a grid of one dimension")
+        _require(list(asked.block) == [form.threads, 1, 1], f"{form.name}: {list(asked.block)}")
+        _require(asked.shared_bytes == form.shared_bytes, "shared memory as the form says")
+        _require(self._shared[function.value] >= asked.shared_bytes, "shared memory was asked for")
+        maps = [Map.from_address(places[number]) for number in range(4)]
+        # Not from_address: the caller may keep one structure for many launches.
+        problem = launch.Problem.from_buffer_copy(launch.Problem.from_address(places[4]))
+        done(lambda: compute(form, asked.grid[0], maps, problem))
+        return 0
+
+
+def compute(form: Form, blocks: int, maps: list[Map], problem: launch.Problem) -> None:
+    """One launch. Raises PretendError where descriptors and numbers do not go together."""
+    names = ("a", "b", "a_scales", "out")
+    _require([one.box for one in maps] == list(form.boxes), f"{form.name}: boxes")
+    a, b, a_scales, out = (one.matrix(name) for name, one in zip(names, maps, strict=True))
+    (m, k), n = a.shape, b.shape[0]
+    _require(b.shape[1] == k, "K of both operands")
+    _require((problem.m, problem.n) == tuple(out.shape) == (m, n), "M and N")
+    _require(tuple(a_scales.shape) == (problem.k_blocks, m), "scales of the activation")
+    _require(a_scales.stride(0) == aligned_scale_stride(m), "columns of scales")
+    scale_shape = (-(-n // 128), problem.k_blocks)
+    scale_strides = (problem.b_scale_stride, 1)
+    b_scales = strided("b_scales", problem.b_scales, torch.float32, scale_shape, scale_strides)
+    bias = strided("bias", problem.bias, out.dtype, (n,), None) if problem.bias else None
+    codes = torch.float8_e4m3fn
+    if blocks > MAX_BLOCKS or m * n * k > MAX_PRODUCTS:
+        operands = (a.view(codes), b.view(codes), a_scales, b_scales[None], out[None], bias)
+        Operands(*operands, None, is_masked=False).multiply()
+        return
+    work = Work(
+        form, problem.unit_rows, problem.unit_columns, problem.k_blocks, problem.band, blocks
+    )
+    operands_a = (a.view(codes), a_scales.T)
+    cuda_machine.multiply(work, operands_a, (b.view(codes), b_scales), out, bias)
+
+
+DRIVER = Driver()

@@ -1,0 +1,180 @@
+"""``gemm.cu`` on a GPU: bit for bit where no tolerance is needed.
+
+Small whole numbers with powers of two as scales: every sum is exact in float32 and in the tensor
+cores' narrower sums, so that each form must give the float64 product, rounded once. The same forms
+and cases pass on the pretend Hopper (``tests/kernels_cuda``).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blockscale.formats import (
+    FP8_1X128_FP32,
+    FP8_128X128_FP32,
+    K_MAJOR,
+    MN_MAJOR_TMA_ALIGNED,
+)
+from blockscale.kernels.cuda.choice import forms
+from blockscale.kernels.cuda.work import Form, Share, Work, make_form, make_work
+from blockscale.tensor import BlockScaledTensor, dtype_of, empty_scales
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="gemm.cu runs on SM90 (H100, H200)",
+    ),
+]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Problem:
+    """An (m, k) activation and an (n, k) weight of whole numbers, and their float64 product.
+
+    What lies behind the operands is NaN: rows of codes beyond m, the padding of scales.
+    """
+
+    def __init__(self, m: int, n: int, k: int) -> None:
+        from blockscale.kernels.cuda.product import CudaProduct
+
+        self.m, self.n, self.k = m, n, k
+        generator = torch.Generator("cuda").manual_seed(m + 31 * n + 1009 * k)
+        blocks = -(-k // 128)
+
+        def whole(low: int, high: int, *shape: int) -> torch.Tensor:
+            return torch.randint(low, high, shape, generator=generator, device="cuda").float()
+
+        codes = torch.full((m + 8, k), float("nan"), device="cuda").to(torch.float8_e4m3fn)
+        codes[:m] = whole(-4, 5, m, k).to(torch.float8_e4m3fn)
+        scales = empty_scales(m, k, FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED, "cuda")
+        padded = scales.as_strided((blocks, scales.stride(1)), (scales.stride(1), 1))
+        padded.fill_(float("nan"))
+        scales.copy_(2.0 ** whole(-3, 4, m, blocks))
+        self.activation = BlockScaledTensor(codes[:m], scales, FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED)
+        self.weight = BlockScaledTensor(
+            whole(-4, 5, n, k).to(torch.float8_e4m3fn),
+            2.0 ** whole(-3, 4, -(-n // 128), blocks),
+            FP8_128X128_FP32,
+            K_MAJOR,
+        )
+        self.product = CudaProduct(self.weight)
+
+    @property
+    def expected(self) -> torch.Tensor:
+        """The product in float64."""
+        return wide(self.activation, rows=1) @ wide(self.weight, rows=128).T
+
+    def run(
+        self, work: Work | None, dtype: torch.dtype, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The kernel's result; raises if it wrote outside, shows NaN where it wrote nothing."""
+        guard = 64
+        memory = torch.full((self.m * self.n + 2 * guard,), float("nan"), device="cuda").to(dtype)
+        out = memory[guard : guard + self.m * self.n].view(self.m, self.n)
+        if work is not None:
+            self.product.use(work, self.m, dtype)
+        self.product(self.activation, out, bias)
+        assert memory[:guard].isnan().all()
+        assert memory[guard + self.m * self.n :].isnan().all()
+        return out
+
+
+def wide(tensor: BlockScaledTensor, rows: int) -> torch.Tensor:
+    """Float64 values of codes times scales, each scale for ``rows`` rows and 128 columns."""
+    scales = tensor.scales.double().repeat_interleave(rows, 0)[: tensor.mn]
+    return tensor.data.double() * scales.repeat_interleave(128, 1)[:, : tensor.k]
+
+
+def all_forms(dtype: torch.dtype) -> list[Form]:
+    """What the choice can ask for, and other ways to store."""
+    out = dtype_of(dtype)
+    others = [] if dtype is torch.float32 else [make_form(256, 128, out, stores=(128, 1))]
+    return [*forms(out), *others]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_first_small_product(dtype: torch.dtype) -> None:
+    """One tile, one K block: what a first run looks at before anything else."""
+    problem = Problem(64, 128, 128)
+    work = make_work(make_form(64, 128, dtype_of(dtype)), 64, 128, 128, 1)
+    assert torch.equal(problem.run(work, dtype), problem.expected.to(dtype))
+
+
+@pytest.mark.parametrize("share", Share)
+def test_a_first_cluster(share: Share) -> None:
+    problem = Problem(256, 256, 512)
+    form = make_form(128, 128, dtype_of(torch.bfloat16), share=share)
+    out = problem.run(make_work(form, 256, 256, 512, 2), torch.bfloat16)
+    assert torch.equal(out, problem.expected.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(293, 408, 912), (1, 8, 16), (77, 1000, 400)], ids=str)
+def test_every_form_gives_the_float64_product_bit_for_bit(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    """Ragged each way; with four multiprocessors each block has several tiles."""
+    problem = Problem(*shape)
+    bias = torch.randint(-4, 5, (problem.n,), device="cuda").to(dtype)
+    expected = (problem.expected + bias.double()).to(dtype)
+    wrong = [
+        form.name
+        for form in all_forms(dtype)
+        if not torch.equal(problem.run(make_work(form, *shape, 4), dtype, bias), expected)
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("m", [7, 300])
+def test_scale_fingerprint(m: int) -> None:
+    """Ones with a power of two of their own in each block: a wrong scale index would show."""
+    problem = Problem(m, 456, 1280)
+    problem.activation.data.fill_(1.0)
+    problem.weight.data.fill_(1.0)
+    blocks = torch.arange(10, device="cuda")
+    rows = torch.arange(m, device="cuda") % 7
+    problem.activation.scales.copy_(2.0 ** (rows[:, None] + blocks))
+    columns = torch.arange(4, device="cuda")
+    problem.weight.scales.copy_(2.0 ** -(blocks + 3.0 * columns[:, None]))
+    expected = problem.expected
+    for form in forms(dtype_of(torch.float32)):
+        out = problem.run(make_work(form, m, 456, 1280, 6), torch.float32)
+        assert torch.equal(out.double(), expected), form.name
+
+
+@pytest.mark.parametrize("m", [16, 128, 1500])
+def test_every_form_gives_the_same_bits_and_gluon_s(m: int) -> None:
+    """Any values: the chain of an element does not depend on who computes it."""
+    pytest.importorskip("triton", reason="the Gluon kernels need Triton 3.6")
+    from blockscale.kernels.gluon.product import GluonProduct
+    from blockscale.kernels.gluon.work import dense_variant, dense_work
+
+    problem = Problem(m, 2112, 7168)
+    generator = torch.Generator("cuda").manual_seed(m)
+    for operand in (problem.activation, problem.weight):
+        values = torch.randn(operand.data.shape, generator=generator, device="cuda")
+        operand.data.copy_(values.to(torch.float8_e4m3fn))
+        operand.scales.mul_(torch.rand(operand.scales.shape, generator=generator, device="cuda"))
+    gluon = GluonProduct(problem.weight)
+    gluon.use(dense_work(dense_variant(128, 128, 4), m, 2112, 7168, 132), m, torch.float32)
+    expected = torch.empty((m, 2112), device="cuda")
+    gluon(problem.activation, expected, None)
+    wrong = []
+    for form in forms(dtype_of(torch.float32)):
+        for _ in range(3):
+            out = problem.run(make_work(form, m, 2112, 7168, 132), torch.float32)
+            wrong += [] if torch.equal(out, expected) else [form.name]
+    assert not wrong
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    """Output of 2.16e9 elements, checked where an overflow would hit."""
+    m, n = 131_080, 16_512
+    problem = Problem(m, n, 128)
+    out = problem.run(None, torch.bfloat16)
+    a, b = wide(problem.activation, rows=1), wide(problem.weight, rows=128)
+    for rows in (slice(0, 300), slice(m // 2, m // 2 + 300), slice(max(0, m - 300), m)):
+        assert torch.equal(out[rows], (a[rows] @ b.T).to(torch.bfloat16))
