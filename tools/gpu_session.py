@@ -69,7 +69,10 @@ NEVER_RUN = ("test_experts", "test_transformers_experts", "test_transformers")
 PRETEND = ("-m", "blockscale.testing.pretend_gpu")
 # Benchmarks that have a tiny size; and what takes hours in an interpreter, or needs Inductor.
 TINY = ("moe_layer", "transformers_model", "tensor_parallel")
-NOT_TINY = "not size_of_models and not compiles and not 130 and not 300"
+NOT_TINY = (
+    "not size_of_models and not exact_experts and not same_bits and not compiles and not 130 "
+    "and not 300"
+)
 REST = [f"--ignore=tests/gpu/{name}.py" for name in NEVER_RUN]
 OWN = ("--backends", "gluon,triton")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

@@ -30,7 +30,10 @@ QUICK = (
     "test_transformers.py::test_a_captured_decoding_step_replays_new_tokens_and_new_weights",
 )
 # Left out: thousands of tiles, or Inductor, which needs a real device.
-TOO_BIG = "not size_of_models and not compiles and not 130 and not 300"
+TOO_BIG = (
+    "not size_of_models and not exact_experts and not same_bits and not compiles and not 130 "
+    "and not 300"
+)
 
 
 def pretended(*arguments: str | Path, program: tuple[str, ...] = ()) -> str:
