@@ -9,7 +9,8 @@ Kernels are compiled on all cores in the background (``benchmarks/ahead.py``) wh
 is timed waits for that. A step starts only if its limit fits into the rest of ``--seconds``. What
 ran is kept in .cache/gpu_session.json, so the same command again, into an empty DIR too, goes on
 with what is left; ``--steps`` runs what it names, again too; ``--anew`` forgets. DIR ($OUT by
-default) gets three files with what this call did: session.json, session.log, records.jsonl.
+default) gets three files with what this call did, session.json, session.log and records.jsonl, and
+one for each step that has its own.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ STATE = ROOT / ".cache" / "gpu_session.json"
 SHOWN, SHOWN_IF_FAILED = 4, 40
 # In place of a file of JSON lines that the step writes.
 RECORDS = "{records}"
+# In place of a file that comes back as it is, called after its step.
+OWN_FILE = "{own file}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,7 @@ def _benchmark(name: str, limit_s: int, *arguments: str) -> Step:
 
 
 NEVER_RUN = ("test_experts", "test_transformers_experts", "test_transformers")
+CUDA = ("test_cuda_exact", "test_cuda_launch")
 PRETEND = ("-m", "blockscale.testing.pretend_gpu")
 # Benchmarks that have a tiny size; and what takes hours in an interpreter, or needs Inductor.
 TINY = ("moe_layer", "transformers_model", "tensor_parallel")
@@ -73,7 +77,7 @@ NOT_TINY = (
     "not size_of_models and not exact_experts and not same_bits and not compiles and not 130 "
     "and not 300"
 )
-REST = [f"--ignore=tests/gpu/{name}.py" for name in NEVER_RUN]
+REST = [f"--ignore=tests/gpu/{name}.py" for name in (*NEVER_RUN, *CUDA)]
 OWN = ("--backends", "gluon,triton")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -82,16 +86,18 @@ STEPS = (
     _tests("transformers_experts", 90, "tests/gpu/test_transformers_experts.py"),
     _tests("transformers", 120, "tests/gpu/test_transformers.py"),
     _benchmark("moe_layer", 100),
+    _tests("cuda", 60, "tests/gpu/test_cuda_exact.py", "tests/gpu/test_cuda_launch.py"),
     # Without DeepGEMM, which would build for half a minute a shape while it prepares.
     _benchmark("moe_layer:bfloat16", 100, "--dtype", "bfloat16", *OWN),
     _benchmark("transformers_model", 130, *OWN),
-    _tests("gpu_tests", 240, "tests/gpu", "tests/probe", *REST),
-    _benchmark("gemm", 160, "--seconds", "140"),
+    _tests("gpu_tests", 200, "tests/gpu", "tests/probe", *REST),
+    _benchmark("gemm", 140, "--seconds", "120"),
+    Step("cuda_sweep", ("benchmarks/cuda_sweep.py", "--seconds", "100", "--out", OWN_FILE), 130),
     _benchmark("fp16_model", 60),
-    _benchmark("grouped", 150, "--seconds", "120"),
+    _benchmark("grouped", 120, "--seconds", "90"),
     _benchmark("quantize", 80),
     _benchmark("call_overhead", 50),
-    Step("doctor", ("-m", "blockscale.cli.main", "doctor", "--probe", "--json"), 100),
+    Step("doctor", ("-m", "blockscale.cli.main", "doctor", "--probe", "--json"), 60),
     Step(
         "tensor_parallel",
         (*TORCHRUN, "benchmarks/tensor_parallel.py", "--out", RECORDS),
@@ -146,7 +152,9 @@ class Session:
         with tempfile.TemporaryDirectory() as scratch:
             records = Path(scratch) / "records.jsonl"
             log = Path(scratch) / "log"
-            command = [part.replace(RECORDS, str(records)) for part in step.command]
+            own = self.out / f"{step.name}.jsonl"
+            files = {RECORDS: str(records), OWN_FILE: str(own.resolve())}
+            command = [files.get(part, part) for part in step.command]
             self.say(f"== {step.name}: {' '.join(command)}")
             with log.open("w", encoding="utf-8") as file:
                 code = wait_for(start(command, file), limit)
