@@ -44,6 +44,14 @@ app.command("tune")(tune.tune)
 app.command("warm")(warm.warm)
 
 
+# What commands import when they run, and what brings it.
+INSTALL = {
+    "torch": "torch (inspect and verify work without, as do plan and advise with --device)",
+    "transformers": "'blockscale[transformers]'",
+    "accelerate": "'blockscale[transformers]'",
+}
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         print(f"blockscale {blockscale.__version__}")
@@ -67,6 +75,16 @@ def _interrupted() -> NoReturn:
     sys.exit(ExitCode.INTERRUPTED)
 
 
+def _needs(error: ModuleNotFoundError) -> None:
+    """One line for a package that a user may well be without; any other is our own fault."""
+    package = (error.name or "").partition(".")[0]
+    if package not in INSTALL:
+        raise error
+    error_line(
+        f"this command needs {package}, which is not installed: pip install {INSTALL[package]}"
+    )
+
+
 def run() -> None:
     """Entry point: every expected failure is one line on stderr and an exit code."""
     try:
@@ -76,6 +94,9 @@ def run() -> None:
         sys.exit(ExitCode.WRONG_USE)
     except TyperException as error:
         error_line(f"{error.format_message().rstrip('.')}; see blockscale --help")
+        sys.exit(ExitCode.WRONG_USE)
+    except ModuleNotFoundError as error:
+        _needs(error)
         sys.exit(ExitCode.WRONG_USE)
     except (KeyboardInterrupt, typer.Abort):
         _interrupted()
