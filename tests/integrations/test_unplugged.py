@@ -26,31 +26,32 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-with torch.inference_mode():
-    logits = model(torch.arange(3, 13)[None]).logits
-print(json.dumps({
-    "quantizers": sorted(AUTO_QUANTIZER_MAPPING),
-    "merge": AutoHfQuantizer.merge_quantization_configs.__module__,
-    "linear": type(model.model.layers[0].self_attn.q_proj).__name__,
-    "dtype": str(model.dtype),
-    "logits": logits.float().sum().item(),
-    "loaded": sorted(name for name in sys.modules if name.startswith("blockscale")),
-}))
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.inference_mode():
+        logits = model(torch.arange(3, 13)[None]).logits
+    print(json.dumps({
+        "quantizers": sorted(AUTO_QUANTIZER_MAPPING),
+        "merge": AutoHfQuantizer.merge_quantization_configs.__module__,
+        "linear": type(model.model.layers[0].self_attn.q_proj).__name__,
+        "dtype": str(model.dtype),
+        "logits": logits.float().sum().item(),
+        "loaded": sorted(name for name in sys.modules if name.startswith("blockscale")),
+    }))
 """
 
 
-def run(program: str, folder: Path) -> dict[str, object]:
+def run(program: str, *folders: Path) -> list[dict[str, object]]:
+    """What a process of its own finds in each checkpoint."""
     done = subprocess.run(
-        [sys.executable, "-c", "import sys\n" + program, str(folder)],
+        [sys.executable, "-c", "import sys\n" + program, *folders],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return [json.loads(line) for line in done.stdout.splitlines()[-len(folders) :]]
 
 
 def test_transformers_starts_as_before(whole_blocks_fp8: Path, tmp_path: Path) -> None:
@@ -59,12 +60,12 @@ def test_transformers_starts_as_before(whole_blocks_fp8: Path, tmp_path: Path) -
 
     from blockscale.integrations.transformers import BlockScaleConfig
 
-    without = run(UNPLUGGED + LOAD, whole_blocks_fp8)
-    assert without["loaded"] == []
-    assert "blockscale" not in without["quantizers"]  # type: ignore[operator]  # a list of names
-    assert run(LOAD, whole_blocks_fp8) == without
     saved = tmp_path / "saved"
     AutoModelForCausalLM.from_pretrained(
         whole_blocks_fp8, quantization_config=BlockScaleConfig()
     ).save_pretrained(saved)
-    assert run(UNPLUGGED + LOAD, saved) == without
+    without, what_we_saved = run(UNPLUGGED + LOAD, whole_blocks_fp8, saved)
+    assert without["loaded"] == []
+    assert "blockscale" not in without["quantizers"]  # type: ignore[operator]  # a list of names
+    assert what_we_saved == without
+    assert run(LOAD, whole_blocks_fp8) == [without]
