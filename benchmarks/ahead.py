@@ -269,7 +269,7 @@ def _quantize(layer: Linear) -> list[Kernel]:
     dtype = getattr(torch, layer.dtype)
     spec = quantize.QuantizerSpec(*QUANTIZED, dtype, layer.k, 0, overlaps=True)
     with collected(quantize) as found:
-        quantize.TiledQuantizer(spec, quantize.quantize_kernel, "values", layer.k)
+        quantize.TiledQuantizer(spec, quantize.activation_variant, layer.k)
     return found
 
 

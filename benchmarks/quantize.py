@@ -25,8 +25,8 @@ from blockscale.formats import (
     MN_MAJOR_TMA_ALIGNED_PACKED,
 )
 from blockscale.kernels.triton.destination import QuantizerSpec
+from blockscale.kernels.triton.normalize import NormalizeQuantizer
 from blockscale.kernels.triton.quantize import (
-    NormalizeQuantizer,
     activation_quantizer,
     silu_multiply_quantizer,
 )

@@ -27,8 +27,8 @@ from blockscale.formats import (
 )
 from blockscale.kernels.triton.arithmetic import reciprocal_exactly
 from blockscale.kernels.triton.destination import QuantizerSpec
+from blockscale.kernels.triton.normalize import NormalizeQuantizer
 from blockscale.kernels.triton.quantize import (
-    NormalizeQuantizer,
     activation_quantizer,
     quantize_rows,
     silu_multiply_quantizer,

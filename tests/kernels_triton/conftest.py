@@ -35,7 +35,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     few = SimpleNamespace(multi_processor_count=2, shared_memory_per_multiprocessor=228 << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: few)  # noqa: ARG005 - its signature
     monkeypatch.setattr(
-        quantize._Quantizer, "_device", property(lambda _: torch.device("cpu"), _ignore)
+        quantize.Quantizer, "device", property(lambda _: torch.device("cpu"), _ignore)
     )
     quantize.activation_quantizer.cache_clear()
     quantize.silu_multiply_quantizer.cache_clear()

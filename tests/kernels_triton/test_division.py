@@ -1,4 +1,4 @@
-"""The shortcut of ``kernels.triton.arithmetic.divide_exactly``, tried in C on the CPU."""
+"""The exactness claims of ``kernels.triton.arithmetic`` and ``words``, tried in C on the CPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).with_name("division.c")
+MANTISSA_BITS = {"bfloat16": "7", "float16": "10"}
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +23,28 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-# float16 with every divisor ("10", "1") takes half a minute: 0 as well (2026-11-23).
-@pytest.mark.parametrize(("bits", "step"), [(7, 1), (10, 7)], ids=["bfloat16", "float16"])
-def test_one_correction_is_enough_for_half_precision(program: Path, bits: int, step: int) -> None:
-    result = subprocess.run(
-        [str(program), str(bits), str(step)], check=True, capture_output=True, text=True
-    )
-    assert result.stdout == "0\n"
+def differences(program: Path, *arguments: str) -> int:
+    found = subprocess.run([str(program), *arguments], check=True, capture_output=True, text=True)
+    return int(found.stdout)
+
+
+@pytest.mark.parametrize("dtype", MANTISSA_BITS)
+def test_a_reciprocal_in_two_parts_gives_every_code_of_half_precision(
+    program: Path, dtype: str
+) -> None:
+    assert differences(program, "half", MANTISSA_BITS[dtype], "1") == 0
+    # One part would not do.
+    assert differences(program, "half", MANTISSA_BITS[dtype], "0") > 0
+
+
+def test_one_correction_gives_every_code_of_float32_whatever_the_scale(program: Path) -> None:
+    assert differences(program, "float", "1") == 0
+
+
+def test_scales_are_rounded_quotients_for_every_largest_magnitude(program: Path) -> None:
+    assert differences(program, "scale", "1") == 0
+
+
+@pytest.mark.parametrize("dtype", MANTISSA_BITS)
+def test_a_sum_of_halves_rounds_by_way_of_float32_as_at_once(program: Path, dtype: str) -> None:
+    assert differences(program, "sum", MANTISSA_BITS[dtype]) == 0

@@ -23,7 +23,7 @@ from blockscale.formats import (
     ScaleLayout,
 )
 from blockscale.reference import quantize, relayout
-from blockscale.reference.fused import add_and_normalize, silu_and_multiply
+from blockscale.reference.fused import silu_and_multiply
 from blockscale.tensor import BlockScaledTensor
 
 if TYPE_CHECKING:
@@ -187,22 +187,3 @@ def test_silu_and_multiply(
     product = silu_and_multiply(gate_up)
     quantizer = silu_multiply_quantizer(spec(product, fmt, layout))
     assert_same(*quantizer(gate_up), quantize(product, fmt), layout)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("has_residual", [False, True])
-@pytest.mark.parametrize("shape", [(1, 128), (5, 520), (2, 1152)], ids=str)
-def test_add_and_normalize(dtype: torch.dtype, has_residual: bool, shape: tuple[int, int]) -> None:
-    from blockscale.kernels.triton.quantize import NormalizeQuantizer
-
-    values = values_of(shape, dtype)
-    residual = values_of(shape, dtype, seed=1) if has_residual else None
-    weight = torch.rand(shape[1], generator=torch.Generator().manual_seed(3)).to(dtype)
-    expected = add_and_normalize(values, residual, weight, 1e-6)
-    quantizer = NormalizeQuantizer(
-        spec(values, FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED), weight, 1e-6, has_residual=has_residual
-    )
-    codes, scales, summed = quantizer(values, residual)
-    assert torch.equal(summed.view(torch.uint8), expected.summed.view(torch.uint8))
-    wanted = quantize(expected.normalized, FP8_1X128_FP32)
-    assert_same(codes, scales, wanted, MN_MAJOR_TMA_ALIGNED)

@@ -1,8 +1,8 @@
 """Triton's interpreter, made to compute what a GPU computes.
 
 Needs ``TRITON_INTERPRET=1`` before Triton is imported. Some things of it are replaced: they are not
-what a GPU computes (casts: it breaks ties upwards; FMA: it rounds twice; inline assembly), or numpy
-2.5 refuses them (an array as the bound of a loop), or they take a hundred times too long
+what a GPU computes (casts: it breaks ties upwards; FMA: it rounds twice; the minimum of a number
+and a NaN, which is the number; inline assembly), or numpy 2.5 refuses them (an array as the bound of a loop), or they take a hundred times too long
 (reductions by a function of ours, an element at a time in Python, which go by halves of an axis
 here: the same for what may be reduced in any order).
 """
@@ -10,6 +10,7 @@ here: the same for what may be reduced in any order).
 from __future__ import annotations
 
 import ctypes
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,13 +40,18 @@ def repairs() -> Iterator[tuple[object, str, object]]:
     import triton.language as tl  # noqa: PLC0415 - only where it is installed
     from triton.runtime import interpreter  # noqa: PLC0415 - as above
 
-    from blockscale.kernels.triton import arithmetic, quantize_kernel  # noqa: PLC0415 - imports Triton
+    from blockscale.kernels.triton import arithmetic, quantize_kernel, words  # noqa: PLC0415 - imports Triton
 
     yield interpreter, "_convert_float", _convert
     yield interpreter, "_patch_lang_tensor", _counting(interpreter)
     yield interpreter.InterpreterBuilder, "create_fma", _fused(interpreter)
     yield interpreter.ReduceOps, "generic_reduce", _by_halves
-    yield arithmetic, "reciprocal_exactly", lambda values: tl.div_rn(1.0, values)
+    yield interpreter.InterpreterBuilder, "create_minnumf", _smaller_number
+    for module in (arithmetic, words):
+        yield module, "reciprocal_exactly", lambda values: tl.div_rn(1.0, values)
+    yield arithmetic, "reciprocal_nearly", lambda values: tl.div_rn(1.0, values)
+    for name, function in _instructions_of(words).items():
+        yield words, name, function
     # One kernel runs after the other here.
     yield quantize_kernel, "gdc_wait", lambda: None
     yield quantize_kernel, "gdc_launch_dependents", lambda: None
@@ -128,6 +134,47 @@ def _fused(interpreter: Any) -> Callable[..., object]:  # noqa: ANN401 - Triton'
 
     def create_fma(_: object, x: Any, y: Any, z: Any) -> object:  # noqa: ANN401 - Triton's handles
         parts = [torch.from_numpy(np.ascontiguousarray(part.data)) for part in (x, y, z)]
-        return interpreter.TensorHandle(_fma(*parts).numpy(), z.dtype.scalar)
+        # The reference's rounding to odd is for finite sums.
+        total = parts[0] * parts[1] + parts[2]
+        found = torch.where(total.isfinite(), _fma(*parts), total)
+        return interpreter.TensorHandle(found.numpy(), z.dtype.scalar)
 
     return create_fma
+
+
+def _smaller_number(builder: Any, one: Any, other: Any) -> Any:  # noqa: ANN401 - Triton's handles
+    return builder.binary_op(one, other, np.fmin)
+
+
+def _instructions_of(words: Any) -> dict[str, object]:  # noqa: ANN401 - the module
+    """What the instructions of ``words`` compute, by float32 arithmetic and a rounding."""
+    import triton.language as tl  # noqa: PLC0415 - only where it is installed
+
+    def rounded(low: Any, high: Any, dtype: Any) -> Any:  # noqa: ANN401 - Triton's tensors
+        return words.joined(low.to(dtype), high.to(dtype))
+
+    def on_pairs(function: Callable[..., Any]) -> Callable[..., Any]:
+        def apply(one: Any, other: Any, dtype: Any) -> Any:  # noqa: ANN401 - as above
+            pairs = zip(words.halves(one, dtype), words.halves(other, dtype), strict=True)
+            return rounded(*(function(*pair) for pair in pairs), dtype)
+
+        return apply
+
+    def larger(one: Any, other: Any) -> Any:  # noqa: ANN401 - as above
+        return tl.maximum(tl.abs(one), tl.abs(other), propagate_nan=tl.PropagateNan.ALL)
+
+    def reducing(dtype: Any) -> SimpleNamespace:  # noqa: ANN401 - as above
+        return SimpleNamespace(fn=lambda one, other: on_pairs(larger)(one, other, dtype))
+
+    def code_pair(low: Any, high: Any) -> Any:  # noqa: ANN401 - as above
+        bits = [part.to(tl.float8e4nv).to(tl.int8, bitcast=True) for part in (low, high)]
+        return (bits[0].to(tl.int16) & 0xFF) | (bits[1].to(tl.int16) << 8)
+
+    return {
+        "rounded_pair": rounded,
+        "product_of_pairs": on_pairs(lambda one, other: one * other),
+        "sum_of_pairs": on_pairs(lambda one, other: one + other),
+        "larger_bfloat16": reducing(tl.bfloat16),
+        "larger_float16": reducing(tl.float16),
+        "code_pair": code_pair,
+    }

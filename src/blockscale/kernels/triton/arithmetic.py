@@ -25,6 +25,12 @@ MANTISSA_MASK = tl.constexpr(FLOAT32_MANTISSA_MASK)
 NAN_BYTE = tl.constexpr(UE8M0_NAN_BYTE)
 NAN_BITS = tl.constexpr(0x7FC00000)
 INFINITY = tl.constexpr(float("inf"))
+# 1 / 448 as a float32 below it and the rest: both positive, so that infinity times their sum is.
+_RECIPROCAL_HIGH = float.fromhex("0x1.249248p-9")
+RECIPROCAL_HIGH = tl.constexpr(_RECIPROCAL_HIGH)
+RECIPROCAL_LOW = tl.constexpr(1 / E4M3FN.max - _RECIPROCAL_HIGH)
+# More than a guessed reciprocal is off.
+LOWERED = tl.constexpr(1.0 - 2.0**-20)
 MINUS_LOG2_E = tl.constexpr(-fused.LOG2_E)
 ROUND_TO_INTEGER = tl.constexpr(fused.ROUND_TO_INTEGER)
 EXP2_SMALLEST = tl.constexpr(fused.EXP2_SMALLEST)
@@ -62,36 +68,67 @@ def reciprocal_exactly(values):
 
 
 @triton.jit
-def divide_exactly(dividend, divisor, reciprocal, CORRECTIONS: tl.constexpr):
-    """Correctly rounded dividend / divisor, for one divisor and many dividends.
+def reciprocal_nearly(values):
+    """1 / values within 2 ulp for float32 values in [2**-126, 2**126); 0 for infinity, NaN for NaN.
 
-    ``reciprocal`` is 1 / divisor, rounded to nearest. After a first guess each correction adds
-    the remainder, which an FMA gives without error. One correction is enough for dividends that
-    come from bfloat16 or float16: tests/kernels_triton/division.c tries every pair of mantissas.
-    Two are enough for any float32: the first leaves an error of less than one ulp, and from there
-    the second is correctly rounded (Markstein 1990; Muller et al., Handbook of Floating-Point
-    Arithmetic, 2nd ed., 4.7.2). Remainders are exact unless they underflow, which takes a
-    quotient far below half of the smallest E4M3 code. They are taken with the opposite sign, so
-    that a correction of a negative zero is no positive one.
+    PTX ISA, ``rcp.approx.ftz.f32``: off by at most 2**-23 for values in [1, 2].
+    """
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [values], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def reciprocal_in_two_parts(scale):
+    """(high, low) with high + low = 1 / scale (1 - 2**-39 or less), low >= 0; (0, 0) of infinity.
+
+    high is lowered, so that low is not negative: a negative zero divided stays one. The error of
+    high is exact to a rounding, and NaN for infinity; the minimum takes the number then.
+    """
+    high = reciprocal_nearly(scale) * LOWERED
+    one = tl.full(scale.shape, 1.0, tl.float32)
+    error = tl.minimum(tl.fma(scale * -1.0, high, one), 1.0)
+    return high, error * high
+
+
+@triton.jit
+def divide_half(dividend, high, low):
+    """Dividend / scale as exact as E4M3 shows; ``high`` and ``low`` are 1 / scale in two parts.
+
+    For dividends that come from bfloat16 or float16 and the scale of a block with no larger ones:
+    such a quotient lies off the borders between codes by more than this one's error, or on one
+    and then this one does, or beside one as this one does. tests/kernels_triton/division.c tries
+    every pair of mantissas.
+    """
+    return tl.fma(dividend, high, dividend * low)
+
+
+@triton.jit
+def divide_float(dividend, divisor, reciprocal):
+    """Dividend / divisor as exact as E4M3 shows.
+
+    ``reciprocal`` is 1 / divisor, rounded to nearest. After a first guess one correction adds
+    the remainder, which an FMA gives without error unless it underflows, which takes a quotient
+    far below half of the smallest E4M3 code. The result is the quotient within an ulp, and beside a
+    border between codes it is the rounded one: tests/kernels_triton/division.c tries every divisor.
+    The remainder is taken with the opposite sign, so that a correction of a negative zero is no
+    positive one.
     """
     # A product with -1 becomes a sign of an operand; Triton's minus becomes a subtraction.
-    negative_dividend = dividend * -1.0
-    negative_reciprocal = reciprocal * -1.0
     quotient = dividend * reciprocal
-    for _ in tl.static_range(CORRECTIONS):
-        excess = tl.fma(quotient, divisor, negative_dividend)
-        quotient = tl.fma(excess, negative_reciprocal, quotient)
-    return quotient
+    excess = tl.fma(quotient, divisor, dividend * -1.0)
+    return tl.fma(excess, reciprocal * -1.0, quotient)
 
 
 @triton.jit
 def scale_of(amax):
-    """max(amax, AMAX_FLOOR) / 448, rounded; NaN and infinity stay what they are."""
+    """max(amax, AMAX_FLOOR) / 448, rounded; NaN and infinity stay what they are.
+
+    The sum before rounding is amax / 448 within 2**-47 of it. amax / 7 is a number of 24 bits or
+    lies at least 1/14 ulp off the middle between two, so both round alike.
+    """
     amax = larger_or_nan(amax, AMAX_FLOOR)
-    divisor = tl.full(amax.shape, LARGEST_CODE, tl.float32)
-    reciprocal = tl.full(amax.shape, 1.0 / LARGEST_CODE, tl.float32)
-    # The remainder of infinity would be NaN.
-    return tl.where(amax == INFINITY, amax, divide_exactly(amax, divisor, reciprocal, 2))
+    return tl.fma(amax, tl.full(amax.shape, RECIPROCAL_HIGH, tl.float32), amax * RECIPROCAL_LOW)
 
 
 @triton.jit
@@ -107,26 +144,36 @@ def exponent_rounded_up(scale):
 
 
 @triton.jit
-def quantize_blocks(values, IS_UE8M0: tl.constexpr, CORRECTIONS: tl.constexpr):
+def inverse_power(codes):
+    """1 / 2**(code - 127), exact, so that a product with it is a quotient; NaN for 255."""
+    bits = tl.where(codes == NAN_BYTE, NAN_BITS, (254 - codes) << MANTISSA_BITS)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def quantize_blocks(values, IS_UE8M0: tl.constexpr, IS_HALF: tl.constexpr):
     """Codes of (rows, blocks, elements) float32 values, and one scale code per block.
 
-    Scale codes are float32 values, or UE8M0 bytes as int32. No clamp before the cast: |value| is
-    at most amax, so the quotient is at most 448 (1 + 2**-22), and everything below 464 rounds to
-    a finite code.
+    IS_HALF: the values come from two bytes each. Scale codes are float32 values, or UE8M0 bytes as
+    int32. No clamp before the cast: |value| is at most amax, so the quotient is at most
+    448 (1 + 2**-22), and everything below 464 rounds to a finite code.
     """
     scale = scale_of(tl.reduce(tl.abs(values), 2, larger_or_nan))
     if IS_UE8M0:
         codes = exponent_rounded_up(scale)
-        # 1 / 2**(e - 127) is 2**(254 - e - 127), exact, so the product is the quotient.
-        bits = tl.where(codes == NAN_BYTE, NAN_BITS, (254 - codes) << MANTISSA_BITS)
-        quotient = values * bits.to(tl.float32, bitcast=True)[:, :, None]
+        quotient = values * inverse_power(codes)[:, :, None]
+    elif IS_HALF:
+        codes = scale
+        high, low = reciprocal_in_two_parts(scale)
+        high = tl.broadcast_to(high[:, :, None], values.shape)
+        quotient = divide_half(values, high, low[:, :, None])
     else:
         codes = scale
         # A block with an infinity: zeros for its numbers, NaN for its infinities.
         is_infinite = scale == INFINITY
         reciprocal = tl.where(is_infinite, 0.0, reciprocal_exactly(scale))[:, :, None]
         divisor = tl.where(is_infinite, 0.0, scale)[:, :, None]
-        quotient = divide_exactly(values, divisor, reciprocal, CORRECTIONS)
+        quotient = divide_float(values, divisor, reciprocal)
     return quotient.to(tl.float8e4nv), codes
 
 
@@ -157,14 +204,3 @@ def silu(gate):
     """SiLU, gate / (1 + exp(-gate)), in float32, as ``reference.fused`` defines it."""
     gate = larger_or_nan(gate, SMALLEST_GATE)
     return gate * reciprocal_exactly(1.0 + exp2(gate * MINUS_LOG2_E))
-
-
-@triton.jit
-def pairwise_sum(values, SIZE: tl.constexpr, STEPS: tl.constexpr):
-    """The sum of 2**STEPS = SIZE float32 values: neighbours first, then neighbouring sums.
-
-    Each step reduces an axis of two, so no compiler can choose another order.
-    """
-    for step in tl.static_range(STEPS):
-        values = tl.sum(tl.reshape(values, (SIZE >> (step + 1), 2)), 1)
-    return tl.sum(values, 0)

@@ -75,8 +75,7 @@ class QuantizerSpec:
             ("BLOCK", self.format.block.k),
             ("IS_UE8M0", self.format.scale is ScaleFormat.UE8M0),
             ("SCALE_KIND", _KINDS[self.layout.packing]),
-            # See arithmetic.divide_exactly.
-            ("CORRECTIONS", 1 if self.is_half else 2),
+            ("IS_HALF", self.is_half),
         )
 
     def outputs(self) -> tuple[tuple[str, str, int], ...]:

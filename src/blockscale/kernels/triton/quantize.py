@@ -21,10 +21,7 @@ from blockscale.kernels.triton.destination import (
     Destination,
     QuantizerSpec,
 )
-from blockscale.kernels.triton.fused_kernel import (
-    normalize_quantize_kernel,
-    silu_multiply_quantize_kernel,
-)
+from blockscale.kernels.triton.fused_kernel import silu_multiply_quantize_kernel
 from blockscale.kernels.triton.quantize_kernel import quantize_kernel
 from blockscale.tensor import BlockScaledTensor
 
@@ -40,30 +37,17 @@ TILE_ROWS, NUM_WARPS = 8, 4
 # Programmatic dependent launch (CUDA programming guide).
 OVERLAPPING = (9, 0)
 
-# RMSNorm holds a whole row in the registers of one program, 16 values a thread if it can.
-VALUES_PER_THREAD = 16
-MAX_WARPS, WARP_SIZE = 32, 32
-# Rows that a normalizing program has under way at most, the present one counted.
-ROWS_AHEAD = 3
-# For sums over warps and what the driver keeps of each program's shared memory.
-RESERVED_BYTES = 2048
-# Warps that all normalizing programs of a multiprocessor have together.
-RESIDENT_WARPS = 32
-# 32-bit registers of a multiprocessor (CUDA programming guide, sm_90).
-REGISTERS = 65_536
-MAX_NORMALIZED = 2 * VALUES_PER_THREAD * MAX_WARPS * WARP_SIZE
 
-
-class _Quantizer:
+class Quantizer:
     """What all quantizers share: where results go, and variants for aligned and other inputs."""
 
-    __slots__ = ("_aligned", "_destination", "_device", "_variant", "spec")
+    __slots__ = ("_aligned", "_variant", "destination", "device", "spec")
 
     def __init__(self, spec: QuantizerSpec, variant: Callable[[int], Variant]) -> None:
         self.spec = spec
         self._variant = variant
-        self._destination = Destination(spec)
-        self._device = torch.device("cuda", spec.device)
+        self.destination = Destination(spec)
+        self.device = torch.device("cuda", spec.device)
         self._aligned = launcher(variant(VECTOR_BYTES), spec.device)
 
     def tensor(self, codes: torch.Tensor, scales: torch.Tensor) -> BlockScaledTensor:
@@ -76,23 +60,28 @@ class _Quantizer:
         set_field(result, "layout", self.spec.layout)
         return result
 
-    def _launcher(self, bits: int) -> Callable[..., None]:
+    def launcher(self, bits: int) -> Callable[..., None]:
         """The variant for addresses and strides whose bits, in bytes, are ``bits`` together."""
         if bits % VECTOR_BYTES == 0:
             return self._aligned
         return launcher(self._variant(1), self.spec.device)
 
 
-class TiledQuantizer(_Quantizer):
+class TiledQuantizer(Quantizer):
     """A kernel that quantizes tiles of 8 rows by 512 columns."""
 
     __slots__ = ("_tiles_across", "_width")
 
-    def __init__(self, spec: QuantizerSpec, kernel: object, name: str, width: int) -> None:
-        """``width``: columns of the kernel's input, called ``name`` there."""
-        super().__init__(spec, lambda alignment: _tiled(spec, kernel, name, alignment))
+    def __init__(
+        self,
+        spec: QuantizerSpec,
+        variant: Callable[[QuantizerSpec, int], Variant],
+        width: int,
+    ) -> None:
+        """``width``: columns of the kernel's input."""
+        super().__init__(spec, lambda alignment: variant(spec, alignment))
         self._width = width
-        self._tiles_across = ceil_div(self._destination.columns, TILE_COLUMNS)
+        self._tiles_across = ceil_div(self.destination.columns, TILE_COLUMNS)
 
     def __call__(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes (m, k) and stored scales of ``values`` (m, width), stride 1 along a row."""
@@ -101,9 +90,9 @@ class TiledQuantizer(_Quantizer):
             msg = f"this quantizer takes {self._width} columns, got {tuple(values.shape)}"
             raise BackendError(msg)
         stride, address = values.stride(0), values.data_ptr()
-        codes, scales, extents = self._destination.new(m, self._device)
+        codes, scales, extents = self.destination.new(m, self.device)
         tall = max(extents[0], extents[1])
-        self._launcher(address | stride * values.itemsize)(
+        self.launcher(address | stride * values.itemsize)(
             -(-tall // TILE_ROWS) * self._tiles_across,
             address,
             codes.data_ptr(),
@@ -114,75 +103,6 @@ class TiledQuantizer(_Quantizer):
             *extents,
         )
         return codes, scales
-
-
-class NormalizeQuantizer(_Quantizer):
-    """(m, k) activations to codes and scales of their RMSNorm, after adding a residual if any.
-
-    ``reference.fused.add_and_normalize`` and then ``reference.quantize``, bit for bit.
-    """
-
-    __slots__ = ("_epsilon", "_has_residual", "_most_programs", "_weight")
-
-    def __init__(
-        self, spec: QuantizerSpec, weight: torch.Tensor, epsilon: float, *, has_residual: bool
-    ) -> None:
-        if spec.k > MAX_NORMALIZED or weight.shape != (spec.k,) or weight.dtype is not spec.dtype:
-            msg = (
-                f"RMSNorm of {spec.k} {spec.dtype} columns (at most {MAX_NORMALIZED}) needs a "
-                f"weight of the same, got {tuple(weight.shape)} {weight.dtype}"
-            )
-            raise BackendError(msg)
-        properties = torch.cuda.get_device_properties(spec.device)
-        most_programs = RESIDENT_WARPS // _normalizing_warps(spec.k)
-        shared_bytes = properties.shared_memory_per_multiprocessor // most_programs
-        ahead = _rows_ahead(spec, 1 + has_residual, shared_bytes)
-        super().__init__(
-            spec, lambda alignment: _normalizing(spec, alignment, ahead, has_residual=has_residual)
-        )
-        self._weight = weight.contiguous()
-        self._epsilon = epsilon
-        self._most_programs = properties.multi_processor_count * most_programs
-        self._has_residual = has_residual
-
-    def __call__(
-        self, values: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes, stored scales and what was normalized: ``values``, or the new residual.
-
-        ``values`` and ``residual`` are (m, k) with stride 1 along k. Raises BackendError if there
-        is a residual and none was announced, or the reverse.
-        """
-        if (residual is not None) != self._has_residual:
-            msg = "this quantizer was made " + ("with" if residual is None else "without")
-            msg += " a residual"
-            raise BackendError(msg)
-        m, k = values.shape
-        added = values if residual is None else residual
-        summed = (
-            values
-            if residual is None
-            else torch.empty((m, k), dtype=values.dtype, device=self._device)
-        )
-        codes, scales, extents = self._destination.new(m, self._device)
-        addresses = values.data_ptr() | added.data_ptr() | self._weight.data_ptr()
-        strides = (values.stride(0) | added.stride(0)) * values.itemsize
-        self._launcher(addresses | strides)(
-            min(max(extents[0], extents[1]), self._most_programs),
-            values.data_ptr(),
-            added.data_ptr(),
-            summed.data_ptr(),
-            self._weight.data_ptr(),
-            codes.data_ptr(),
-            scales.data_ptr(),
-            m,
-            k,
-            values.stride(0),
-            added.stride(0),
-            *extents,
-            self._epsilon,
-        )
-        return codes, scales, summed
 
 
 def _tiled(spec: QuantizerSpec, kernel: object, name: str, alignment: int) -> Variant:
@@ -204,61 +124,20 @@ def _tiled(spec: QuantizerSpec, kernel: object, name: str, alignment: int) -> Va
     return Variant(kernel, arguments, constants, NUM_WARPS, overlaps=spec.overlaps)
 
 
-def _normalizing(spec: QuantizerSpec, alignment: int, ahead: int, *, has_residual: bool) -> Variant:
-    columns = _normalized_columns(spec.k)
-    steps = columns.bit_length() - 1
-    pointer = "*" + TYPES[spec.dtype]
-    stride = max(1, alignment // spec.dtype.itemsize)
-    arguments = (
-        ("values", pointer, alignment),
-        ("residual", pointer, alignment),
-        ("summed", pointer, VECTOR_BYTES),
-        ("weight", pointer, alignment),
-        *spec.outputs(),
-        ("rows", "i32", 1),
-        ("columns", "i32", gcd(spec.k, VECTOR_BYTES)),
-        ("values_stride", "i32", stride),
-        ("residual_stride", "i32", stride),
-        *spec.extents(),
-        ("epsilon", "fp32", 1),
-    )
-    constants = (
-        ("TILE_COLUMNS", columns),
-        ("STEPS", steps),
-        ("AHEAD", ahead),
-        ("HAS_RESIDUAL", has_residual),
-        *spec.constants(),
-        ("OVERLAP", spec.overlaps),
-    )
-    return Variant(
-        normalize_quantize_kernel,
-        arguments,
-        constants,
-        _normalizing_warps(spec.k),
-        overlaps=spec.overlaps,
-        # All that lets RESIDENT_WARPS be resident; nothing spills (ptxas 12.8).
-        most_registers=REGISTERS // (RESIDENT_WARPS * WARP_SIZE),
-    )
+def activation_variant(spec: QuantizerSpec, alignment: int) -> Variant:
+    """The quantizing kernel, for rows that start on multiples of ``alignment`` bytes."""
+    return _tiled(spec, quantize_kernel, "values", alignment)
 
 
-def _normalized_columns(k: int) -> int:
-    return 1 << (max(k, TILE_COLUMNS) - 1).bit_length()
-
-
-def _normalizing_warps(k: int) -> int:
-    return min(MAX_WARPS, max(NUM_WARPS, _normalized_columns(k) // (VALUES_PER_THREAD * WARP_SIZE)))
-
-
-def _rows_ahead(spec: QuantizerSpec, inputs: int, shared_bytes: int) -> int:
-    """Rows under way at a time, for a program that may keep so many bytes of them."""
-    row_bytes = _normalized_columns(spec.k) * spec.dtype.itemsize * inputs
-    return max(1, min(ROWS_AHEAD, 1 + (shared_bytes - RESERVED_BYTES) // row_bytes))
+def silu_multiply_variant(spec: QuantizerSpec, alignment: int) -> Variant:
+    """The kernel with SiLU before it, for rows that start on multiples of ``alignment`` bytes."""
+    return _tiled(spec, silu_multiply_quantize_kernel, "gate_up", alignment)
 
 
 @cache
 def activation_quantizer(spec: QuantizerSpec) -> TiledQuantizer:
     """(m, k) floats to codes and scales: ``reference.quantize``, bit for bit."""
-    return TiledQuantizer(spec, quantize_kernel, "values", spec.k)
+    return TiledQuantizer(spec, activation_variant, spec.k)
 
 
 @cache
@@ -267,7 +146,7 @@ def silu_multiply_quantizer(spec: QuantizerSpec) -> TiledQuantizer:
 
     ``reference.fused.silu_and_multiply`` and then ``reference.quantize``, bit for bit.
     """
-    return TiledQuantizer(spec, silu_multiply_quantize_kernel, "gate_up", 2 * spec.k)
+    return TiledQuantizer(spec, silu_multiply_variant, 2 * spec.k)
 
 
 def quantize_rows(

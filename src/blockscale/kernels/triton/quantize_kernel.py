@@ -55,7 +55,7 @@ def store_quantized(
     BLOCK: tl.constexpr,
     IS_UE8M0: tl.constexpr,
     SCALE_KIND: tl.constexpr,
-    CORRECTIONS: tl.constexpr,
+    IS_HALF: tl.constexpr,
 ):
     """Quantize float32 ``values`` (rows, blocks, BLOCK) and write codes and scales.
 
@@ -65,7 +65,7 @@ def store_quantized(
     """
     row, block, column = place
     rows, columns, code_rows, stored_rows, stored_blocks = extents
-    quotients, scale_codes = quantize_blocks(values, IS_UE8M0, CORRECTIONS)
+    quotients, scale_codes = quantize_blocks(values, IS_UE8M0, IS_HALF)
     tl.store(
         codes + row.to(tl.int64)[:, None, None] * columns + column,
         quotients,
@@ -93,7 +93,7 @@ def quantize_kernel(
     BLOCK: tl.constexpr,
     IS_UE8M0: tl.constexpr,
     SCALE_KIND: tl.constexpr,
-    CORRECTIONS: tl.constexpr,
+    IS_HALF: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """``values`` (rows, columns) with row stride ``values_stride``; see ``store_quantized``."""
@@ -116,5 +116,5 @@ def quantize_kernel(
         BLOCK,
         IS_UE8M0,
         SCALE_KIND,
-        CORRECTIONS,
+        IS_HALF,
     )

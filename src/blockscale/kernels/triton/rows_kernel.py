@@ -125,7 +125,7 @@ def store_rows(
     BLOCK: tl.constexpr,
     IS_UE8M0: tl.constexpr,
     SCALE_KIND: tl.constexpr,
-    CORRECTIONS: tl.constexpr,
+    IS_HALF: tl.constexpr,
 ):
     """Quantize float32 ``values`` (rows, blocks, BLOCK) of one slot; write codes and scales.
 
@@ -135,7 +135,7 @@ def store_rows(
     row, is_row, block, column = place
     columns, slot, stored_blocks = extents
     row_stride, block_stride, slot_stride = scale_strides
-    quotients, scale_codes = quantize_blocks(values, IS_UE8M0, CORRECTIONS)
+    quotients, scale_codes = quantize_blocks(values, IS_UE8M0, IS_HALF)
     tl.store(
         codes + row.to(tl.int64)[:, None, None] * columns + column,
         quotients,
@@ -174,7 +174,7 @@ def gather_quantize_kernel(
     BLOCK: tl.constexpr,
     IS_UE8M0: tl.constexpr,
     SCALE_KIND: tl.constexpr,
-    CORRECTIONS: tl.constexpr,
+    IS_HALF: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Each row's token of ``values`` (tokens, columns), quantized: ``choices`` for each token."""
@@ -200,7 +200,7 @@ def gather_quantize_kernel(
             BLOCK,
             IS_UE8M0,
             SCALE_KIND,
-            CORRECTIONS,
+            IS_HALF,
         )
 
 
@@ -222,7 +222,7 @@ def silu_multiply_quantize_rows_kernel(
     BLOCK: tl.constexpr,
     IS_UE8M0: tl.constexpr,
     SCALE_KIND: tl.constexpr,
-    CORRECTIONS: tl.constexpr,
+    IS_HALF: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """silu(gate) * up of ``gate_up`` (rows, 2 columns), contiguous, quantized row for row."""
@@ -247,7 +247,7 @@ def silu_multiply_quantize_rows_kernel(
             BLOCK,
             IS_UE8M0,
             SCALE_KIND,
-            CORRECTIONS,
+            IS_HALF,
         )
 
 
