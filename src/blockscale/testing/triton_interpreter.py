@@ -2,9 +2,9 @@
 
 Needs ``TRITON_INTERPRET=1`` before Triton is imported. Some things of it are replaced: they are not
 what a GPU computes (casts: it breaks ties upwards; FMA: it rounds twice; the minimum of a number
-and a NaN, which is the number; inline assembly), or numpy 2.5 refuses them (an array as the bound of a loop), or they take a hundred times too long
-(reductions by a function of ours, an element at a time in Python, which go by halves of an axis
-here: the same for what may be reduced in any order).
+and a NaN, which is the number; inline assembly), or numpy 2.5 refuses them (an array as the bound
+of a loop), or they take a hundred times too long (reductions by a function of ours, an element at a
+time in Python, which go by halves of an axis here: the same for what may be reduced in any order).
 """
 
 from __future__ import annotations
@@ -156,7 +156,8 @@ def _instructions_of(words: Any) -> dict[str, object]:  # noqa: ANN401 - the mod
     def on_pairs(function: Callable[..., Any]) -> Callable[..., Any]:
         def apply(one: Any, other: Any, dtype: Any) -> Any:  # noqa: ANN401 - as above
             pairs = zip(words.halves(one, dtype), words.halves(other, dtype), strict=True)
-            return rounded(*(function(*pair) for pair in pairs), dtype)
+            low, high = (function(*pair) for pair in pairs)
+            return rounded(low, high, dtype)
 
         return apply
 
