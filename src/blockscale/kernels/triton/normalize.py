@@ -180,5 +180,6 @@ def variant(spec: QuantizerSpec, alignment: int, shared: int, *, has_residual: b
         constants,
         cut.warps,
         overlaps=spec.overlaps,
-        most_registers=cut.registers,
+        # Loads of single halves need more addresses.
+        most_registers=cut.registers if alignment == VECTOR_BYTES else MOST_REGISTERS,
     )
