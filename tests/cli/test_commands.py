@@ -74,6 +74,47 @@ def test_help_names_every_command() -> None:
         assert command in result.out
 
 
+def test_no_arguments_show_the_help() -> None:
+    assert blockscale() == blockscale("--help")
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan", "verify"])
+def test_a_folder_that_may_not_be_entered_is_one_line(
+    command: str, fp8_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As root nothing is forbidden, so the operating system's answer is put in its place."""
+    from pathlib import Path as AnyPath
+
+    from blockscale.cli import main
+
+    def forbidden(path: AnyPath, **_: object) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(AnyPath, "exists", forbidden)
+    monkeypatch.setattr(sys, "argv", ["blockscale", command, str(fp8_checkpoint)])
+    with pytest.raises(SystemExit) as caught:
+        main.run()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (
+        f"blockscale: {fp8_checkpoint}: cannot be read: Permission denied\n"
+    )
+
+
+def test_findings_are_one_line_each_where_stdout_is_no_terminal(fp8_checkpoint: Path) -> None:
+    file = fp8_checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.mlp.down_proj.weight_scale_inv"]
+    save_file(tensors, file)
+    (line,) = [x for x in blockscale("inspect", fp8_checkpoint).out.splitlines() if "fault" in x]
+    assert line.endswith("download or convert it again")
+
+
+def test_verify_says_where_there_is_nothing_to_verify(float_checkpoint: Path) -> None:
+    result = blockscale("verify", float_checkpoint)
+    assert result.code == 0
+    assert result.out == "no layer is in block FP8: there is nothing to verify\n"
+
+
 def test_version() -> None:
     assert started("--version").out.startswith("blockscale 0.")
 
@@ -88,7 +129,10 @@ def test_version() -> None:
         (("plan", "x", "--tp", "0"), ("tp=0",)),
         (("plan", "x", "--tp", "8", "--ep", "3"), ("3", "8")),
         (("quantize", "x", "y", "--block", "128"), ("--block", "128x128")),
-        (("fly",), ("fly",)),
+        (("fly",), ("fly", "see blockscale --help")),
+        (("plan", "x", "--devices", "cpu"), ("--device", "see blockscale plan --help")),
+        (("convert", "x", "y", "--to", "foo"), ("--to': 'foo' is not one of",)),
+        (("plan", __file__), ("is no .safetensors file",)),
     ],
 )
 def test_wrong_use_is_one_line_and_code_2(

@@ -19,7 +19,7 @@ from blockscale.planning.policy import PlanPolicy
 from blockscale.planning.request import LinearRequest
 from blockscale.probe.machine import read_machine
 from blockscale.probe.measured import kept_path, read_table, with_measurements
-from blockscale.probe.tuning import save_measurements, tune
+from blockscale.probe.tuning import make_room, save_measurements, tune
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,3 +80,9 @@ def test_the_shipped_table_chooses_among_backends_on_an_h200(
     assert set(plan.backends) == {"deep_gemm", "gluon"}
     assert plan.conversion is Conversion.NONE
     assert plan.choice_for(1).offer.backend == "gluon"
+
+
+def test_a_table_that_could_not_be_written_is_refused_before_measuring(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match=r"times\.json: cannot be written: File exists"):
+        make_room(tmp_path / "file" / "times.json")

@@ -77,7 +77,9 @@ class Cpu:
 
         library()
         if _holds_nan(weight.data):
-            msg = "the weight holds NaN codes; find the layer with `blockscale verify`"
+            msg = (
+                "the weight holds NaN codes; repair it, or quantize it again from the float weights"
+            )
             raise FormatError(msg)
         return weight
 

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from blockscale.checkpoint.completeness import missing_tensors
 from blockscale.checkpoint.declared import SchemeKind, declared_config, modelopt_scheme
 from blockscale.checkpoint.read import MODELOPT_NAME
 from blockscale.checkpoint.scale_names import is_scale
@@ -48,6 +49,8 @@ def contradictions(
         *_orphans(checkpoint, used),
         *_activation_scales(checkpoint, layers),
         *_two_declarations(checkpoint, layers),
+        *_unheard(checkpoint, layers),
+        *missing_tensors(checkpoint),
     )
 
 
@@ -239,6 +242,31 @@ def _two_declarations(checkpoint: Checkpoint, layers: Layers) -> Iterator[Findin
             "two_declarations",
             f"{scheme.source.name} and {MODELOPT_NAME} declare different things: "
             f"{'; '.join(differences)}; {scheme.source.name} is taken",
+        )
+
+
+def _unheard(checkpoint: Checkpoint, layers: Layers) -> Iterator[Finding]:
+    """What the config claims and no reader here can take at its word."""
+    declared = declared_config(checkpoint)
+    if not isinstance(declared, Mapping) or declared.get("quant_method") != "fp8":
+        return
+    fmt, scale_fmt = declared.get("fmt"), declared.get("scale_fmt")
+    if fmt not in (None, "e4m3", "float8_e4m3fn") and layers.quantized:
+        yield _warning(
+            "declared_element", f"config declares fmt {_short(fmt)!r}, but the data is E4M3"
+        )
+    if scale_fmt not in (None, "ue8m0", "float", "float32", "fp32"):
+        yield _warning(
+            "declared_scale_format",
+            f"config declares scale_fmt {_short(scale_fmt)!r}, which says nothing to blockscale; "
+            "known: ue8m0, float",
+        )
+    stored = any(name.endswith(_ACTIVATION_ENDINGS) for name in checkpoint.tensors)
+    if declared.get("activation_scheme") == "static" and layers.quantized and not stored:
+        yield _warning(
+            "static_without_scales",
+            "config declares static activation scales, but none is stored; engines look for them, "
+            "blockscale quantizes activations as they come (activation_scheme dynamic)",
         )
 
 

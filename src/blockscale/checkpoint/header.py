@@ -29,6 +29,8 @@ MAX_AXES = 64
 # Real names have up to a hundred characters.
 LONGEST_NAME = 1000
 MAX_ELEMENTS = 2**63 - 1
+# How a Git LFS pointer and HTML begin.
+_NOT_WEIGHTS = (b"version ", b"<!DOCTY", b"<!docty", b"<html", b"<HTML", b"<?xml")
 
 DTYPE_BITS: dict[str, int] = {
     "F4": 4,
@@ -110,6 +112,13 @@ def header_length(path: Path, prefix: bytes, size: int) -> int:
         )
     length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
     if length > MAX_HEADER_BYTES:
+        if prefix.startswith(_NOT_WEIGHTS):
+            text = prefix[:LENGTH_BYTES].decode("ascii")
+            raise CheckpointError(
+                path,
+                f"holds text ({text!r}...) in place of weights: a Git LFS pointer or a page that a "
+                "server answered; download the file itself (git lfs pull, hf download)",
+            )
         raise CheckpointError(
             path,
             f"claims a header of {length} bytes, above the limit of {MAX_HEADER_BYTES}; "
@@ -163,11 +172,15 @@ def parse_json_object(path: Path, raw: bytes, what: str) -> dict[str, Any]:
     try:
         document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except UnicodeDecodeError as error:
-        raise CheckpointError(path, f"{what} is not UTF-8 (byte {error.start})") from error
+        raise CheckpointError(
+            path, f"{what} is not UTF-8 (byte {error.start}); download it again"
+        ) from error
     except RecursionError as error:
         raise CheckpointError(path, f"{what} is nested too deeply") from error
     except ValueError as error:
-        raise CheckpointError(path, f"{what} is not valid JSON: {error}") from error
+        raise CheckpointError(
+            path, f"{what} is not valid JSON: {error}; repair it or download it again"
+        ) from error
     if not isinstance(document, dict):
         raise CheckpointError(path, f"{what} must be a JSON object, not {type(document).__name__}")
     return document
@@ -179,7 +192,7 @@ def _parsed(path: Path, raw: bytes) -> dict[str, Any]:
 
 def _metadata(path: Path, claim: object) -> tuple[tuple[str, str], ...]:
     if not isinstance(claim, dict) or not all(isinstance(v, str) for v in claim.values()):
-        raise CheckpointError(path, "__metadata__ must map strings to strings")
+        raise CheckpointError(path, "__metadata__ must map strings to strings; save the file again")
     return tuple(claim.items())
 
 
@@ -229,12 +242,16 @@ def _check_tiling(path: Path, entries: list[TensorEntry], data_start: int, data_
     position = data_start
     for entry in entries:
         if entry.offset < position:
-            raise CheckpointError(path, "overlaps the tensor before it", tensor=_cut(entry.name))
+            raise CheckpointError(
+                path,
+                "overlaps the tensor before it; the file is damaged, download it again",
+                tensor=_cut(entry.name),
+            )
         if entry.offset > position:
             raise CheckpointError(
                 path,
                 f"begins {entry.offset - position} bytes after the tensor before it ends; "
-                "unclaimed bytes are not allowed",
+                "unclaimed bytes are not allowed, download it again",
                 tensor=_cut(entry.name),
             )
         position = entry.offset + entry.length
@@ -247,7 +264,7 @@ def _check_tiling(path: Path, entries: list[TensorEntry], data_start: int, data_
             )
     if position < data_start + data_bytes:
         extra = data_start + data_bytes - position
-        raise CheckpointError(path, f"holds {extra} bytes after its last tensor")
+        raise CheckpointError(path, f"holds {extra} bytes after its last tensor; download it again")
 
 
 LONGEST_SHOWN = 120

@@ -32,6 +32,7 @@ from blockscale.checkpoint.read import (
     SINGLE_NAME,
     Checkpoint,
     check_index,
+    exists,
     merged_tensors,
     read_checkpoint,
     weight_map_of,
@@ -93,8 +94,8 @@ def read_headers(
     """
     path = Path(path)
     repository = repository_named(str(path))
-    if repository is None or path.exists():
-        if not path.exists():
+    if repository is None or exists(path):
+        if not exists(path):
             problem = "does not exist; give a directory, a .safetensors file or a Hub id (org/name)"
             raise CheckpointError(path, problem)
         return read_checkpoint(path)

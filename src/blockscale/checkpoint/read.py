@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+SUFFIX = ".safetensors"
 CONFIG_NAME = "config.json"
 # What ModelOpt declares of its checkpoints, beside config.json or in it.
 MODELOPT_NAME = "hf_quant_config.json"
 LONGEST_FILE_NAME = 255  # bytes, on every file system of Linux
 # Far above any real index or config (DeepSeek-V3's index is 9 MB).
 MAX_JSON_BYTES = 200_000_000
+_OTHER_INDEX = "index and files are of different versions, download them together"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +70,22 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     shard than the index says, unreadable headers or JSON.
     """
     path = Path(path)
+    if not exists(path):
+        raise CheckpointError(path, "does not exist; give a directory or a .safetensors file")
     if path.is_dir():
         return _read_directory(path)
-    if not path.exists():
-        raise CheckpointError(path, "does not exist; give a directory or a .safetensors file")
+    if path.suffix != SUFFIX:
+        raise CheckpointError(path, f"is no {SUFFIX} file; give one, or the directory around it")
     tensors = {entry.name: entry for entry in read_header(path).tensors}
     return Checkpoint(path, tensors, (path,), **_documents(path.parent))
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there. Raises CheckpointError if a folder above may not be read."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
 
 
 def read_bytes(entry: TensorEntry, begin: int = 0, end: int | None = None) -> bytes:
@@ -149,13 +161,19 @@ def read_json(path: Path) -> dict[str, Any]:
         raw = path.read_bytes()
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
-    return parse_json_object(path, raw, path.name)
+    return parse_json_object(path, raw, "the file")
 
 
 def _read_directory(directory: Path) -> Checkpoint:
     index, single = directory / INDEX_NAME, directory / SINGLE_NAME
     if os.path.lexists(index):
         weight_map = weight_map_of(index, read_json(index))
+        if single.exists() and SINGLE_NAME not in weight_map.values():
+            raise CheckpointError(
+                directory,
+                f"holds {SINGLE_NAME} and an index of other files; transformers reads the first, "
+                "other engines the second: remove one",
+            )
         headers = [read_header(shard) for shard in _shards(directory, index, weight_map)]
         tensors = merged_tensors(headers)
         check_index(index, weight_map, tensors)
@@ -164,7 +182,7 @@ def _read_directory(directory: Path) -> Checkpoint:
         headers = [read_header(single)]
         tensors = merged_tensors(headers)
     else:
-        raise CheckpointError(directory, f"holds neither {INDEX_NAME} nor {SINGLE_NAME}")
+        raise CheckpointError(directory, _no_weights(directory))
     files = tuple(header.path for header in headers)
     return Checkpoint(directory, tensors, files, **_documents(directory))
 
@@ -186,7 +204,7 @@ def weight_map_of(index: Path, document: Mapping[str, Any]) -> dict[str, str]:
     """
     weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(index, "has no weight_map that names the shards")
+        raise CheckpointError(index, "has no weight_map that names the shards; download it again")
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
             raise CheckpointError(index, "maps to no file name", tensor=name)
@@ -202,14 +220,47 @@ def weight_map_of(index: Path, document: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _shards(directory: Path, index: Path, weight_map: Mapping[str, str]) -> list[Path]:
-    shards = []
+    shards, missing = [], []
     for name in sorted(set(weight_map.values())):
         shard = directory / name
         if not shard.is_file():
-            raise CheckpointError(index, f"names the shard {name!r}, which is missing")
+            missing.append(name)
+            continue
         check_inside(directory, shard)
         shards.append(shard)
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            index, f"names the shard {missing[0]!r}{others}, which is missing; download it again"
+        )
     return shards
+
+
+def _no_weights(directory: Path) -> str:
+    """What is wrong with a directory without weights, by what it holds instead."""
+    if (directory / SINGLE_NAME).is_symlink():
+        return f"{SINGLE_NAME} is a link to a file that is missing; download it again"
+    try:
+        names = sorted(entry.name for entry in os.scandir(directory))
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    weights = [name for name in names if name.endswith(SUFFIX)]
+    others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf"))]
+    inside = [
+        name
+        for name in names
+        if any((directory / name / file).is_file() for file in (SINGLE_NAME, INDEX_NAME))
+    ]
+    cure = "; give the directory that holds the weights"
+    if len(weights) == 1:
+        cure = f"; give the file itself, {directory / weights[0]}"
+    elif weights:
+        cure = f" but {len(weights)} {SUFFIX} files; download the index of them too"
+    elif others:
+        cure = f" but {others[0]}; blockscale reads safetensors only: save it so first"
+    elif inside:
+        cure = f"; did you mean {directory / inside[0]}?"
+    return f"holds neither {INDEX_NAME} nor {SINGLE_NAME}{cure}"
 
 
 def check_inside(directory: Path, shard: Path) -> None:
@@ -230,7 +281,9 @@ def merged_tensors(headers: Iterable[FileHeader]) -> dict[str, TensorEntry]:
             other = tensors.setdefault(entry.name, entry)
             if other is not entry:
                 raise CheckpointError(
-                    header.path, f"is also in {other.path.name}", tensor=entry.name
+                    header.path,
+                    f"is also in {other.path.name}; remove one, or download both again",
+                    tensor=entry.name,
                 )
     return tensors
 
@@ -242,14 +295,20 @@ def check_index(
     for name, shard in weight_map.items():
         entry = tensors.get(name)
         if entry is None:
-            raise CheckpointError(index, f"is said to be in {shard}, but is not", tensor=name)
+            raise CheckpointError(
+                index, f"is said to be in {shard}, but is not; {_OTHER_INDEX}", tensor=name
+            )
         if entry.path.name != shard:
             raise CheckpointError(
-                index, f"is said to be in {shard}, but is in {entry.path.name}", tensor=name
+                index,
+                f"is said to be in {shard}, but is in {entry.path.name}; {_OTHER_INDEX}",
+                tensor=name,
             )
     extra = tensors.keys() - weight_map.keys()
     if extra:
         name = min(extra)
         raise CheckpointError(
-            index, f"is in {tensors[name].path.name} but not in the index", tensor=name
+            index,
+            f"is in {tensors[name].path.name} but not in the index; {_OTHER_INDEX}",
+            tensor=name,
         )

@@ -77,8 +77,10 @@ def _restated(raw: bytes, dtype: str) -> NDArray[np.float32]:
     if dtype == "BF16":
         return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
     codes = np.frombuffer(raw, np.uint8)
-    values = np.ldexp(np.float32(1), codes.astype(np.int32) - 127).astype(np.float32)
-    values[codes == UE8M0_NAN_BYTE] = np.nan
+    is_nan = codes == UE8M0_NAN_BYTE
+    exponents = np.where(is_nan, 0, codes.astype(np.int32) - 127)
+    values = np.ldexp(np.float32(1), exponents).astype(np.float32)
+    values[is_nan] = np.nan
     return values
 
 

@@ -30,6 +30,8 @@ from blockscale.formats import E4M3FN, BlockFormat, BlockShape, ScaleFormat
 from blockscale.planning.plan import Finding, SkippedLayer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from blockscale.checkpoint.header import TensorEntry
     from blockscale.checkpoint.read import Checkpoint
     from blockscale.checkpoint.skips import Reader
@@ -62,6 +64,9 @@ SCALE_DTYPES = {
     "U8": ScaleFormat.UE8M0,
 }
 _MATRIX_AXES = 2
+_USUAL_BLOCKS = tuple(
+    BlockShape(*size) for size in ((128, 128), (64, 64), (32, 32), (1, 128), (1, 32))
+)
 _STACKED_AXES = 3
 # OCP MX: 32 FP4 values share an E8M0; NVFP4: 16 share an E4M3.
 _FP4_BLOCKS = {"F8_E8M0": 32, "U8": 32, "F8_E4M3": 16}
@@ -247,10 +252,10 @@ class _Pass:
             return
         scale_format = SCALE_DTYPES.get(scale.dtype)
         if scale_format is None:
-            problem = f"is {scale.dtype}; scales are {', '.join(SCALE_DTYPES)}"
+            problem = f"is {scale.dtype}; scales are {', '.join(SCALE_DTYPES)}: store it as float32"
             raise CheckpointError(scale.path, problem, tensor=scale.name)
         declared, block = self._targets.declared(name)
-        grid = None if block is None else (*weight.shape[:-2], *block.grid(*weight.shape[-2:]))
+        grid = None if block is None else _grid(weight.shape, block)
         if block is not None and grid is not None and _has_grid(scale.shape, grid):
             self.skipped_by[name] = self._skips.skipped_by(name)
             fmt = BlockFormat(E4M3FN, scale_format, block)
@@ -261,7 +266,7 @@ class _Pass:
             return
         kind = _kind_of_shapes(weight.shape, scale.shape)
         if kind is None:
-            raise _shape_error(weight, scale, grid, block, declared)
+            raise _shape_error(weight, scale, grid, block, (declared, self._scheme.source))
         self._add_foreign(weight, scale, kind, _SHAPE_DETAILS[kind])
 
     def _read_packed(self, weight: TensorEntry) -> None:
@@ -303,9 +308,14 @@ class _Pass:
         found = stored_scales(weight.name, self._checkpoint.tensors)
         self.used.update(scale.name for scale in found)
         if len(found) != 1:
-            problem = "has two scales" if found else "is FP8 but has no scale"
-            names = ", ".join(scale_names(weight.name))
-            raise CheckpointError(weight.path, f"{problem}; looked for {names}", tensor=weight.name)
+            problem = (
+                f"has two scales, {found[0].name} and {found[1].name}; remove the one that is not "
+                "its own"
+                if found
+                else f"is FP8 but has no scale: neither {scale_names(weight.name)[0]} nor another "
+                "name of it is there; a file is incomplete, download or convert it again"
+            )
+            raise CheckpointError(weight.path, problem, tensor=weight.name)
         return found[0]
 
 
@@ -342,22 +352,43 @@ def _shape_error(
     scale: TensorEntry,
     grid: tuple[int, ...] | None,
     block: BlockShape | None,
-    declared: SchemeKind,
+    declared: tuple[SchemeKind, Path | None],
 ) -> CheckpointError:
     if grid is None:
         return CheckpointError(
             weight.path,
-            f"is FP8 with scales of shape {scale.shape}, but its config.json says "
-            f"{declared.value!r} and no weight_block_size; block sizes are "
-            "never guessed from shapes",
+            f"is FP8 with scales of shape {scale.shape}, but {_declares(*declared)}; block "
+            "sizes are never guessed from shapes: add quantization_config with quant_method and "
+            "weight_block_size",
             tensor=weight.name,
         )
     return CheckpointError(
         scale.path,
         f"has shape {scale.shape}, but {weight.name} of shape {weight.shape} in {block} blocks "
-        f"needs {grid}",
+        f"needs {grid}{_likely_cause(weight, scale, grid)}",
         tensor=scale.name,
     )
+
+
+def _declares(declared: SchemeKind, source: Path | None) -> str:
+    if source is None:
+        return "no config.json beside it declares a quantization"
+    return f"{source.name} says {declared.value!r} and no weight_block_size"
+
+
+def _likely_cause(weight: TensorEntry, scale: TensorEntry, grid: tuple[int, ...]) -> str:
+    """What the scales would fit, for the person who repairs the file; nothing is read that way."""
+    *leading, rows, columns = grid
+    if scale.shape == (*leading, columns, rows):
+        return "; it is transposed: save it with a row for each row of blocks"
+    usual = [one for one in _USUAL_BLOCKS if _has_grid(scale.shape, _grid(weight.shape, one))]
+    if usual:
+        return f"; it would fit {usual[0]} blocks: is weight_block_size the checkpoint's own?"
+    return "; weight and scale are of different checkpoints, or weight_block_size is wrong"
+
+
+def _grid(shape: tuple[int, ...], block: BlockShape) -> tuple[int, ...]:
+    return (*shape[:-2], *block.grid(*shape[-2:]))
 
 
 def _is_float_linear(entry: TensorEntry) -> bool:

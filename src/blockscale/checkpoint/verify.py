@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from blockscale.checkpoint.header import TensorEntry
     from blockscale.checkpoint.read import Checkpoint
 
+# A block's largest weight is 448 scales: here 3584, where real weights stay below a hundred, and
+# the inverse of a real scale, 448 / amax, is above this for every amax below 56.
+LEAST_IMPLAUSIBLE_SCALE = 8.0
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
@@ -101,6 +104,7 @@ def verify_layers(
         if progress is not None:
             progress(1)
     findings += _declaration_findings(layers, checks)
+    findings += _implausible(checks)
     if against is not None:
         checks.sort(key=_badness, reverse=True)
     return Verification(tuple(checks), tuple(findings))
@@ -160,6 +164,24 @@ def _declaration_findings(layers: Layers, checks: list[LayerCheck]) -> list[Find
             f"two (first: {wrong[0].name}); a loader that rounds them changes the weights",
         )
     ]
+
+
+def _implausible(checks: list[LayerCheck]) -> list[Finding]:
+    large = [
+        (check, check.scales.smallest)
+        for check in checks
+        if check.scales.smallest is not None and check.scales.smallest >= LEAST_IMPLAUSIBLE_SCALE
+    ]
+    if not large:
+        return []
+    first, smallest = large[0]
+    message = (
+        f"every scale of {len(large)} of {len(checks)} layers is implausibly large (first: "
+        f"{first.name}, {smallest:.3g} or more, so each of its blocks has weights near "
+        f"{smallest * first.format.element.max:.2g}): if they are stored as 1 / scale, invert them;"
+        " the stored number multiplies"
+    )
+    return [Finding(Severity.WARNING, "implausible_scale", message)]
 
 
 def _counterparts(layers: Layers, against: Checkpoint) -> dict[str, TensorEntry | QuantizedLayer]:

@@ -103,7 +103,8 @@ def convert(
     outcome = "no value changed" if not summary.losses else _loss_words(summary.losses)
     out.print(
         f"{target}: {summary.layers} layers as {to.value}, scales of {summary.rewritten} in "
-        f"another dtype; {human_bytes(summary.bytes_after)}; {outcome}"
+        f"another dtype; {human_bytes(summary.bytes_after)}; {outcome}",
+        soft_wrap=True,
     )
     if summary.losses:
         out.print()

@@ -58,7 +58,8 @@ def doctor(
     out.print(_device_words(target))
     if target.packages is not None:
         out.print(
-            "installed: " + ", ".join(f"{name} {version}" for name, version in target.packages)
+            "installed: " + ", ".join(f"{name} {version}" for name, version in target.packages),
+            soft_wrap=True,
         )
     out.print()
     dtypes = list(answers[0]["dtypes"])
@@ -83,15 +84,18 @@ def _probe(device: str | None) -> None:
     from blockscale.backends.registry import all_backends
     from blockscale.errors import SettingsError
     from blockscale.probe.machine import read_machine
-    from blockscale.probe.proving import prove, save_proofs
+    from blockscale.probe.proving import proofs_path, prove, save_proofs
+    from blockscale.probe.tuning import make_room
 
     if device is not None:
         msg = f"--probe tests this machine; it cannot test the invented device {device!r}"
         raise SettingsError(msg)
+    machine = read_machine()
+    make_room(proofs_path(machine))
     runnable = sum(hasattr(backend, "bind") for backend in all_backends())
     with progress("probing", runnable * len(DType), unit="proofs") as advance:
         proofs = prove(all_backends(), report=lambda _: advance(1))
-    save_proofs(read_machine(), proofs)
+    save_proofs(machine, proofs)
 
 
 def _print_proofs(out: Console, device: Device) -> None:

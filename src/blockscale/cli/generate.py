@@ -79,7 +79,7 @@ def generate(
     served = ", ".join(f"{layers} layers on {name}" for name, layers in backends.items())
     out.print(
         f"\n[{result.new_tokens} tokens, {result.new_tokens / result.seconds:.1f} tokens/s; loaded "
-        f"in {load_seconds:.1f} s; {served}]",
+        f"in {load_seconds:.1f} s; {served or 'no layer is quantized'}]",
         markup=False,
     )
     return ExitCode.FINE

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from blockscale.cli.options import HeadersPath, Json
 from blockscale.cli.output import (
+    SHOWN_FINDINGS,
     ExitCode,
     console,
     finding_documents,
@@ -15,7 +18,7 @@ from blockscale.cli.output import (
     table,
 )
 from blockscale.cli.source import open_headers
-from blockscale.planning.explain import human_bytes
+from blockscale.planning.explain import human_bytes, layer_count
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +26,11 @@ if TYPE_CHECKING:
     from blockscale.checkpoint.inspect import Inspection, ShapeGroup
 
 
-def inspect(path: HeadersPath, as_json: Json = False) -> int:
+def inspect(
+    path: HeadersPath,
+    all_findings: Annotated[bool, typer.Option("--all", help="Show every finding.")] = False,
+    as_json: Json = False,
+) -> int:
     """Show formats, block shapes, skipped layers, and contradictions of config and data."""
     from blockscale.checkpoint.inspect import inspect_checkpoint
     from blockscale.planning.plan import Severity
@@ -32,7 +39,7 @@ def inspect(path: HeadersPath, as_json: Json = False) -> int:
     if as_json:
         print_json(_document(inspection))
     else:
-        _print(inspection)
+        _print(inspection, None if all_findings else SHOWN_FINDINGS)
     faulty = any(finding.severity is Severity.FAULT for finding in inspection.findings)
     return ExitCode.FINDING if faulty else ExitCode.FINE
 
@@ -51,11 +58,12 @@ def _scheme_words(inspection: Inspection) -> str:
     return ", ".join(words)
 
 
-def _print(inspection: Inspection) -> None:
+def _print(inspection: Inspection, shown: int | None) -> None:
     out = console()
     out.print(
-        f"{inspection.path}: {inspection.files} files, {inspection.tensors} tensors, "
-        f"{human_bytes(inspection.tensor_bytes)}"
+        f"{inspection.path}: {inspection.files} file{'s' * (inspection.files != 1)}, "
+        f"{inspection.tensors} tensors, {human_bytes(inspection.tensor_bytes)}",
+        soft_wrap=True,
     )
     by_dtype = ", ".join(
         f"{dtype} {human_bytes(size)}" for dtype, size in inspection.bytes_by_dtype
@@ -69,12 +77,12 @@ def _print(inspection: Inspection) -> None:
         out.print(_rows(inspection.foreign))
     reasons = _skip_reasons(inspection)
     if reasons:
-        out.print(f"\nnot quantized: {sum(reasons.values())} layers")
+        out.print(f"\nnot quantized: {layer_count(sum(reasons.values()))}")
         for reason, count in reasons.most_common():
             out.print(f"  {count} {reason}")
     if inspection.findings:
         out.print()
-        print_findings(out, inspection.findings)
+        print_findings(out, inspection.findings, shown)
 
 
 def _rows(groups: tuple[ShapeGroup, ...]) -> Table:

@@ -27,7 +27,6 @@ from blockscale.errors import BlockscaleError
 
 app = typer.Typer(
     name="blockscale",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -85,15 +84,24 @@ def _needs(error: ModuleNotFoundError) -> None:
     )
 
 
+def _command(error: TyperException) -> str:
+    """``blockscale plan`` if the mistake was made there."""
+    context = getattr(error, "ctx", None)
+    if context is None or context.parent is None:
+        return "blockscale"
+    return f"blockscale {context.info_name}"
+
+
 def run() -> None:
     """Entry point: every expected failure is one line on stderr and an exit code."""
     try:
-        status = app(standalone_mode=False)
+        status = app(["--help"] if len(sys.argv) == 1 else None, standalone_mode=False)
     except BlockscaleError as error:
         error_line(str(error))
         sys.exit(ExitCode.WRONG_USE)
     except TyperException as error:
-        error_line(f"{error.format_message().rstrip('.')}; see blockscale --help")
+        message = error.format_message().rstrip(".").replace(" Value error,", "")
+        error_line(f"{message}; see {_command(error)} --help")
         sys.exit(ExitCode.WRONG_USE)
     except ModuleNotFoundError as error:
         _needs(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from contextlib import ExitStack, contextmanager
 from enum import IntEnum
 from math import isfinite
@@ -73,19 +74,35 @@ def table(*columns: str, numbers: Iterable[str] = (), unbroken: Iterable[str] = 
     return made
 
 
-def print_findings(out: Console, findings: Iterable[Finding]) -> None:
-    """One paragraph for each finding, faults in red and first."""
+# Findings of one kind that a command prints; a damaged checkpoint may have one for every layer.
+SHOWN_FINDINGS = 8
+
+
+def print_findings(
+    out: Console, findings: Iterable[Finding], shown: int | None = SHOWN_FINDINGS
+) -> None:
+    """One line for each finding, faults in red and first.
+
+    ``shown``: the first so many of each kind, and how many more there are; None for all.
+    """
     from rich.text import Text
 
     from blockscale.planning.plan import Severity
 
     order = {Severity.FAULT: 0, Severity.WARNING: 1, Severity.NOTE: 2}
     styles = {Severity.FAULT: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
+    counts: Counter[str] = Counter()
     for finding in sorted(findings, key=lambda finding: order[finding.severity]):
+        counts[finding.code] += 1
+        if shown is not None and counts[finding.code] > shown:
+            continue
         where = f"{finding.layer}: " if finding.layer else ""
         words = Text(f"{finding.severity.value}: ", style=styles[finding.severity])
         words.append(f"{where}{finding.message}", style="default not bold")
-        out.print(words)
+        out.print(words, soft_wrap=True)
+    for code, count in counts.items():
+        if shown is not None and count > shown:
+            out.print(f"and {count - shown} more like {code} (--all shows them)", soft_wrap=True)
 
 
 def finding_documents(findings: Iterable[Finding]) -> list[dict[str, str | None]]:

@@ -186,10 +186,12 @@ def _print_plan(planned: ModelPlan, options: object) -> None:
                 _weight_words(group.plan),
             )
         out.print(rows)
+        if any(len(layer.choices) > 1 for layer in planned.layers):
+            out.print("M: tokens in one forward pass")
         _print_rejections(out, planned)
     if planned.findings:
         out.print()
-        print_findings(out, planned.findings)
+        print_findings(out, planned.findings, None)
 
 
 def _device_words(planned: ModelPlan) -> str:
@@ -242,7 +244,8 @@ def _print_rejections(out: Console, planned: ModelPlan) -> None:
                 reasons.setdefault(rejection.backend, Counter())[rejection.reason] += 1
     out.print()
     if elsewhere:
-        out.print(f"not for {planned.device.architecture}: {', '.join(sorted(elsewhere))}")
+        names = ", ".join(sorted(elsewhere))
+        out.print(f"not for {planned.device.architecture}: {names}", soft_wrap=True)
     if not reasons:
         return
     out.print()

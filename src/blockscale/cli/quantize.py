@@ -81,7 +81,8 @@ def quantize(
     console().print(
         f"{target}: {summary.quantized} layers in {options.format.name}, {summary.kept} tensors "
         f"as they were; {human_bytes(summary.bytes_before)} became "
-        f"{human_bytes(summary.bytes_after)}"
+        f"{human_bytes(summary.bytes_after)}",
+        soft_wrap=True,
     )
     return ExitCode.FINE
 

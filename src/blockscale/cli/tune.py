@@ -36,7 +36,7 @@ def tune(
     from blockscale.planning.sharding import Parallelism
     from blockscale.probe.machine import detect_device
     from blockscale.probe.measured import kept_path
-    from blockscale.probe.tuning import save_measurements
+    from blockscale.probe.tuning import make_room, save_measurements
     from blockscale.probe.tuning import tune as measure
 
     counts = _counts(tokens)
@@ -46,11 +46,12 @@ def tune(
     requests = requests_of(checkpoint, layers, options).requests
     device = detect_device()
     shapes = {(request.n, request.k) for request in requests if request.experts is None}
+    place = out or kept_path(device)
+    make_room(place)
     with progress(
         "measuring", len(shapes) * len(counts) * len(all_backends()), unit="times"
     ) as advance:
         found = measure(requests, device, all_backends(), counts, lambda _: advance(1))
-    place = out or kept_path(device)
     save_measurements(place, device, found)
     if as_json:
         print_json(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,10 +19,9 @@ from blockscale.cli.output import (
     progress,
     table,
 )
+from blockscale.planning.explain import layer_count
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from blockscale.checkpoint.verify import LayerCheck, Verification
 
 SHOWN_LAYERS = 8
@@ -72,14 +70,18 @@ def _print(result: Verification, shown: int) -> None:
     out = console()
     compared = [check.error for check in result.layers if check.error is not None]
     exact = sum(check.scales.not_power_of_two == 0 for check in result.layers)
-    out.print(f"{len(result.layers)} layers; scales of {exact} are all powers of two")
+    if not result.layers and not result.findings:
+        out.print("no layer is in block FP8: there is nothing to verify")
+        return
+    out.print(f"{layer_count(len(result.layers))}; in {exact} all scales are powers of two")
     if compared:
         worst = max(error.relative_error for error in compared)
         mean = sum(error.relative_error for error in compared) / len(compared)
         least = min(error.snr_db for error in compared)
         out.print(
             f"relative error against the float weights: mean {mean:.4f}, worst {worst:.4f}; "
-            f"least signal to noise {least:.1f} dB"
+            f"least signal to noise {least:.1f} dB",
+            soft_wrap=True,
         )
     if result.layers:
         out.print()
@@ -90,23 +92,9 @@ def _print(result: Verification, shown: int) -> None:
             out.print(f"and {hidden} more, {order} (--all shows them)")
     if result.findings:
         out.print()
-        _print_findings(out, result, shown)
+        print_findings(out, result.findings, shown)
     if not result.has_fault:
         out.print("\nno fault found")
-
-
-def _print_findings(out: Console, result: Verification, shown: int) -> None:
-    """The first of each kind: a damaged checkpoint may have one for every layer."""
-    counts: Counter[str] = Counter()
-    first = []
-    for finding in result.findings:
-        counts[finding.code] += 1
-        if counts[finding.code] <= shown:
-            first.append(finding)
-    print_findings(out, first)
-    for code, count in counts.items():
-        if count > shown:
-            out.print(f"and {count - shown} more like {code} (--all shows them)")
 
 
 def _rows(checks: tuple[LayerCheck, ...]) -> Any:  # noqa: ANN401 - a rich table, imported late

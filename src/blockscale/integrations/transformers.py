@@ -16,7 +16,7 @@ from blockscale.backends.registry import all_backends, packages_of
 from blockscale.checkpoint.read import Checkpoint, read_checkpoint
 from blockscale.checkpoint.requests import Merging, RequestOptions, dtype_of_config, requests_of
 from blockscale.checkpoint.schema import Layers, read_layers
-from blockscale.errors import ModelError, PlanMismatchError
+from blockscale.errors import CheckpointError, ModelError, PlanMismatchError
 from blockscale.planning.planner import plan_model
 from blockscale.planning.policy import PlanPolicy, Strictness
 from blockscale.probe import detect_device
@@ -215,14 +215,30 @@ def load_rest(model: PreTrainedModel, checkpoint: Checkpoint, layers: Layers, dt
     for stored, name in renamed_tensors(model, left).items():
         if name in wanted:
             own = wanted[name]
+            entry = checkpoint.tensors[stored]
+            if tuple(own.shape) != entry.shape:
+                raise CheckpointError(
+                    entry.path,
+                    f"has shape {entry.shape}, but the model of config.json wants "
+                    f"{tuple(own.shape)}; one of them belongs to another model",
+                    tensor=stored,
+                )
             kept = torch_dtype(dtype) if isinstance(own, nn.Parameter) else own.dtype
-            state[name] = read_tensor(checkpoint.tensors[stored]).to(kept)
+            state[name] = read_tensor(entry).to(kept)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, value in model.named_parameters() if value.is_meta]
     if missing:
         shown = ", ".join(missing[:3])
-        msg = f"{checkpoint.path} lacks {len(missing)} parameters of the model, first {shown}"
+        msg = (
+            f"{checkpoint.path} lacks {len(missing)} parameters of the model, first {shown}; "
+            "download it again, or its config.json is another model's"
+        )
+        if not layers.quantized and any(".experts." in name for name in missing):
+            msg = (
+                f"{checkpoint.path} is not quantized, and blockscale loads experts in block FP8 "
+                "only; quantize it first (blockscale quantize)"
+            )
         raise ModelError(msg)
     model.requires_grad_(requires_grad=False)
 
@@ -256,6 +272,8 @@ def generate_text(
     length = inputs["input_ids"].shape[1]
     if length == 0:
         msg = "the prompt gives no token; write at least one word"
+        if prompt.strip():
+            msg = f"{path} has no tokenizer for the prompt; tokenizer.json is missing or empty"
         raise ModelError(msg)
     started = time.perf_counter()
     with torch.inference_mode():

@@ -43,9 +43,7 @@ def prepare_weight(
     form = _planned_form(plan)
     _check_is_planned(plan, weight)
     prepared = _converted(plan, form, weight, policy)
-    for choice, backend in zip(plan.choices, backends, strict=True):
-        prepared = backend.prepare(prepared, choice.offer)
-    return prepared
+    return _by_backends(plan, prepared, backends)
 
 
 def prepare_stack(
@@ -101,8 +99,18 @@ def prepare_experts(
     )
     for expert in range(experts):
         convert_into(expert_of(prepared, expert), plan, read(expert), policy)
-    for choice, backend in zip(plan.choices, backends, strict=True):
-        prepared = backend.prepare(prepared, choice.offer)
+    return _by_backends(plan, prepared, backends)
+
+
+def _by_backends(
+    plan: LinearPlan, prepared: BlockScaledTensor, backends: Sequence[Backend]
+) -> BlockScaledTensor:
+    try:
+        for choice, backend in zip(plan.choices, backends, strict=True):
+            prepared = backend.prepare(prepared, choice.offer)
+    except FormatError as error:
+        msg = f"layer {plan.name!r}: {error}"
+        raise FormatError(msg) from error
     return prepared
 
 

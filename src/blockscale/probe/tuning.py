@@ -7,7 +7,9 @@ take turns, so that a machine that slows down slows them all.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from blockscale.errors import SettingsError
 from blockscale.modules.prepare import prepare_weight
 from blockscale.planning.decision import Offer, Readiness
 from blockscale.planning.device import Measurement, Verdict
@@ -80,7 +83,6 @@ def tune(
 
 def save_measurements(path: Path, device: Device, measurements: Sequence[Measurement]) -> None:
     """Write a table with what it was measured on; ``load_measurements`` reads it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [[m.backend, m.n, m.k, m.out_dtype.value, m.m, m.time_us] for m in measurements]
     document = {
         "schema": 1,
@@ -90,7 +92,22 @@ def save_measurements(path: Path, device: Device, measurements: Sequence[Measure
         "columns": ["backend", "n", "k", "out_dtype", "m", "time_us"],
         "rows": rows,
     }
+    make_room(path)
     path.write_text(json.dumps(document, indent=0) + "\n", encoding="utf-8")
+
+
+def make_room(path: Path) -> None:
+    """Make the folder of ``path``, before minutes of measuring are spent on what goes there.
+
+    Raises SettingsError, naming it, if the file could not be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        msg = f"{path}: cannot be written: {error.strerror or error}"
+        raise SettingsError(msg) from error
 
 
 @dataclass(frozen=True, slots=True)
