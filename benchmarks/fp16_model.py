@@ -41,7 +41,7 @@ from blockscale.planning.policy import PlanPolicy
 from blockscale.planning.request import LinearRequest
 from blockscale.probe import detect_device
 from blockscale.reference import dequantize, quantize, relayout
-from record import record
+from record import need_gpu, record
 from timing import interleaved
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--out", type=Path, help="JSON lines, one record for each token count")
     options = parser.parse_args()
+    need_gpu()
     layers = [make_layer(name, seed) for seed in range(options.layers) for name in SHAPES]
     print("planned:", {layer.name: layer.planned.plan.backends for layer in layers[: len(SHAPES)]})
     print(" tokens |  a) unpack  b) triton    c) plan | c against a | c against b")

@@ -33,7 +33,7 @@ from blockscale.formats import (
     ScaleFormat,
 )
 from blockscale.reference import dequantize, quantize, relayout
-from record import record
+from record import need_gpu, record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +50,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    need_gpu()
     answers = [*deep_gemm_sizes(), *torch_padding(), *packing()]
     if options.out:
         options.out.write_text(

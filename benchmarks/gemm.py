@@ -47,7 +47,7 @@ from blockscale.planning.request import LinearRequest
 from blockscale.probe import detect_device
 from blockscale.reference import dequantize, quantize, relayout
 from blockscale.tensor import torch_dtype
-from record import append, record
+from record import append, need_gpu, record
 from timing import copy_bandwidth, interleaved
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ class Copy:
 def main() -> int:
     """Measure until everything is done or the time is up."""
     options = arguments()
+    need_gpu()
     started = time.monotonic()
     ceilings = measure_ceilings()
     print(json.dumps(ceilings), flush=True)

@@ -58,7 +58,7 @@ from grouped_cases import (
     wide_rows,
     wide_weight,
 )
-from record import append, record
+from record import append, need_gpu, record
 from timing import interleaved
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def main() -> int:
     if options.compile:
         compile_case(next(case for case in cases if case.name == options.compile), options)
         return 0
+    need_gpu()
     started = time.monotonic()
     compile_all(cases)
     print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)

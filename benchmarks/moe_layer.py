@@ -40,7 +40,7 @@ from blockscale.planning.request import LinearRequest
 from blockscale.probe import detect_device
 from blockscale.reference import dequantize, expert_of, quantize
 from blockscale.tensor import BlockScaledTensor, torch_dtype
-from record import append, record
+from record import append, need_gpu, record
 from timing import interleaved
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ def main() -> int:
     parser.add_argument("--backends", help="that the plan may take, separated by commas; else any")
     parser.add_argument("--out", type=Path, help="JSON lines here, not among the results")
     options = parser.parse_args()
+    if not options.smoke:
+        need_gpu()
     size = SMOKE if options.smoke else MINIMAX
     place = "cuda" if torch.cuda.is_available() or not options.smoke else "cpu"
     dtype = DType(options.dtype)

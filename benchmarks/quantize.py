@@ -30,7 +30,7 @@ from blockscale.kernels.triton.quantize import (
     activation_quantizer,
     silu_multiply_quantizer,
 )
-from record import record
+from record import need_gpu, record
 from timing import copy_bandwidth, interleaved
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    need_gpu()
     ceiling = copy_bandwidth()
     lines = []
     for facts, moved, call in kernels():

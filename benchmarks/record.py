@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,20 @@ def machine() -> str:
     except ImportError:
         pass
     return f"{_processor()}, {os.cpu_count()} CPUs"
+
+
+def need_gpu() -> None:
+    """End the program with code 2 and one line on stderr if torch sees no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        program = Path(sys.argv[0]).name
+        print(
+            f"{program} needs an NVIDIA GPU, and torch {torch.__version__} sees none here; the "
+            "records that were made on one are in benchmarks/results",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 def record(benchmark: str, **values: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON values

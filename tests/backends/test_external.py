@@ -61,6 +61,13 @@ def run_with_example(tmp_path: Path) -> Callable[..., Any]:
     return run
 
 
+def test_the_document_shows_the_example_as_it_is() -> None:
+    document = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    assert f"```python\n{(EXAMPLE / 'my_gemm.py').read_text(encoding='utf-8')}```" in document
+    points = (EXAMPLE / "pyproject.toml").read_text(encoding="utf-8").split("[project.entry")[1]
+    assert f"```toml\n[project.entry{points}```" in document
+
+
 def test_an_installed_backend_is_planned_first_and_its_version_is_kept(
     run_with_example: Callable[..., Any], fp8_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from blockscale.backends.registry import BACKENDS
 from blockscale.testing.model_shapes import minimax_m25, write_model_headers
 
 ROOT = Path(__file__).parent.parent.parent
-DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
 
 
 def fenced(document: Path, language: str) -> list[str]:
@@ -37,9 +37,20 @@ def test_the_plan_in_the_readme_is_the_plan_that_is_printed(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
-        if not target.startswith("http"):
-            assert (document.parent / target).exists(), target
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        target, _, anchor = link.partition("#")
+        if link.startswith("http"):
+            continue
+        file = document.parent / target if target else document
+        assert file.exists(), link
+        if anchor:
+            assert anchor in anchors(file), link
+
+
+def anchors(document: Path) -> set[str]:
+    """What a forge calls the headings of a document in links."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
 def test_every_backend_is_documented() -> None:

@@ -227,9 +227,10 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        # Counted first: the reader may have the bytes, and a test look, before write returns.
         if file is not None:
             self.hub.count(file, len(body))
+        self.wfile.write(body)
 
     def _send_endless(
         self, status: int, headers: Mapping[str, str], body: bytes, file: str
