@@ -7,8 +7,9 @@ integer that names a bound plan; a handle keeps its meaning for the life of the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -16,22 +17,32 @@ from blockscale.errors import BackendError
 from blockscale.tensor import torch_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from blockscale.backends.base import Backend, MultiplyFloat, MultiplyQuantized
+    from blockscale.kernels.step import Step, Steps
     from blockscale.planning.decision import Offer
     from blockscale.planning.plan import LinearPlan
     from blockscale.tensor import BlockScaledTensor
 
-    # (activation (M, k), out (M, n), bias (n) or None), M >= 1: quantize if needed, multiply.
-    Step: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What follows from an activation's shape: nothing is left to be decided in a forward pass."""
+
+    step: Step
+    template: torch.Tensor
+    """One element, expanded to the result's shape. ``empty_like`` reads shape, dtype and device
+    from it in C++; ``torch.empty``, which is told them in Python, takes twice as long (2.2 and
+    1.2 us, AMD EPYC, torch 2.13, 2026-11-25)."""
 
 
 @dataclass(frozen=True, slots=True)
 class BoundLinear:
     """A plan bound to a prepared weight: what a forward pass needs and nothing else.
 
-    ``steps`` are in order of rising M; the last serves everything above the others.
+    ``ranges`` are in order of rising M; the last serves everything above the others. ``calls``: by
+    the activation's shape, as met.
     """
 
     name: str
@@ -39,13 +50,31 @@ class BoundLinear:
     k: int
     activation_dtype: torch.dtype
     out_dtype: torch.dtype
-    steps: tuple[tuple[int, Step], ...]
+    device: torch.device
+    ranges: tuple[tuple[int, Steps], ...]
+    calls: dict[torch.Size, Call]
 
-    def step_for(self, m: int) -> Step:
-        """The step that serves ``m`` tokens."""
-        for max_m, step in self.steps:
+    def new_call(self, activation: torch.Tensor) -> Call:
+        """What serves activations of this shape; kept.
+
+        Raises BackendError if the activation has another dtype or K than was planned.
+        """
+        self.check(activation)
+        shape = activation.shape
+        m = math.prod(shape[:-1])
+        one = torch.empty(1, dtype=self.out_dtype, device=self.device)
+        step = _nothing if m == 0 else self.steps_for(m)(m)
+        call = Call(step, one.expand(*shape[:-1], self.n))
+        if len(self.calls) >= MAX_CALLS:
+            self.calls.clear()
+        self.calls[shape] = call
+        return call
+
+    def steps_for(self, m: int) -> Steps:
+        """What the backend planned for ``m`` tokens bound."""
+        for max_m, steps in self.ranges:
             if m <= max_m:
-                return step
+                return steps
         msg = f"layer {self.name!r}: no backend was planned for M={m}"
         raise BackendError(msg)
 
@@ -59,6 +88,8 @@ class BoundLinear:
             raise BackendError(msg)
 
 
+# Shapes of activations that one layer remembers.
+MAX_CALLS = 4096
 NO_LIMIT = 2**63 - 1
 
 _BOUND: dict[int, BoundLinear] = {}
@@ -76,10 +107,12 @@ def bind(
     global _next_handle
     if handle is None:
         handle, _next_handle = _next_handle, _next_handle + 1
-    steps = tuple(
+    activation_dtype = torch_dtype(plan.request.activation_dtype)
+    out_dtype = torch_dtype(plan.request.out_dtype)
+    ranges = tuple(
         (
             NO_LIMIT if choice.m_range.max_m is None else choice.m_range.max_m,
-            _step(backend, choice.offer, weight),
+            _steps(backend, weight, choice.offer, (activation_dtype, out_dtype)),
         )
         for choice, backend in zip(plan.choices, backends, strict=True)
     )
@@ -88,11 +121,18 @@ def bind(
         request.name,
         request.n,
         request.k,
-        torch_dtype(request.activation_dtype),
-        torch_dtype(request.out_dtype),
-        steps,
+        activation_dtype,
+        out_dtype,
+        weight.device,
+        ranges,
+        {},
     )
     return handle
+
+
+def bound(handle: int) -> BoundLinear:
+    """What a handle names."""
+    return _BOUND[handle]
 
 
 def release(handle: int) -> None:
@@ -100,38 +140,76 @@ def release(handle: int) -> None:
     _BOUND.pop(handle, None)
 
 
-def _step(backend: Backend, offer: Offer, weight: BlockScaledTensor) -> Step:
+def _steps(
+    backend: Backend,
+    weight: BlockScaledTensor,
+    offer: Offer,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> Steps:
+    bind_steps = getattr(backend, "bind_steps", None)
+    if bind_steps is not None:
+        found: Steps = bind_steps(weight, offer, dtypes)
+        return found
+    return two_calls(backend, weight, offer)
+
+
+def two_calls(backend: Backend, weight: BlockScaledTensor, offer: Offer) -> Steps:
+    """The steps of a backend that has no ``bind_steps``: quantize if needed, multiply."""
     multiply = backend.bind(weight, offer)
-    if offer.activation is None:
-        return cast("MultiplyFloat", multiply)
-    multiply_quantized = cast("MultiplyQuantized", multiply)
 
-    def quantize_and_multiply(
-        activation: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
+    def step(
+        activation: torch.Tensor,
+        row_stride: int,  # noqa: ARG001 - ``Step``'s signature
+        out: torch.Tensor,
+        bias: torch.Tensor | None,
     ) -> None:
-        multiply_quantized(backend.quantize_activation(activation, offer), out, bias)
+        if activation.ndim != 2:  # noqa: PLR2004 - backends take matrices
+            activation = activation.view(-1, activation.shape[-1])
+            out = out.view(-1, out.shape[-1])
+        if offer.activation is None:
+            cast("MultiplyFloat", multiply)(activation, out, bias)
+        else:
+            quantized = backend.quantize_activation(activation, offer)
+            cast("MultiplyQuantized", multiply)(quantized, out, bias)
 
-    return quantize_and_multiply
+    return lambda _: step
+
+
+def _nothing(
+    activation: torch.Tensor, row_stride: int, out: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """The step for no tokens."""
 
 
 def _linear(activation: torch.Tensor, bias: torch.Tensor | None, handle: int) -> torch.Tensor:
-    bound = _BOUND[handle]
-    bound.check(activation)
-    matrix = activation.reshape(-1, bound.k)
+    named = _BOUND[handle]
+    call = named.calls.get(activation.shape)
+    if call is None or activation.dtype is not named.activation_dtype:
+        call = named.new_call(activation)
+    row_stride = named.k
+    if not activation.is_contiguous():
+        activation, row_stride = _rows(activation)
+    out = torch.empty_like(call.template)
+    call.step(activation, row_stride, out, bias)
+    return out
+
+
+def _rows(activation: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """As a matrix with stride 1 along k, copied only if need be; elements from row to row."""
+    matrix = activation.reshape(-1, activation.shape[-1])
     if matrix.stride(-1) != 1:
         matrix = matrix.contiguous()
-    m = matrix.shape[0]
-    out = torch.empty((m, bound.n), dtype=bound.out_dtype, device=activation.device)
-    if m > 0:
-        bound.step_for(m)(matrix, out, bias)
-    return out.view(*activation.shape[:-1], bound.n)
+    return matrix, matrix.stride(0)
 
 
 def _linear_fake(activation: torch.Tensor, bias: torch.Tensor | None, handle: int) -> torch.Tensor:  # noqa: ARG001 - the operator's signature
-    bound = _BOUND[handle]
-    bound.check(activation)
-    return activation.new_empty((*activation.shape[:-1], bound.n), dtype=bound.out_dtype)
+    named = _BOUND[handle]
+    named.check(activation)
+    return activation.new_empty((*activation.shape[:-1], named.n), dtype=named.out_dtype)
 
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack  # noqa: SLF001 - no public one
+_functorch_transform = torch._C._functorch.peek_interpreter_stack  # noqa: SLF001 - no public one
 
 # Defined through Library, not @custom_op: the decorator's Python wrapper costs more per call than a
 # small GEMM takes.
@@ -148,9 +226,21 @@ def linear(activation: torch.Tensor, bias: torch.Tensor | None, handle: int) -> 
     ``handle`` comes from ``bind``. M = 0 gives an empty result and launches nothing. Raises
     BackendError if the activation has another dtype or K than was planned.
     """
-    # Only a tracer needs the operator. Called eagerly, its trip through the dispatcher and back
-    # costs 50 us (AMD EPYC, 2 vCPU, torch 2.13, 2026-11-23), as much as SmolLM2's layers take.
-    if not torch.compiler.is_compiling():
-        return _linear(activation, bias, handle)
-    result: torch.Tensor = torch.ops.blockscale.linear(activation, bias, handle)
-    return result
+    if torch.compiler.is_dynamo_compiling() or is_watched(activation):
+        result: torch.Tensor = torch.ops.blockscale.linear(activation, bias, handle)
+        return result
+    return _linear(activation, bias, handle)
+
+
+def is_watched(activation: torch.Tensor) -> bool:
+    """Whether something must see operators instead of memory, so that the dispatcher is needed.
+
+    That is a tensor of another class (fake, distributed), a dispatch mode (``make_fx``, fake
+    tensors, counters of operations) or a transform of functorch (``vmap``). The dispatcher's trip
+    to a Python kernel and back costs 15 us and more (AMD EPYC, torch 2.13, 2026-11-25).
+    """
+    return (
+        type(activation) is not torch.Tensor
+        or _dispatch_modes() > 0
+        or _functorch_transform() is not None
+    )

@@ -25,6 +25,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("set TRITON_INTERPRET=1 before starting pytest")
     pytest.importorskip("triton", reason="pip install triton: it runs on a CPU as an interpreter")
+    from blockscale.kernels import step
     from blockscale.kernels.triton import grouped_product, product, quantize, rows
 
     for owner, name, replacement in repairs():
@@ -32,7 +33,11 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (quantize, product, grouped_product, rows):
         monkeypatch.setattr(module, "launcher", interpreting)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    few = SimpleNamespace(multi_processor_count=2, shared_memory_per_multiprocessor=228 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    monkeypatch.setattr(step, "device_getters", lambda: (lambda: 0, lambda _: 0))
+    few = SimpleNamespace(
+        major=8, minor=9, multi_processor_count=2, shared_memory_per_multiprocessor=228 << 10
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: few)  # noqa: ARG005 - its signature
     monkeypatch.setattr(
         quantize.Quantizer, "device", property(lambda _: torch.device("cpu"), _ignore)

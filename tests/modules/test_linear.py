@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from blockscale import ops
 from blockscale.backends.registry import BACKENDS
@@ -269,3 +271,64 @@ def test_only_the_prepared_form_is_taken_as_it_is() -> None:
     assert torch.equal(layer(activation(2)), before)
     layer.take(weight_of(seed=1))
     assert torch.equal(layer.data.view(torch.uint8), weight_of(seed=1).data.view(torch.uint8))
+
+
+def test_what_a_shape_needs_is_looked_up_once() -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of())
+    calls = ops.bound(layer.handle).calls
+    x = activation(2, 3)
+    first = layer(x)
+    call = calls[x.shape]
+    assert torch.equal(layer(x), first)
+    assert calls[x.shape] is call
+    assert call.template.untyped_storage().nbytes() == first.itemsize
+    with pytest.raises(BackendError, match=r"planned for \(\.\.\., 320\) torch.float32"):
+        layer(x.half())
+
+
+def test_rows_that_lie_apart_are_served() -> None:
+    layer = BlockScaledLinear(plan_for("reference"), weight_of())
+    x = activation(4)
+    apart = torch.cat([x, x], dim=1)[:, :K]
+    assert apart.stride() == (2 * K, 1)
+    assert torch.equal(layer(apart), layer(x))
+
+
+def test_a_tracer_of_operators_sees_the_operator() -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of(), torch.ones(N))
+    x = activation(3)
+    traced = make_fx(layer)(x)
+    assert "blockscale.linear" in traced.code
+    assert torch.equal(traced(x), layer(x))
+
+
+def test_a_fake_activation_gives_a_fake_result() -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of())
+    with FakeTensorMode() as mode:
+        result = layer(mode.from_tensor(activation(3)))
+    assert isinstance(result, FakeTensor)
+    assert result.shape == (3, N)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_goes_through_the_operator() -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of())
+    x = activation(2, 3)
+    assert torch.equal(torch.vmap(layer)(x), layer(x))
+
+
+def test_a_bias_that_is_exchanged_for_a_call_is_the_one_that_counts() -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of(), torch.zeros(N))
+    x = activation(2)
+    exchanged = torch.func.functional_call(layer, {"bias": torch.ones(N)}, (x,))
+    assert torch.allclose(exchanged, layer(x) + 1, atol=1e-5)
+
+
+def test_compiled_code_serves_a_bias_that_changes() -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of(), torch.zeros(N))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = activation(2)
+    before = compiled(x)
+    layer.take(layer.weight, torch.full((N,), 2.0))
+    assert not torch.equal(compiled(x), before)
+    assert torch.equal(compiled(x), layer(x))

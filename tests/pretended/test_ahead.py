@@ -28,7 +28,7 @@ class Noting(pretend_launch.PretendLauncher):
         super().__init__(variant, device)
         self.kernel = ahead.Kernel.of(variant)
 
-    def __call__(self, programs, *arguments):
+    def __call__(self, programs, *arguments):  # start comes by here too
         launched.add(self.kernel)
         super().__call__(programs, *arguments)
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from blockscale.kernels.step import Steps
     from blockscale.planning.decision import Offer
     from blockscale.tensor import BlockScaledTensor
 
@@ -67,6 +68,20 @@ class Backend(PlannableBackend, Protocol):
         matrix with stride 1 along k where that is None. It reads the weight's storages, so that
         new values written into them are served. It decides nothing: no branch on device,
         environment or dtype.
+        """
+        ...
+
+
+class StepBackend(Backend, Protocol):
+    """A backend that quantizes and multiplies in one call of its own, with less host code."""
+
+    def bind_steps(
+        self, weight: BlockScaledTensor, offer: Offer, dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> Steps:
+        """What ``quantize_activation`` and ``bind`` do, bit for bit, for each token count.
+
+        ``dtypes``: of the activation and of the result. What follows from a token count is computed
+        when its step is asked for; a step decides nothing, as ``bind``.
         """
         ...
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from blockscale.backends.base import Multiply, MultiplyContiguous, MultiplyMasked
     from blockscale.kernels.gluon.grouped_product import GroupedProduct
+    from blockscale.kernels.step import Steps
     from blockscale.planning.decision import Rejection
     from blockscale.planning.device import Device
     from blockscale.planning.request import LinearRequest
@@ -119,6 +120,21 @@ class Gluon:
         from blockscale.kernels.gluon.product import GluonProduct
 
         return GluonProduct(weight)
+
+    def bind_steps(
+        self, weight: BlockScaledTensor, offer: Offer, dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> Steps:
+        """Both kernels launched one after the other, over one allocation."""
+        from blockscale.kernels.gluon.product import GluonProduct
+        from blockscale.kernels.step import device_index, steps
+        from blockscale.kernels.triton.quantize import rows_quantizer
+
+        form = offer.activation
+        assert form is not None
+        quantizer = rows_quantizer(
+            form.format, form.layout, dtypes[0], weight.k, device_index(weight.data)
+        )
+        return steps(quantizer, GluonProduct(weight), dtypes[1], weight.device)
 
     def bind_contiguous(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyContiguous:  # noqa: ARG002 - the protocol's signature
         """Row blocks of 8, 16, 32 or 64 rows go to the kernel for few rows, of 128 to the other."""

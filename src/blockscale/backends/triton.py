@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from blockscale.backends.base import Multiply, MultiplyContiguous, MultiplyMasked
+    from blockscale.kernels.step import Steps
     from blockscale.kernels.triton.grouped_product import GroupedTritonProduct
     from blockscale.kernels.triton.product import TritonProduct
     from blockscale.planning.decision import Rejection
@@ -120,6 +121,20 @@ class Triton:
     def bind(self, weight: BlockScaledTensor, offer: Offer) -> Multiply:  # noqa: ARG002 - the protocol's signature
         """Tiles for every token count, looked up once."""
         return _product(weight)
+
+    def bind_steps(
+        self, weight: BlockScaledTensor, offer: Offer, dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> Steps:
+        """Both kernels launched one after the other, over one allocation."""
+        from blockscale.kernels.step import device_index, steps
+        from blockscale.kernels.triton.quantize import rows_quantizer
+
+        form = offer.activation
+        assert form is not None
+        quantizer = rows_quantizer(
+            form.format, form.layout, dtypes[0], weight.k, device_index(weight.data)
+        )
+        return steps(quantizer, _product(weight), dtypes[1], weight.device)
 
     def bind_contiguous(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyContiguous:  # noqa: ARG002 - the protocol's signature
         """Row blocks of 16, 64 or 128 rows."""

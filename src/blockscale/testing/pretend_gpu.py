@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from blockscale import ops
 from blockscale.kernels.cpu.build import find_compiler
 from blockscale.testing.pretend_memory import MEMORY, SITUATION, Graph, computed, new_mode
 
@@ -291,7 +292,10 @@ def install() -> None:
 def _replacements() -> Iterator[tuple[object, str, object]]:
     """(owner, name, what takes its place), outside of ``torch.cuda``."""
     # What the products call.
+    yield torch._C, "_cuda_getDevice", lambda: SITUATION.device.index  # noqa: SLF001 - as there
     yield torch._C, "_cuda_getCurrentRawStream", lambda _: _Streams.now().cuda_stream  # noqa: SLF001 - as there
+    # The mode that holds the pretend memory is no tracer: layers run as on a GPU.
+    yield ops, "is_watched", lambda _: False
     yield torch.version, "cuda", "13.0"
     yield torch, "Generator", Generator
     yield torch.Tensor, "cuda", lambda self, *_, **kwargs: self.to(SITUATION.device, **kwargs)

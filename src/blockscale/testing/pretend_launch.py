@@ -65,6 +65,9 @@ def checked_address(name: str, address: Any, alignment: int, nbytes: int) -> Non
 class PretendLauncher:
     """In the place of ``kernels.triton.build.Launcher``."""
 
+    static = ()
+    constants = ()
+
     def __init__(self, variant: Any, device: int) -> None:  # noqa: ANN401 - a Variant
         declared = [name for name, _, _ in variant.arguments]
         declared += [name for name, _ in variant.constants]
@@ -91,6 +94,12 @@ class PretendLauncher:
             for value, (argument, kind, divisor) in zip(arguments, kinds, strict=True):
                 self._check(f"{name}.{argument}", value, kind, divisor)
         done(lambda: self._run(programs, *arguments))
+
+    def start(self, x: int, y: int, z: int, stream: int, *arguments: object) -> None:
+        """As ``build.Launcher.start``."""
+        assert (y, z) == (1, 1)
+        assert isinstance(stream, int)
+        self(x, *arguments)
 
     @staticmethod
     def _check(name: str, value: Any, kind: str, divisor: int) -> None:  # noqa: ANN401 - what was passed

@@ -57,10 +57,18 @@ def repairs() -> Iterator[tuple[object, str, object]]:
     yield quantize_kernel, "gdc_launch_dependents", lambda: None
 
 
-def interpreting(variant: Any, device: int) -> Callable[..., None]:  # noqa: ANN401, ARG001 - a Variant, and as build.launcher
+class interpreting:  # noqa: N801 - in the place of a function
     """What ``build.launcher`` gives, for the interpreter: addresses become tensors again."""
 
-    def launch(programs: int, *arguments: object) -> None:
+    static = ()
+    constants = ()
+
+    def __init__(self, variant: Any, device: int) -> None:  # noqa: ANN401, ARG002 - a Variant, and as build.launcher
+        self._variant = variant
+
+    def __call__(self, programs: int, *arguments: object) -> None:
+        """Run ``programs`` programs, one after the other."""
+        variant = self._variant
         if not programs:
             return
         placed = [
@@ -69,7 +77,11 @@ def interpreting(variant: Any, device: int) -> Callable[..., None]:  # noqa: ANN
         ]
         variant.kernel[(programs,)](*placed, **dict(variant.constants))
 
-    return launch
+    def start(self, x: int, y: int, z: int, stream: int, *arguments: object) -> None:
+        """As ``build.Launcher.start``; there are no streams."""
+        assert (y, z) == (1, 1)
+        assert isinstance(stream, int)
+        self(x, *arguments)
 
 
 def _at(address: Any, kind: str) -> torch.Tensor:  # noqa: ANN401 - an int or None

@@ -49,7 +49,13 @@ def launcher(form: Form, device: int) -> Launcher:
 
 
 class Launcher:
-    """Launches by Triton's public interface. ``form`` is loaded on ``device``, the current one."""
+    """Launches by Triton's public interface. ``form`` is loaded on ``device``, the current one.
+
+    Who runs often calls ``start(*grid, 1, stream, *static, *arguments, *constants)`` itself.
+    """
+
+    start: Callable[..., None]
+    static: tuple[Any, ...]
 
     def __init__(self, form: Form, device: int, compiled: Any) -> None:
         self.form = form
@@ -57,7 +63,8 @@ class Launcher:
         self._compiled = compiled
         self._types = tuple(boxes(form).values())
         self._integers = integers(form)
-        self._constants = tuple(form.constants.values())
+        self.constants = tuple(form.constants.values())
+        self.start, self.static = self._start_publicly, ()
         self._boxes: dict[tuple[int, ...], tuple[Any, ...]] = {}
 
     def box(self, number: int, address: int, rows: int, columns: int, stride: int) -> Any:
@@ -91,8 +98,10 @@ class Launcher:
 
     def __call__(self, grid: tuple[int, int], stream: int, arguments: tuple[Any, ...]) -> None:
         """Enqueue one launch. ``arguments``: boxes, addresses and integers, in order."""
-        run = self._compiled[(*grid, 1)]
-        run(*arguments, *self._constants, stream=stream)
+        self.start(*grid, 1, stream, *self.static, *arguments, *self.constants)
+
+    def _start_publicly(self, x: int, y: int, z: int, stream: int, *arguments: object) -> None:
+        self._compiled[(x, y, z)](*arguments, stream=stream)
 
     def integers(self, values: dict[str, int], has_bias: int) -> tuple[int, ...]:
         """The kernel's integer arguments, in order."""
@@ -127,17 +136,13 @@ class DirectLauncher(Launcher):
         direct: Callable[..., None],
     ) -> None:
         super().__init__(form, device, compiled)
-        self._direct = direct
+        self.start = direct
         self._metadata = compiled.metadata.tensordesc_meta
         flags = (compiled.metadata.launch_cooperative_grid, compiled.metadata.launch_pdl)
         nothing = (None, None)  # scratch memory of kernels that ask for it
         hooks = (None, None, None)
-        self._static = (compiled.function, *flags, *nothing, compiled.packed_metadata, *hooks)
+        self.static = (compiled.function, *flags, *nothing, compiled.packed_metadata, *hooks)
         self._fill = driver.active.utils.fill_tma_descriptor
-
-    def __call__(self, grid: tuple[int, int], stream: int, arguments: tuple[Any, ...]) -> None:
-        """Enqueue one launch. ``arguments``: boxes, addresses and integers, in order."""
-        self._direct(*grid, 1, stream, *self._static, *arguments, *self._constants)
 
     def _encode(
         self, number: int, address: int, shape: list[int], strides: list[int]

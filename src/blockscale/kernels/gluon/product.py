@@ -12,17 +12,27 @@ from blockscale.errors import BackendError
 from blockscale.kernels.gluon.build import Form
 from blockscale.kernels.gluon.choice import MAX_SMALL_M, TOKEN_TILES, WEIGHT_TILES, choose
 from blockscale.kernels.gluon.launch import TMA_BYTES, launcher
-from blockscale.kernels.gluon.work import CONSUMERS, K_BLOCK, DenseWork, aligned_scale_stride
+from blockscale.kernels.gluon.work import (
+    CONSUMERS,
+    FLOAT_BYTES,
+    K_BLOCK,
+    DenseWork,
+    aligned_scale_stride,
+)
+from blockscale.kernels.step import device_index
 
 if TYPE_CHECKING:
     from blockscale.kernels.gluon.launch import Launcher
     from blockscale.kernels.gluon.work import Work
+    from blockscale.kernels.step import ProductStart, Scratch
     from blockscale.tensor import BlockScaledTensor
 
 # Launches that one product keeps ready, one for each M and output dtype it has met.
 MAX_STEPS = 8192
 # Streams that have tickets from the start; later ones get theirs when they come.
 STREAMS = 8
+# Places of operands in memory that a launch for one M keeps ready: an allocator repeats itself.
+MAX_PLACES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +72,7 @@ class GluonProduct:
         self._n, self._k = weight.data.shape
         self._k_blocks = (self._k + K_BLOCK - 1) // K_BLOCK
         self._overlap = overlap
-        index = weight.data.device.index
-        self._device = torch.cuda.current_device() if index is None else index
+        self._device = device_index(weight.data)
         self._processors = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._steps: dict[tuple[int, torch.dtype], Step] = {}
         # Small M: one a tile of weights. Dense: fewer split tiles than multiprocessors.
@@ -71,8 +80,10 @@ class GluonProduct:
             -(-self._n // min(WEIGHT_TILES)) * (MAX_SMALL_M // max(TOKEN_TILES)),
             CONSUMERS * self._processors,
         )
-        self._free_tickets: list[torch.Tensor] = []
-        self._tickets: dict[int, torch.Tensor] = {}
+        self._ticket_memory: list[torch.Tensor] = []
+        self._free_tickets: list[int] = []
+        # By stream, the address.
+        self._tickets: dict[int, int] = {}
         self._add_tickets()
 
     def __call__(
@@ -108,6 +119,48 @@ class GluonProduct:
         """Serve ``m`` tokens by this work from now on: for tests and measurements."""
         self._steps[m, out_dtype] = self._step(work, m, out_dtype)
 
+    def workspace_bytes(self, m: int, out_dtype: torch.dtype) -> int:
+        """Bytes of the sums of split tiles, 0 if nothing is split."""
+        return FLOAT_BYTES * self.work(m, out_dtype).workspace_elements
+
+    def start_for(self, m: int, out_dtype: torch.dtype, scratch: Scratch) -> ProductStart:
+        """The launch for m tokens as ``step.StepProduct`` has it."""
+        step = self._step(self.work(m, out_dtype), m, out_dtype)
+        launch, static, grid = step.launch.start, step.launch.static, (*step.grid, 1)
+        plain, biased = ((*integers, *step.launch.constants) for integers in step.integers)
+        weight_scales, scales, workspace = (
+            self._scales.data_ptr(),
+            scratch.scales,
+            scratch.workspace,
+        )
+        all_tickets, is_split = self._tickets, step.workspace_elements > 0
+        operands_at: dict[int, tuple[Any, ...]] = {}
+        targets_at: dict[int, tuple[Any, ...]] = {}
+
+        def start(stream: int, base: int, out: int, bias: int | None) -> None:
+            tickets = all_tickets.get(stream)
+            if tickets is None:
+                tickets = self._new_tickets(stream)
+            operands = operands_at.get(base)
+            if operands is None:
+                operands = self._operands(step, m, self._k, base, base + scales)
+                _keep(operands_at, base, operands)
+            target = targets_at.get(out)
+            if target is None:
+                target = self._target(step, m, out)
+                _keep(targets_at, out, target)
+            # A pointer that is not read may be any.
+            added, integers = (base, plain) if bias is None else (bias, biased)
+            sums = base + workspace if is_split else tickets
+            addresses = (weight_scales, added, sums, tickets)
+            launch(*grid, stream, *static, *operands, *target, *addresses, *integers)
+
+        return start
+
+    def launcher_for(self, m: int, out_dtype: torch.dtype) -> Launcher:
+        """What ``start_for`` launches."""
+        return self._step(self.work(m, out_dtype), m, out_dtype).launch
+
     def _enqueue(
         self,
         codes: torch.Tensor,
@@ -119,38 +172,49 @@ class GluonProduct:
         step = self._steps.get((m, out.dtype))
         if step is None:
             step = self._new_step(m, out.dtype)
-        launch = step.launch
         stream = torch._C._cuda_getCurrentRawStream(self._device)  # noqa: SLF001 - what Triton calls; the public one takes 10 times as long
         tickets = self._tickets.get(stream)
         if tickets is None:
             tickets = self._new_tickets(stream)
-        workspace = tickets
+        workspace, sums = tickets, None
         if step.workspace_elements:
-            workspace = torch.empty(
+            sums = torch.empty(
                 step.workspace_elements, dtype=torch.float32, device=self._data.device
             )
+            workspace = sums.data_ptr()
         stride = self._k if m == 1 else codes.stride(0)
-        scales_address, out_address = scales.data_ptr(), out.data_ptr()
-        operands = (
-            *launch.box(0, codes.data_ptr(), m, self._k, stride),
-            *step.weight,
-            *launch.box(step.scale_box, scales_address, self._k_blocks, m, aligned_scale_stride(m)),
-        )
-        if step.is_dense:
-            target = launch.box(step.scale_box + 1, out_address, m, self._n, self._n)
-        else:
-            if out_address % TMA_BYTES:
-                msg = f"the output must start on {TMA_BYTES} bytes, not at {out_address:#x}"
-                raise BackendError(msg)
-            target = (out_address,)
-        addresses = (
+        scales_address = scales.data_ptr()
+        arguments = (
+            *self._operands(step, m, stride, codes.data_ptr(), scales_address),
+            *self._target(step, m, out.data_ptr()),
             self._scales.data_ptr(),
             scales_address if bias is None else bias.data_ptr(),
-            workspace.data_ptr(),
-            tickets.data_ptr(),
+            workspace,
+            tickets,
+            *step.integers[bias is not None],
         )
-        integers = step.integers[bias is not None]
-        launch(step.grid, stream, (*operands, *target, *addresses, *integers))
+        step.launch(step.grid, stream, arguments)
+
+    def _operands(
+        self, step: Step, m: int, stride: int, codes: int, scales: int
+    ) -> tuple[Any, ...]:
+        """The arguments for activation, weight and activation scales at these addresses."""
+        box = step.launch.box
+        return (
+            *box(0, codes, m, self._k, stride),
+            *step.weight,
+            *box(step.scale_box, scales, self._k_blocks, m, aligned_scale_stride(m)),
+        )
+
+    def _target(self, step: Step, m: int, out: int) -> tuple[Any, ...]:
+        """The arguments for the result at this address."""
+        if step.is_dense:
+            found: tuple[Any, ...] = step.launch.box(step.scale_box + 1, out, m, self._n, self._n)
+            return found
+        if out % TMA_BYTES:
+            msg = f"the output must start on {TMA_BYTES} bytes, not at {out:#x}"
+            raise BackendError(msg)
+        return (out,)
 
     def _new_step(self, m: int, out_dtype: torch.dtype) -> Step:
         if len(self._steps) >= MAX_STEPS:
@@ -175,7 +239,7 @@ class GluonProduct:
             isinstance(work, DenseWork),
         )
 
-    def _new_tickets(self, stream: int) -> torch.Tensor:
+    def _new_tickets(self, stream: int) -> int:
         if not self._free_tickets:
             self._add_tickets()
         tickets = self._tickets[stream] = self._free_tickets.pop()
@@ -192,4 +256,11 @@ class GluonProduct:
         zeros = torch.zeros(shape, dtype=torch.int32, device=self._data.device)
         # Other streams read them: have them written before anyone can.
         torch.cuda.synchronize(self._device)
-        self._free_tickets.extend(zeros)
+        self._ticket_memory.append(zeros)
+        self._free_tickets.extend(row.data_ptr() for row in zeros)
+
+
+def _keep(known: dict[int, tuple[Any, ...]], address: int, arguments: tuple[Any, ...]) -> None:
+    if len(known) >= MAX_PLACES:
+        known.clear()
+    known[address] = arguments

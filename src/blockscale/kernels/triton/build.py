@@ -98,17 +98,21 @@ class Variant:
 
 
 class Launcher:
-    """A variant loaded on one device. Calling it enqueues it on the device's current stream."""
+    """A variant loaded on one device. Calling it enqueues it on the device's current stream.
 
-    __slots__ = ("_constants", "_current_device", "_current_stream", "_device", "_start")
+    Who knows device and stream already, and runs often, calls ``start`` as ``_launch`` does:
+    ``start(*grid, stream, *static, *arguments, *constants)`` is one call into C.
+    """
+
+    __slots__ = ("_current_device", "_current_stream", "_device", "constants", "start", "static")
 
     def __init__(self, variant: Variant, device: int) -> None:
         major, minor = torch.cuda.get_device_capability(device)
         with torch.cuda.device(device):
             compiled = variant.compile(major * 10 + minor)
             # The property loads the module and builds the C launcher.
-            self._start = _starter(compiled, compiled.run)
-        self._constants = tuple(value for _, value in variant.constants)
+            self.start, self.static = _starter(compiled, compiled.run)
+        self.constants = tuple(value for _, value in variant.constants)
         self._device = device
         self._current_device = driver.active.get_current_device
         self._current_stream = driver.active.get_current_stream
@@ -124,30 +128,25 @@ class Launcher:
 
     def _launch(self, programs: int, arguments: tuple[object, ...]) -> None:
         stream = self._current_stream(self._device)
-        self._start(programs, stream, *arguments, *self._constants)
+        self.start(programs, 1, 1, stream, *self.static, *arguments, *self.constants)
 
 
-def _starter(compiled: Any, run: Any) -> Callable[..., None]:
-    """(programs, stream, *arguments) -> None, by Triton's C function where it is known."""
+def _starter(compiled: Any, run: Any) -> tuple[Callable[..., None], tuple[object, ...]]:
+    """``Launcher.start`` and ``static``: Triton's C function where it is known."""
     if triton.__version__.startswith(KNOWN_RELEASE) and inspect.isbuiltin(run.launch):
-        c_launch = run.launch
         flags = (run.launch_cooperative_grid, run.launch_pdl)
         # No scratch memory, no hooks.
         static = (compiled.function, *flags, None, None, compiled.packed_metadata, None, None, None)
+        return run.launch, static
 
-        def start(programs: int, stream: int, *arguments: object) -> None:
-            c_launch(programs, 1, 1, stream, *static, *arguments)
+    def start_publicly(x: int, y: int, z: int, stream: int, *arguments: object) -> None:
+        if x:
+            compiled[(x, y, z)](*arguments, stream=stream)
 
-        return start
-
-    def start_publicly(programs: int, stream: int, *arguments: object) -> None:
-        if programs:
-            compiled[(programs, 1, 1)](*arguments, stream=stream)
-
-    return start_publicly
+    return start_publicly, ()
 
 
 @cache
-def launcher(variant: Variant, device: int) -> Callable[..., None]:
+def launcher(variant: Variant, device: int) -> Launcher:
     """The launcher of a variant on a device, made once: (programs, *arguments) -> None."""
     return Launcher(variant, device)

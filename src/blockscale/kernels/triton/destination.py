@@ -16,20 +16,22 @@ from blockscale.formats.layout import (
     Axes,
     Major,
     Packing,
-    Padding,
 )
 from blockscale.kernels.triton import scales
 from blockscale.kernels.triton.build import TYPES
-from blockscale.tensor import as_stored, torch_dtype
+from blockscale.tensor import torch_dtype
 
 if TYPE_CHECKING:
     from blockscale.formats import BlockFormat, ScaleLayout
+    from blockscale.formats.layout import StoredScales
 
 # Columns of a tile; scale blocks divide it, and four of the widest make one packed word.
 TILE_COLUMNS = 512
 # The narrowest block: less than a thread's share of a row would not fill a vector.
 MIN_BLOCK = 16
 VECTOR_BYTES = 16
+# Numbers of rows that one destination remembers.
+MAX_KNOWN = 8192
 
 _KINDS = {
     Packing.NONE: scales.STRIDED.value,
@@ -94,19 +96,22 @@ class QuantizerSpec:
         return tuple((name, "i32", 1) for name in (*names, "scale_block_stride"))
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the codes and scales of m rows lie: all that follows from m.
+
+    ``extents``: what the kernel is told (``QuantizerSpec.extents``).
+    """
+
+    code_rows: int
+    stored: StoredScales
+    extents: tuple[int, ...]
+
+
 class Destination:
     """Allocates codes and scales of (m, k) matrices and knows their places in memory."""
 
-    __slots__ = (
-        "_align",
-        "_blocks",
-        "_codes",
-        "_is_plain",
-        "_multiple",
-        "_spec",
-        "_stored_type",
-        "columns",
-    )
+    __slots__ = ("_align", "_blocks", "_codes", "_known", "_spec", "_stored_type", "columns")
 
     def __init__(self, spec: QuantizerSpec) -> None:
         layout, fmt = spec.layout, spec.format
@@ -114,7 +119,6 @@ class Destination:
         self._spec = spec
         self._codes = torch_dtype(fmt.element)
         self._stored_type = torch_dtype(stored)
-        self._multiple = spec.row_multiple
         columns = fmt.block.grid(1, spec.k)[1]
         packed = layout.packing is Packing.FOUR_IN_INT32
         self._blocks = ceil_div(columns, EXPONENTS_PER_WORD) if packed else columns
@@ -126,45 +130,40 @@ class Destination:
         elif layout.major is Major.K:
             padded = round_up(columns, self._align)
         self.columns = padded * fmt.block.k
-        self._is_plain = (
-            layout.major is Major.MN
-            and layout.axes is Axes.MN_K
-            and layout.padding is Padding.HIDDEN
-            and layout.packing is not Packing.SWIZZLED_32_4_4
-        )
+        self._known: dict[int, Places] = {}
 
     def new(
         self, m: int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
         """Codes (m, k), stored scales, and the kernel's ``extents``."""
-        code_rows = round_up(m, self._multiple)
+        places = self._known.get(m)
+        if places is None:
+            places = self._keep(m)
+        code_rows, stored = places.code_rows, places.stored
         codes = torch.empty((code_rows, self._spec.k), dtype=self._codes, device=device)
         if code_rows != m:
             codes = codes[:m]
-        if not self._is_plain:
-            stored, places = self._other(m, device)
-            return codes, stored, (code_rows, *places)
-        # Without the general rule's dataclass: this runs in every forward.
-        leading = round_up(m, self._align)
-        stored = torch.empty_strided(
-            (leading, self._blocks), (1, leading), dtype=self._stored_type, device=device
-        )
-        if leading != m:
-            stored = stored[:m]
-        return codes, stored, (code_rows, leading, self._blocks, 1, leading)
-
-    def _other(self, m: int, device: torch.device) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """Any layout, by its own description."""
-        layout = self._spec.layout
-        stored = layout.stored(m, self._spec.k, self._spec.format)
         flat = torch.empty(stored.elements, dtype=self._stored_type, device=device)
+        return codes, flat.as_strided(stored.shape, stored.strides), places.extents
+
+    def places(self, m: int) -> Places:
+        """Where the codes and scales of m rows lie."""
+        spec, layout = self._spec, self._spec.layout
+        stored = layout.stored(m, spec.k, spec.format)
         if layout.packing is Packing.SWIZZLED_32_4_4:
             across = round_up(self._blocks, SWIZZLE_TILE_COLUMNS)
-            places = (round_up(m, SWIZZLE_TILE_ROWS), across, 0, across // SWIZZLE_TILE_COLUMNS)
+            written = (round_up(m, SWIZZLE_TILE_ROWS), across, 0, across // SWIZZLE_TILE_COLUMNS)
         else:
             strides = stored.strides if layout.axes is Axes.MN_K else stored.strides[::-1]
             if layout.major is Major.MN:
-                places = (round_up(m, self._align), self._blocks, *strides)
+                written = (round_up(m, self._align), self._blocks, *strides)
             else:
-                places = (m, round_up(self._blocks, self._align), *strides)
-        return as_stored(flat, stored), places
+                written = (m, round_up(self._blocks, self._align), *strides)
+        code_rows = round_up(m, spec.row_multiple)
+        return Places(code_rows, stored, (code_rows, *written))
+
+    def _keep(self, m: int) -> Places:
+        if len(self._known) >= MAX_KNOWN:
+            self._known.clear()
+        places = self._known[m] = self.places(m)
+        return places

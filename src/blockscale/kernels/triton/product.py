@@ -7,19 +7,24 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from blockscale.formats import ceil_div
+from blockscale.formats import ceil_div, round_up
+from blockscale.formats.layout import TMA_STRIDE_BYTES
+from blockscale.kernels.step import device_index
 from blockscale.kernels.triton.build import TYPES, Variant, launcher
 from blockscale.kernels.triton.gemm_kernel import gemm_kernel
 from blockscale.kernels.triton.tiles import TOKEN_BOUNDS, Product, Tile, tile_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
+    from blockscale.kernels.step import ProductStart, Scratch
+    from blockscale.kernels.triton.build import Launcher
     from blockscale.tensor import BlockScaledTensor
 
 # Rows of tiles that share a band of L2 (gemm_kernel.tile_position).
 BAND = 8
 VECTOR = 16
+FLOAT_BYTES = 4
 NO_LIMIT = 2**63 - 1
 
 
@@ -29,7 +34,7 @@ class Step(NamedTuple):
     max_m: int
     rows: int
     tiles_across: int
-    launch: Callable[..., None]
+    launch: Launcher
 
 
 class TritonProduct:
@@ -44,8 +49,7 @@ class TritonProduct:
         self._weight = weight
         self._n, self._k = weight.data.shape
         self._row_divisor = gcd(self._k, VECTOR)
-        index = weight.device.index
-        self._device = torch.cuda.current_device() if index is None else index
+        self._device = device_index(weight.data)
         self._tiles = tuple(tiles) if tiles is not None else self._chosen_tiles()
         self._addresses = weight.data.data_ptr(), weight.scales.data_ptr()
         self._steps: dict[tuple[torch.dtype, bool], tuple[Step, ...]] = {}
@@ -63,14 +67,8 @@ class TritonProduct:
         address, stride = codes.data_ptr(), codes.stride(0)
         out_address = out.data_ptr()
         is_aligned = (address | out_address) % VECTOR == 0 and stride % self._row_divisor == 0
-        key = (out.dtype, is_aligned)
-        steps = self._steps.get(key)
-        if steps is None:
-            steps = self._steps[key] = self.steps(out.dtype, is_aligned=is_aligned)
         m = out.shape[0]
-        for step in steps:
-            if m <= step.max_m:
-                break
+        step = self._step(m, out.dtype, is_aligned=is_aligned)
         step.launch(
             -(-m // step.rows) * step.tiles_across,
             address,
@@ -85,6 +83,36 @@ class TritonProduct:
             activation.scales.stride(1),
             int(bias is not None),
         )
+
+    def workspace_bytes(self, m: int, out_dtype: torch.dtype) -> int:  # noqa: ARG002 - as ``step.StepProduct``
+        """None."""
+        return 0
+
+    def start_for(self, m: int, out_dtype: torch.dtype, scratch: Scratch) -> ProductStart:
+        """The launch for m tokens as ``step.StepProduct`` has it."""
+        scales = scratch.scales
+        step = self._step(m, out_dtype, is_aligned=True)
+        grid = (-(-m // step.rows) * step.tiles_across, 1, 1)
+        launch, static, constants = step.launch.start, step.launch.static, step.launch.constants
+        weight, weight_scales = self._addresses
+        align = TMA_STRIDE_BYTES // FLOAT_BYTES
+        shape = (m, self._n, self._k, self._k, round_up(m, align))
+        plain, biased = ((*shape, has_bias, *constants) for has_bias in (0, 1))
+
+        def start(stream: int, base: int, out: int, bias: int | None) -> None:
+            places = (base, base + scales, weight, weight_scales, bias, out)
+            if (base | out) % VECTOR:
+                other = self._step(m, out_dtype, is_aligned=False)
+                programs = -(-m // other.rows) * other.tiles_across
+                other.launch(programs, *places, *shape, int(bias is not None))
+                return
+            launch(*grid, stream, *static, *places, *(plain if bias is None else biased))
+
+        return start
+
+    def launcher_for(self, m: int, out_dtype: torch.dtype) -> Launcher:
+        """What ``start_for`` launches."""
+        return self._step(m, out_dtype, is_aligned=True).launch
 
     def compile(self, out_dtypes: Sequence[torch.dtype]) -> None:
         """Build every kernel that serves one of these output dtypes."""
@@ -107,6 +135,16 @@ class TritonProduct:
             )
             for bound, tile in zip(TOKEN_BOUNDS, self._tiles, strict=True)
         )
+
+    def _step(self, m: int, out_dtype: torch.dtype, *, is_aligned: bool) -> Step:
+        key = (out_dtype, is_aligned)
+        steps = self._steps.get(key)
+        if steps is None:
+            steps = self._steps[key] = self.steps(out_dtype, is_aligned=is_aligned)
+        for step in steps:
+            if m <= step.max_m:
+                break
+        return step
 
     def _chosen_tiles(self) -> tuple[Tile, ...]:
         properties = torch.cuda.get_device_properties(self._device)

@@ -14,6 +14,7 @@ import torch
 
 from blockscale.errors import BackendError
 from blockscale.formats import ceil_div
+from blockscale.kernels.step import device_index
 from blockscale.kernels.triton.build import TYPES, Variant, launcher
 from blockscale.kernels.triton.destination import (
     TILE_COLUMNS,
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from blockscale.formats import BlockFormat, ScaleLayout
+    from blockscale.kernels.step import QuantizerStart, Scratch
+    from blockscale.kernels.triton.build import Launcher
 
 # 8 x 512 values by 128 threads: 32 a thread, in 16-byte loads that are all in flight at once, and
 # whole 32-byte sectors of scales along M.
@@ -60,7 +63,7 @@ class Quantizer:
         set_field(result, "layout", self.spec.layout)
         return result
 
-    def launcher(self, bits: int) -> Callable[..., None]:
+    def launcher(self, bits: int) -> Launcher:
         """The variant for addresses and strides whose bits, in bytes, are ``bits`` together."""
         if bits % VECTOR_BYTES == 0:
             return self._aligned
@@ -90,7 +93,7 @@ class TiledQuantizer(Quantizer):
             msg = f"this quantizer takes {self._width} columns, got {tuple(values.shape)}"
             raise BackendError(msg)
         stride, address = values.stride(0), values.data_ptr()
-        codes, scales, extents = self.destination.new(m, self.device)
+        codes, scales, extents = self.destination.new(m, values.device)
         tall = max(extents[0], extents[1])
         self.launcher(address | stride * values.itemsize)(
             -(-tall // TILE_ROWS) * self._tiles_across,
@@ -103,6 +106,30 @@ class TiledQuantizer(Quantizer):
             *extents,
         )
         return codes, scales
+
+    def sizes(self, m: int) -> tuple[int, int]:
+        """As ``step.StepQuantizer``."""
+        places = self.destination.places(m)
+        return places.code_rows * self.spec.k, places.stored.bytes
+
+    def start_for(self, m: int, scratch: Scratch) -> QuantizerStart:
+        """As ``step.StepQuantizer``."""
+        extents = self.destination.places(m).extents
+        programs = -(-max(extents[0], extents[1]) // TILE_ROWS) * self._tiles_across
+        k, itemsize, scales = self.spec.k, self.spec.dtype.itemsize, scratch.scales
+        launch, static = self._aligned.start, self._aligned.static
+        ending = (*extents, *self._aligned.constants)
+
+        def start(stream: int, values: int, row_stride: int, base: int) -> None:
+            bits = values | row_stride * itemsize
+            if bits % VECTOR_BYTES:
+                places = (base, base + scales)
+                self.launcher(bits)(programs, values, *places, m, k, row_stride, *extents)
+                return
+            places = (values, base, base + scales)
+            launch(programs, 1, 1, stream, *static, *places, m, k, row_stride, *ending)
+
+        return start
 
 
 def _tiled(spec: QuantizerSpec, kernel: object, name: str, alignment: int) -> Variant:
@@ -161,8 +188,26 @@ def quantize_rows(
     key = (id(fmt), id(layout), values.dtype, values.shape[1], values.device, row_multiple)
     found = _QUANTIZERS.get(key)
     if found is None:
-        found = _QUANTIZERS[key] = _found(values, fmt, layout, row_multiple)
+        quantizer = rows_quantizer(
+            fmt, layout, values.dtype, values.shape[1], device_index(values), row_multiple
+        )
+        found = _QUANTIZERS[key] = _Found(quantizer, fmt, layout)
     return found.quantizer.tensor(*found.quantizer(values))
+
+
+def rows_quantizer(
+    fmt: BlockFormat,
+    layout: ScaleLayout,
+    dtype: torch.dtype,
+    k: int,
+    device: int,
+    row_multiple: int = 1,
+) -> TiledQuantizer:
+    """The quantizer behind ``quantize_rows`` for (m, k) matrices of ``dtype`` on a GPU."""
+    overlaps = torch.cuda.get_device_capability(device) >= OVERLAPPING
+    return activation_quantizer(
+        QuantizerSpec(fmt, layout, dtype, k, device, row_multiple, overlaps=overlaps)
+    )
 
 
 class _Found(NamedTuple):
@@ -175,20 +220,3 @@ class _Found(NamedTuple):
 
 # By identity: hashing a format and a layout takes longer than a launch.
 _QUANTIZERS: dict[tuple[object, ...], _Found] = {}
-
-
-def _found(
-    values: torch.Tensor, fmt: BlockFormat, layout: ScaleLayout, row_multiple: int
-) -> _Found:
-    index = values.device.index
-    device = torch.cuda.current_device() if index is None else index
-    spec = QuantizerSpec(
-        fmt,
-        layout,
-        values.dtype,
-        values.shape[1],
-        device,
-        row_multiple,
-        overlaps=torch.cuda.get_device_capability(device) >= OVERLAPPING,
-    )
-    return _Found(activation_quantizer(spec), fmt, layout)
