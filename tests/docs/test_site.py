@@ -43,6 +43,8 @@ def test_every_listed_page_exists_once() -> None:
 @pytest.mark.parametrize("page", sorted((DOCS / "reference").glob("*.md")), ids=lambda p: p.name)
 def test_every_documented_module_exists(page: Path) -> None:
     for name in re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.MULTILINE):
+        if ".transformers" in name:
+            pytest.importorskip("transformers", reason="pip install 'blockscale[transformers]'")
         assert import_module(name).__doc__
 
 
