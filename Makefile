@@ -54,9 +54,11 @@ weights: install
 demo: weights
 	$(PYTHON) tools/demo.py --weights $(WEIGHTS)
 
-# Each core starts with a half, file after file; who is done first takes from the other's end.
+# Each core starts with its share, file after file; who is done first takes from another's end.
+# "logical": of two hyperthreads "auto" would count one. Passive: threads of two torches that wait
+# do not turn in circles on the cores that the other needs.
 test: weights
-	$(PYTHON) -m pytest -n auto --dist worksteal
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n logical --dist worksteal
 
 # The Triton kernels' arithmetic on the CPU, bit for bit, and tests/gpu on a pretend GPU: minutes, so
 # not part of `make test`.
@@ -70,7 +72,7 @@ test-bare:
 	test -x $(BARE)/bin/python || python3 -m venv $(BARE)
 	$(BARE)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(TORCH)
 	$(BARE)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable '.[test]'
-	$(BARE)/bin/python -m pytest -n auto --dist worksteal
+	OMP_WAIT_POLICY=passive $(BARE)/bin/python -m pytest -n logical --dist worksteal
 
 # A real vLLM server, three times: with blockscale, and twice with it uninstalled.
 test-vllm: weights
