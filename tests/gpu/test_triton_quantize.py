@@ -211,6 +211,27 @@ def test_add_and_normalize(
         assert_same(codes, scales, quantize(expected.normalized, fmt), layout)
 
 
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_normalizing_every_value_of_two_bytes(has_residual: bool, dtype: torch.dtype) -> None:
+    """The instructions on pairs of halves: subnormals, infinities and NaNs have their own rows."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype).reshape(128, 512)
+    residual = every.flip(0) if has_residual else None
+    weight = ((torch.arange(512) % 97 - 48) / 32).to(dtype)
+    expected = add_and_normalize(every, residual, weight, 1e-6)
+    quantizer = NormalizeQuantizer(
+        spec(every, FP8_1X128_FP32, K_MAJOR), weight.cuda(), 1e-6, has_residual=has_residual
+    )
+    codes, scales, summed = quantizer(every.cuda(), None if residual is None else residual.cuda())
+    wanted = quantize(expected.normalized, FP8_1X128_FP32)
+    pairs = ((summed, expected.summed), (codes, wanted.data), (scales, wanted.scales))
+    for found, right in pairs:
+        numbers, rights = found.cpu().float(), right.float()
+        assert torch.equal(numbers.isnan(), rights.isnan())
+        bits = numbers.nan_to_num().view(torch.int32)
+        assert torch.equal(bits, rights.nan_to_num().view(torch.int32))
+
+
 def test_packed_scales_are_deep_gemms_own_packing() -> None:
     deep_gemm = pytest.importorskip("deep_gemm", reason="carry the wheel sgl-deep-gemm 0.1.5")
     for m, k in ((1, 512), (7, 640), (128, 7168), (129, 2304)):
