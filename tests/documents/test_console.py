@@ -48,8 +48,17 @@ def test_commands_run_and_print_what_is_shown(
     blocks = [
         b for b in lists.BLOCKS if b.document == document and b.is_console and not b.is_listed
     ]
-    if any("$ blockscale generate" in block.code for block in blocks):
-        pytest.importorskip("transformers", reason="pip install 'blockscale[transformers]'")
+    commands = [
+        session
+        for block in blocks
+        for session in sessions(block.code)
+        if not session[0].startswith(tuple(lists.NOT_HERE))
+    ]
+    for command, _ in commands:
+        if command.startswith("blockscale generate"):
+            pytest.importorskip("transformers", reason="pip install 'blockscale[transformers]'")
+        if " Qwen/" in command:
+            pytest.importorskip("huggingface_hub", reason="pip install 'blockscale[hub]'")
     if any(".cache/weights" in block.code for block in blocks):
         weights = ROOT / ".cache" / "weights" / "smollm2"
         if not (weights / "config.json").is_file():
@@ -64,10 +73,8 @@ def test_commands_run_and_print_what_is_shown(
         "HF_HOME": str(tmp_path / "hf"),
         "PATH": f"{_programs(tmp_path)}{os.pathsep}{environ['PATH']}",
     }
-    for block in blocks:
-        for command, shown in sessions(block.code):
-            if not command.startswith(tuple(lists.NOT_HERE)):
-                run(command, shown, tmp_path, environ)
+    for command, shown in commands:
+        run(command, shown, tmp_path, environ)
 
 
 def _programs(folder: Path) -> Path:
