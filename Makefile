@@ -23,7 +23,7 @@ VLLM    := .cache/venv-vllm
 PEERS   := .cache/venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help install weights demo test test-kernels test-bare test-vllm test-sglang test-peers check docs format clean
+.PHONY: help install weights demo test test-kernels test-bare test-vllm test-sglang test-peers test-triton-versions check docs format clean
 
 help:
 	@echo "make demo    install into $(VENV), fetch SmolLM2-135M, quantize, plan, verify, generate"
@@ -34,6 +34,7 @@ help:
 	@echo "make test-vllm     vLLM's own server on this machine's CPU, with and without blockscale (minutes)"
 	@echo "make test-sglang   the plugin against SGLang's own sources, no GPU needed"
 	@echo "make test-peers    llm-compressor and ModelOpt read our files, and we theirs (minutes)"
+	@echo "make test-triton-versions  the Gluon kernels compile under Triton 3.7, 3.8 and 3.9 (half an hour)"
 	@echo "make docs    the documentation site, into .cache/site (own environment, a minute)"
 	@echo "make format  rewrite files in the project's format"
 
@@ -91,6 +92,18 @@ test-peers:
 	  --requirement tests/peers/requirements.txt
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	$(PEERS)/bin/python -m pytest -m peers -o filterwarnings= tests/peers
+
+# Own environments that see the main one's packages, but for Triton.
+test-triton-versions: install
+	set -e; for release in 3.7.1 3.8.0 3.9.0; do \
+	  place=.cache/venv-triton-$$(echo $$release | cut -d. -f1-2 | tr -d .); \
+	  test -x $$place/bin/python || $(PYTHON) -m venv $$place; \
+	  $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > $$($$place/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth; \
+	  $$place/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps triton==$$release; \
+	  PYTHONPATH=src $$place/bin/python -m pytest -o filterwarnings= tests/kernels_gluon/test_paired_build.py \
+	    tests/kernels_gluon/test_gluon_build.py -k 'spill or multicast or refuses'; \
+	done
 
 check: install
 	$(VENV)/bin/ruff format --check .

@@ -6,100 +6,27 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 
 from blockscale.kernels.gluon.work import (
-    DenseVariant,
     Work,
-    aligned_scale_stride,
     dense_variant,
     dense_work,
-    scale_box,
     small_variant,
     small_work,
 )
 from blockscale.testing import gluon_machine
 from blockscale.testing.gluon_kernels import load_kernels
-from blockscale.testing.gluon_machine import Box, EmulationError, Pointer, Program, launch
+from blockscale.testing.gluon_machine import EmulationError, Program
+from blockscale.testing.gluon_problem import KERNELS, Problem
 
-if TYPE_CHECKING:
-    from types import SimpleNamespace
-
-KERNELS = load_kernels()
 TILES = ((256, 128), (128, 128), (128, 64), (128, 32), (64, 128), (64, 32))
 PART_TILES = ((128, 192), (128, 96), (64, 192), (64, 96))
 PROCESSORS = 3
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Problem:
-    """Operands in the kernels' layouts, and the product in float64."""
-
-    def __init__(self, m: int, n: int, k: int, *, whole_numbers: bool = True) -> None:
-        generator = torch.Generator().manual_seed(m + 31 * n + 1009 * k)
-        blocks = -(-k // 128)
-        shapes = ((m, k), (n, k))
-        if whole_numbers:
-            a, b = (torch.randint(-4, 5, s, generator=generator).float() for s in shapes)
-            grids = ((m, blocks), (-(-n // 128), blocks))
-            exponents = [torch.randint(-3, 4, s, generator=generator) for s in grids]
-            a_scales, b_scales = (2.0**e for e in exponents)
-        else:
-            a, b = (torch.randn(s, generator=generator) for s in shapes)
-            a_scales = torch.rand((m, blocks), generator=generator) + 0.5
-            b_scales = torch.rand((-(-n // 128), blocks), generator=generator) + 0.5
-        self.m, self.n, self.k = m, n, k
-        self.a, self.b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
-        self.b_scales = b_scales
-        # Padding is NaN: reading it would show.
-        self.a_scales = torch.full((blocks, aligned_scale_stride(m)), float("nan"))
-        self.a_scales[:, :m] = a_scales.T
-        wide_a = self.a.double() * a_scales.double().repeat_interleave(128, 1)[:, :k]
-        rows = b_scales.double().repeat_interleave(128, 0)[:n]
-        self.product = wide_a @ (self.b.double() * rows.repeat_interleave(128, 1)[:, :k]).T
-
-    def run(
-        self,
-        work: Work,
-        dtype: torch.dtype = torch.float32,
-        bias: torch.Tensor | None = None,
-        kernels: SimpleNamespace = KERNELS,
-    ) -> torch.Tensor:
-        """The kernel's result; NaN where it wrote nothing."""
-        variant = work.variant
-        out = torch.full((self.m, self.n), float("nan"), dtype=dtype)
-        tickets = torch.zeros(max(1, work.tickets), dtype=torch.int32)
-        workspace = torch.full((max(1, work.workspace_elements),), float("nan"))
-        arguments: dict[str, Any] = {
-            **variant.constants(overlap=True),
-            **work.arguments(self.m, self.n, self.b_scales.stride(0)),
-            "has_bias": int(bias is not None),
-            "b_scales": Pointer(self.b_scales.flatten()),
-            "bias": Pointer(torch.empty(0, dtype=dtype) if bias is None else bias),
-            "workspace": Pointer(workspace),
-            "tickets": Pointer(tickets),
-        }
-        scales = self.a_scales[:, : self.m]
-        if isinstance(variant, DenseVariant):
-            kernel, rows, columns = kernels.dense_kernel, variant.rows, variant.columns
-            columns = variant.wide
-            arguments["b_rest"] = Box(self.b, (variant.rest or columns, 128))
-            arguments["out"] = Box(out, (64, variant.store_columns))
-            arguments["a_scale_boxes"] = Box(scales, (1, rows))
-        else:
-            kernel, rows, columns = kernels.small_m_kernel, variant.tokens, variant.weights
-            arguments["out"] = Pointer(out.view(-1))
-            arguments["a_scale_boxes"] = Box(scales, (1, scale_box(variant.tokens)))
-        arguments["a"] = Box(self.a, (rows, 128))
-        arguments["b"] = Box(self.b, (columns, 128))
-        launch(kernel, work.grid, arguments)
-        if tickets.any():
-            msg = "tickets must be zero again after a launch"
-            raise EmulationError(msg)
-        return out
 
 
 def dense(tile: tuple[int, int], kind: str, m: int, n: int, k: int) -> Work:
@@ -121,10 +48,16 @@ def test_dense_is_exact_on_whole_numbers_with_ragged_edges(
     assert torch.equal(problem.run(dense(tile, kind, m, n, k), bias=bias).double(), expected)
 
 
+@pytest.mark.parametrize("last", [-40, -136])
 @pytest.mark.parametrize("tile", PART_TILES, ids=str)
-def test_tiles_of_two_parts_are_exact_and_know_their_scale_blocks(tile: tuple[int, int]) -> None:
-    """Parts start on either side of a scale block's edge: eight columns of tiles meet them all."""
-    problem = Problem(150, 8 * tile[1] - 40, 5 * 128 + 16)
+def test_tiles_of_two_parts_are_exact_and_know_their_scale_blocks(
+    tile: tuple[int, int], last: int
+) -> None:
+    """Parts start on either side of a scale block's edge: eight columns of tiles meet them all.
+
+    ``last``: where the last tile ends; a part of it may lie beyond the last scale block.
+    """
+    problem = Problem(150, 8 * tile[1] + last, 5 * 128 + 16)
     bias = torch.arange(problem.n).float() - problem.n // 2
     work = dense(tile, "plain", problem.m, problem.n, problem.k)
     expected = problem.product + bias.double()
@@ -205,8 +138,10 @@ def test_a_split_sum_has_the_same_bits_whatever_piece_comes_last(
     original = Program.__init__
     for shift in (1000, 2000, 3000):
 
-        def reseeded(self: Program, *args: Any, seed: int, shift: int = shift) -> None:
-            original(self, *args, seed=seed + shift)
+        def reseeded(
+            self: Program, *args: Any, seed: int, shift: int = shift, **named: Any
+        ) -> None:
+            original(self, *args, seed=seed + shift, **named)
 
         monkeypatch.setattr(Program, "__init__", reseeded)
         assert torch.equal(problem.run(work), first)

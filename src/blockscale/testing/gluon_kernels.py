@@ -47,6 +47,7 @@ MODULES = (
     "waves",
     "epilogue",
     "dense",
+    "paired",
     "small_m",
     "grouped_schedule",
     "grouped",
@@ -73,6 +74,7 @@ def load_kernels(edit: tuple[str, str] = ("", "")) -> SimpleNamespace:
             loaded[name] = module.__dict__
     return SimpleNamespace(
         dense_kernel=loaded["dense"]["dense_kernel"],
+        paired_kernel=loaded["paired"]["paired_kernel"],
         small_m_kernel=loaded["small_m"]["small_m_kernel"],
         grouped_kernel=loaded["grouped"]["grouped_kernel"],
         grouped_small_kernel=loaded["grouped_small"]["grouped_small_kernel"],
@@ -92,7 +94,7 @@ def _stand_in_modules() -> dict[str, ModuleType]:
         "triton.experimental.gluon.language.nvidia.hopper",
         fence_async_shared=_fence,
         mbarrier=SimpleNamespace(
-            MBarrierLayout=lambda: "mbarrier",
+            MBarrierLayout=_barrier_layout,
             init=_init_barrier,
             expect=_expect,
             arrive=_arrive,
@@ -110,7 +112,15 @@ def _stand_in_modules() -> dict[str, ModuleType]:
         gdc_launch_dependents=lambda: None,
     )
     experimental = _module("triton.experimental", gluon=gluon)
-    modules = [_module("triton"), experimental, gluon, gluon.language, hopper, cuda]
+    # As new as what the kernels may use, and with the older of two names.
+    modules = [
+        _module("triton", __version__="3.8.0"),
+        experimental,
+        gluon,
+        gluon.language,
+        hopper,
+        cuda,
+    ]
     return {module.__name__: module for module in modules}
 
 
@@ -133,6 +143,7 @@ def _language() -> ModuleType:
         int64=machine.INT64,
         float32=machine.FLOAT32,
         NVMMADistributedLayout=_some_layout,
+        NVMMASharedLayout=_some_layout,
         BlockedLayout=_some_layout,
         SliceLayout=_some_layout,
         SwizzledSharedLayout=_some_layout,
@@ -142,6 +153,8 @@ def _language() -> ModuleType:
         warp_specialize=_specialize,
         program_id=lambda axis: thread().program.ids[axis],
         num_programs=lambda axis: thread().program.grid[axis],
+        num_ctas=lambda: len(thread().program.pair),
+        inline_asm_elementwise=_special_register,
         barrier=lambda: None,
         allocate_shared_memory=_allocate,
         arange=lambda start, end, layout: Value(torch.arange(start, end)),  # noqa: ARG005
@@ -169,6 +182,16 @@ def _some_layout(*parts: Any, **named: Any) -> str:  # noqa: ANN401 - layouts me
     return f"{parts}{named}"
 
 
+def _barrier_layout(cga_layout: Sequence[Sequence[int]] = ()) -> tuple[str, bool]:
+    """That it is one of barriers, and whether a pair's programs share them."""
+    return "mbarrier", [0] in cga_layout
+
+
+def _special_register(text: str, *_rest: Any, **_named: Any) -> int:  # noqa: ANN401 - Gluon's signature
+    _check("%cluster_ctarank" in text, "the only instruction known here")
+    return thread().program.rank
+
+
 def _check(holds: object, message: str) -> None:
     if not holds:
         raise EmulationError(message)
@@ -181,6 +204,12 @@ def _specialize(
 ) -> None:
     _check(len(partitions) == len(warps) + 1 == len(registers) + 1, "one entry a worker")
     program = thread().program
+    # Barriers must be made before another program arrives at them: Triton waits for the cluster.
+    try:
+        program.start.wait(machine.WAIT_SECONDS)
+    except threading.BrokenBarrierError as error:
+        msg = "the other program of the pair did not start"
+        raise EmulationError(msg) from error
 
     def work(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         machine.enter(program)
@@ -195,14 +224,28 @@ def _specialize(
         worker.join()
 
 
-def _allocate(dtype: ElementType, shape: Sequence[int], layout: str) -> Any:  # noqa: ANN401 - either kind
+def _allocate(dtype: ElementType, shape: Sequence[int], layout: Any) -> Any:  # noqa: ANN401 - either kind
     program = thread().program
-    if layout == "mbarrier":
-        barriers = [Barrier(program) for _ in range(shape[0])]
+    if isinstance(layout, tuple):
+        _, is_pairs = layout
+        with machine.ATOMIC:
+            barriers = _new_barriers(program, shape[0], is_pairs=is_pairs)
         return SimpleNamespace(index=lambda number: barriers[int(machine.plain(number))])
     data = torch.empty(tuple(shape), dtype=dtype.torch)
     data.view(torch.uint8).fill_(machine.NAN_BYTE)
+    program.memory.append(data)
     return Shared(data)
+
+
+def _new_barriers(program: machine.Program, count: int, *, is_pairs: bool) -> list[Barrier]:
+    """A program's next barriers; a pair's are made by whichever program comes first."""
+    start = len(program.barriers)
+    known = max((other.barriers for other in program.pair), key=len)[start : start + count]
+    first = program.pair[0] if is_pairs else program
+    if not is_pairs or not known:
+        known = [Barrier(first, is_pairs) for _ in range(count)]
+    program.barriers += known
+    return known
 
 
 def _expect(barrier: Barrier, count: int, pred: object = True) -> None:  # noqa: FBT002 - Gluon's signature
@@ -216,11 +259,15 @@ def _arrive(barrier: Barrier, count: int, pred: object = True) -> None:  # noqa:
 
 
 def _wait(barrier: Barrier, phase: Any, pred: object = True) -> None:  # noqa: ANN401, FBT002 - as above
-    if pred:
+    # Only the first program of a pair waits for what both arrive at.
+    if pred and not (barrier.is_pairs and thread().program.rank):
         barrier.wait(int(machine.plain(phase)))
 
 
 def _init_barrier(barrier: Barrier, count: int) -> None:
+    if barrier.is_pairs:
+        # Each of the two arrives ``count`` times.
+        count *= len(barrier.program.pair)
     barrier.count = barrier.pending = count
 
 
@@ -291,21 +338,29 @@ def _load_box(
     barrier: Barrier,
     target: Shared,
     pred: Any = True,  # noqa: ANN401, FBT002 - Value or bool
+    multicast: bool = False,  # noqa: FBT001, FBT002 - Gluon's signature
 ) -> None:
-    if not pred:
+    program = thread().program
+    if not pred or (multicast and program.rank):
         return
     _check(target.shape == box.block_type.shape, "box and slot differ in shape")
     _check(target.offset % TMA_SHARED_BYTES == 0, "a slot that TMA cannot write to")
     source, where = box.clip(coordinates)
-    target.data.view(torch.uint8).fill_(machine.NAN_BYTE)
 
-    def copy() -> None:
-        filled = torch.zeros_like(target.data)
-        filled[where] = source
-        target.data.copy_(filled)
-        barrier.complete_bytes(box.block_type.nbytes)
+    def start(target: Shared, barrier: Barrier) -> None:
+        barrier.program.reach()
+        target.data.view(torch.uint8).fill_(machine.NAN_BYTE)
 
-    barrier.program.submit(copy)
+        def copy() -> None:
+            filled = torch.zeros_like(target.data)
+            filled[where] = source
+            target.data.copy_(filled)
+            barrier.complete_bytes(box.block_type.nbytes)
+
+        program.submit(copy)
+
+    for other in program.pair if multicast else (program,):
+        start(*other.counterpart(target, barrier))
 
 
 def _store_box(box: Box, coordinates: Sequence[int], source: Shared) -> None:
@@ -313,7 +368,14 @@ def _store_box(box: Box, coordinates: Sequence[int], source: Shared) -> None:
     _check(state.is_fenced, "shared memory was written and not fenced before a store")
     _check(source.shape == box.block_type.shape, "box and buffer differ in shape")
     _check(source.offset % TMA_SHARED_BYTES == 0, "a buffer that TMA cannot read")
-    target, where = box.clip(coordinates)
+    pair, rank = len(state.program.pair), state.program.rank
+    if pair > 1 and box.is_halved:
+        rows = source.shape[0] // pair
+        source = source.slice(0, rows)
+        coordinates = [machine.plain(coordinates[0]) + rank * rows, *coordinates[1:]]
+    elif rank > 0:
+        return  # What both have, the first one stores.
+    target, where = box.clip(coordinates, source.shape)
     before = bits(source.data)
     done = threading.Event()
     state.stores.append(done)

@@ -117,17 +117,30 @@ class Pointer:
 
 
 class Box:
-    """A tensor descriptor: a matrix, or several, and the shape of the boxes that TMA copies."""
+    """A tensor descriptor: a matrix, or several, and the shape of the boxes that TMA copies.
 
-    def __init__(self, matrix: torch.Tensor, shape: Sequence[int]) -> None:
+    ``is_halved``: the first half of a box's rows is in the first program of a pair, the second in
+    the second; otherwise each program has all of it.
+    """
+
+    def __init__(
+        self, matrix: torch.Tensor, shape: Sequence[int], *, is_halved: bool = False
+    ) -> None:
         self.matrix = matrix
         self.dtype = ELEMENT_TYPES[matrix.dtype]
-        self.layout = "box"
+        self.layout = SimpleNamespace(swizzle_byte_width=128, element_bitwidth=8 * matrix.itemsize)
+        self.is_halved = is_halved
+        self.shape = tuple(matrix.shape)
         nbytes = prod(shape) * matrix.itemsize
         self.block_type = SimpleNamespace(shape=tuple(shape), nbytes=nbytes)
 
-    def clip(self, coordinates: Sequence[int]) -> tuple[torch.Tensor, tuple[slice, ...]]:
-        """The part of the matrix under a box, and where it lies in the box."""
+    def clip(
+        self, coordinates: Sequence[int], shape: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, tuple[slice, ...]]:
+        """The part of the matrix under a box, and where it lies in the box.
+
+        ``shape``: of a part of the box.
+        """
         starts = [int(plain(c)) for c in coordinates]
         if min(starts) < 0:
             msg = f"negative TMA coordinates {starts}"
@@ -135,7 +148,7 @@ class Box:
         lengths = [
             max(0, min(size, total - start))
             for size, total, start in zip(
-                self.block_type.shape, self.matrix.shape, starts, strict=True
+                shape or self.block_type.shape, self.matrix.shape, starts, strict=True
             )
         ]
         part = tuple(
@@ -150,6 +163,7 @@ class Shared:
     def __init__(self, data: torch.Tensor) -> None:
         self.data = data
         self.dtype = ELEMENT_TYPES[data.dtype]
+        self.layout = SimpleNamespace(swizzle_byte_width=128, element_bitwidth=8 * data.itemsize)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -177,6 +191,13 @@ class Shared:
         """The same elements under another shape."""
         return Shared(self.data.view(*shape))
 
+    def _reinterpret(self, dtype: ElementType, shape: Sequence[int], layout: Any) -> Shared:  # noqa: ANN401, ARG002 - Gluon's signature
+        """What a program of a pair has of rows that are declared for both: as many as it sees."""
+        if dtype != self.dtype or len(thread().program.pair) * shape[0] != self.shape[0]:
+            msg = f"{shape} of {dtype} are not one program's part of {self.shape}"
+            raise EmulationError(msg)
+        return self.slice(0, shape[0])
+
     def load(self, layout: Any) -> Value:  # noqa: ANN401, ARG002 - Gluon's signature
         """A copy in registers."""
         return Value(self.data.clone())
@@ -197,9 +218,13 @@ def bits(data: torch.Tensor) -> torch.Tensor:
 
 @dataclass(slots=True)
 class Barrier:
-    """An mbarrier: a phase ends when all arrivals and all expected bytes have come."""
+    """An mbarrier: a phase ends when all arrivals and all expected bytes have come.
+
+    ``is_pairs``: the programs of a pair share it; it lies in the first one.
+    """
 
     program: Program
+    is_pairs: bool = False
     count: int = 0
     pending: int = 0
     expected_bytes: int = 0
@@ -207,6 +232,7 @@ class Barrier:
 
     def arrive(self, count: int, expected_bytes: int = 0) -> None:
         """Count arrivals."""
+        self.program.reach()
         with self.program.condition:
             self.pending -= count
             self.expected_bytes += expected_bytes
@@ -217,6 +243,7 @@ class Barrier:
 
     def complete_bytes(self, count: int) -> None:
         """Count copied bytes."""
+        self.program.reach()
         with self.program.condition:
             self.expected_bytes -= count
             self._complete()
@@ -250,15 +277,46 @@ class Unfinished:
 
 @dataclass(slots=True)
 class Program:
-    """One thread block: its copy engine, its condition, the first error of any thread."""
+    """One thread block: its copy engine, its condition, the first error of any thread.
+
+    ``pair``: the programs of its cluster, itself among them, or nothing but itself. ``ids`` and
+    ``grid`` are the cluster's. ``memory`` and ``barriers``: what it has allocated, in order.
+    """
 
     ids: tuple[int, int]
     grid: tuple[int, int]
     seed: int
+    pair: list[Program] = field(default_factory=list)
+    memory: list[torch.Tensor] = field(default_factory=list)
+    barriers: list[Barrier] = field(default_factory=list)
+    start: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
     condition: threading.Condition = field(default_factory=threading.Condition)
     jobs: list[Callable[[], None]] = field(default_factory=list)
     error: BaseException | None = None
     finished: bool = False
+
+    def __post_init__(self) -> None:
+        self.pair.append(self)
+
+    @property
+    def rank(self) -> int:
+        """Which program of its pair."""
+        return next(at for at, program in enumerate(self.pair) if program is self)
+
+    def reach(self) -> None:
+        """Raise if another program reaches for this one's shared memory and it has ended."""
+        if self.finished and thread().program is not self:
+            msg = "shared memory of a program that has ended was reached for"
+            raise EmulationError(msg)
+
+    def counterpart(self, view: Shared, barrier: Barrier) -> tuple[Shared, Barrier]:
+        """What lies in this program where ``view`` and ``barrier`` lie in the calling one."""
+        caller = thread().program
+        storage = view.data.untyped_storage().data_ptr()
+        at = [data.untyped_storage().data_ptr() for data in caller.memory].index(storage)
+        data = self.memory[at].view(-1).view(view.data.dtype)
+        data = data.as_strided(view.data.shape, view.data.stride(), view.data.storage_offset())
+        return Shared(data), self.barriers[[b is barrier for b in caller.barriers].index(True)]
 
     def wait_for(self, ready: Callable[[], bool], what: str) -> None:
         """Block until ``ready``, another thread's error, or for too long."""
@@ -278,6 +336,7 @@ class Program:
 
     def copy_engine(self) -> None:
         """Do copies late and in any order."""
+        enter(self)
         chance = random.Random(self.seed)  # noqa: S311 - delays, not secrets
         while True:
             with self.condition:
@@ -293,9 +352,11 @@ class Program:
         try:
             job()
         except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
-            with self.condition:
-                self.error = self.error or error
-                self.condition.notify_all()
+            self.start.abort()
+            for program in self.pair:
+                with program.condition:
+                    program.error = program.error or error
+                    program.condition.notify_all()
 
     def run(self, kernel: Callable[..., None], arguments: dict[str, Any]) -> None:
         """Run the kernel and all its copies to the end. Raises the first error."""
@@ -325,11 +386,23 @@ def thread() -> Any:  # noqa: ANN401 - a namespace
     return _LOCAL.state
 
 
-def launch(kernel: Callable[..., None], grid: tuple[int, int], arguments: dict[str, Any]) -> None:
-    """Run all programs of a grid at once. Raises the first error of any."""
-    programs = [
-        Program((x, y), grid, seed=17 * x + y) for y in range(grid[1]) for x in range(grid[0])
-    ]
+def launch(
+    kernel: Callable[..., None],
+    grid: tuple[int, int],
+    arguments: dict[str, Any],
+    cluster: int = 1,
+) -> None:
+    """Run all programs of a grid at once, ``cluster`` for each of its places.
+
+    Raises the first error of any.
+    """
+    programs = []
+    for x, y in ((x, y) for y in range(grid[1]) for x in range(grid[0])):
+        pair: list[Program] = []
+        start = threading.Barrier(cluster)
+        for rank in range(cluster):
+            seed = 17 * x + y + 1009 * rank
+            programs.append(Program((x, y), grid, seed=seed, pair=pair, start=start))
     errors: list[BaseException] = []
 
     def run(program: Program) -> None:

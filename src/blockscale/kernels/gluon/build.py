@@ -6,7 +6,7 @@ Triton keeps what it compiled in its cache directory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 
 from blockscale.errors import BackendError
 from blockscale.kernels.gluon.dense import dense_kernel
-from blockscale.kernels.gluon.dialect import GluonSource
+from blockscale.kernels.gluon.dialect import HAS_PAIRS, GluonSource, in_each_program
 from blockscale.kernels.gluon.grouped import grouped_kernel
 from blockscale.kernels.gluon.grouped_small import grouped_small_kernel
 from blockscale.kernels.gluon.grouped_work import (
@@ -25,6 +25,8 @@ from blockscale.kernels.gluon.grouped_work import (
     GroupedSmallVariant,
     GroupedVariant,
 )
+from blockscale.kernels.gluon.pair_work import PAIR, PairVariant
+from blockscale.kernels.gluon.paired import paired_kernel
 from blockscale.kernels.gluon.small_m import small_m_kernel
 from blockscale.kernels.gluon.work import (
     CONSUMERS,
@@ -45,6 +47,7 @@ WARP_SIZE = 32
 WARPS = 4
 KERNELS = {
     DenseVariant: dense_kernel,
+    PairVariant: paired_kernel,
     SmallVariant: small_m_kernel,
     GroupedVariant: grouped_kernel,
     GroupedSmallVariant: grouped_small_kernel,
@@ -67,7 +70,7 @@ class Form:
     itself (programmatic dependent launch).
     """
 
-    variant: DenseVariant | SmallVariant | AnyGroupedVariant
+    variant: DenseVariant | PairVariant | SmallVariant | AnyGroupedVariant
     out_dtype: torch.dtype
     overlap: bool = False
 
@@ -91,26 +94,40 @@ class Form:
         """Whether one program has a multiprocessor to itself, and two consumers."""
         if isinstance(self.variant, DenseVariant):
             return self.variant.consumers == CONSUMERS
-        return isinstance(self.variant, GroupedVariant)
+        return isinstance(self.variant, GroupedVariant | PairVariant)
+
+    @property
+    def programs(self) -> int:
+        """Programs of a cluster."""
+        return PAIR if isinstance(self.variant, PairVariant) else 1
 
 
 @dataclass(frozen=True, slots=True)
 class BoxType:
-    """A TMA descriptor's compile-time part: elements, the box that one copy moves, its swizzle."""
+    """A TMA descriptor's compile-time part: elements, the box that one copy moves, its swizzle.
+
+    ``clusters``: how the box lies in the programs of a cluster, in Triton's words; empty if there
+    is but one.
+    """
 
     dtype: torch.dtype
     block: tuple[int, ...]
     is_swizzled: bool = True
+    clusters: tuple[tuple[int, ...], ...] = ()
 
     @property
     def layout(self) -> gl.NVMMASharedLayout:
         """How the box lies in shared memory; unswizzled where it is read element by element."""
         _, element = ELEMENTS[self.dtype]
+        clusters = {"cga_layout": [list(basis) for basis in self.clusters]} if self.clusters else {}
         if self.is_swizzled:
-            return gl.NVMMASharedLayout.get_default_for(list(self.block), element)
-        bits = element.primitive_bitwidth
-        rank = len(self.block)
-        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=rank)
+            return gl.NVMMASharedLayout.get_default_for(list(self.block), element, **clusters)
+        return gl.NVMMASharedLayout(
+            swizzle_byte_width=0,
+            element_bitwidth=element.primitive_bitwidth,
+            rank=len(self.block),
+            **clusters,
+        )
 
     @property
     def signature(self) -> str:
@@ -122,6 +139,9 @@ class BoxType:
 
 def compile_form(form: Form, target: GPUTarget) -> CompiledKernel:
     """The compiled kernel. Raises BackendError, with Triton's own words, if it cannot be."""
+    if form.programs > 1 and not HAS_PAIRS:
+        msg = f"{form.name} needs Triton 3.8 or newer, for multicast; this is {triton.__version__}"
+        raise BackendError(msg)
     fixed = form.constants
     names = form.kernel.arg_names
     types = _types(form)
@@ -141,6 +161,7 @@ def compile_form(form: Form, target: GPUTarget) -> CompiledKernel:
         # FFMA, not FMUL and FADD: off by default from Triton 3.10 on.
         "enable_fp_fusion": True,
         "launch_pdl": form.overlap,
+        "num_ctas": form.programs,
     }
     try:
         return triton.compile(source, target=target, options=options)
@@ -166,6 +187,13 @@ def boxes(form: Form) -> dict[str, BoxType]:
             "a_scale_boxes": BoxType(torch.float32, (1, variant.rows), is_swizzled=False),
             "out": BoxType(form.out_dtype, (WAVE_ROWS, variant.store_columns)),
         }
+    if isinstance(variant, PairVariant):
+        tile = Form(variant.tile, form.out_dtype)
+        whole = tuple(map(tuple, in_each_program(2, PAIR)))
+        found = {name: replace(box, clusters=whole) for name, box in boxes(tile).items()}
+        # The second program's rows after the first one's (``epilogue``).
+        block = (PAIR * WAVE_ROWS, variant.tile.store_columns)
+        return found | {"out": BoxType(form.out_dtype, block, clusters=((1, 0),))}
     if isinstance(variant, GroupedVariant):
         return {
             "a": BoxType(float8, (GROUP_ROWS, K_BLOCK)),
@@ -201,6 +229,8 @@ def _types(form: Form) -> dict[str, str]:
 
 def _divisors(form: Form) -> dict[str, int]:
     """What is known to divide an address (in bytes) or an integer."""
+    if isinstance(form.variant, PairVariant):
+        return {}
     if isinstance(form.variant, DenseVariant):
         return {"workspace": 16}
     if isinstance(form.variant, GroupedVariant):

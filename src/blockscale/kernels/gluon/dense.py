@@ -40,7 +40,7 @@ K_BLOCK = gl.constexpr(128)
 
 
 @gluon.jit
-def _part_columns(column, WIDE: gl.constexpr, REST: gl.constexpr):
+def part_columns(column, WIDE: gl.constexpr, REST: gl.constexpr):
     """Where the wide part and the rest of a tile start, so that neither meets two scale blocks."""
     wide = column
     rest = column + WIDE
@@ -92,6 +92,10 @@ def _fill(ring, operands, row, columns, first_block, blocks, slot, phase, early,
     full, empty = ring[4], ring[5]
     a, a_scales, b_scales, b_scale_stride = operands[0], operands[3], operands[4], operands[5]
     wide, rest = columns
+    if REST > 0:
+        # A part may lie beyond the last column: it has no scale.
+        last = operands[1].shape[0] - 1
+        wide, rest = gl.minimum(wide, last), gl.minimum(rest, last)
     b_scale = first_weight_scale(b_scales, wide, b_scale_stride, first_block)
     next_scale = gl.load(b_scale)
     # From the scale of the wide part to that of the rest.
@@ -154,7 +158,7 @@ def _produce(ring, operands, shape, split, BM: gl.constexpr, BN: gl.constexpr, R
             own, whole_tiles, pieces, piece_blocks, all_blocks, SPLIT
         )
         _row, column = tile_position(tile, row_tiles, column_tiles, BAND)
-        columns = _part_columns(column * WIDTH, BN, REST)
+        columns = part_columns(column * WIDTH, BN, REST)
         blocks = gl.where(own < items, blocks, 0)
         early = _weights_ahead(ring, operands, columns, first_block, blocks, REST, STAGES)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -162,13 +166,13 @@ def _produce(ring, operands, shape, split, BM: gl.constexpr, BN: gl.constexpr, R
             item, whole_tiles, pieces, piece_blocks, all_blocks, SPLIT
         )
         row, column = tile_position(tile, row_tiles, column_tiles, BAND)
-        columns = _part_columns(column * WIDTH, BN, REST)
+        columns = part_columns(column * WIDTH, BN, REST)
         slot, phase, early = _fill(ring, operands, row * BM, columns, first_block, blocks, slot,
                                    phase, early, REST, STAGES)  # fmt: skip
     if NARROW:
         narrow, head, idle = first_narrow(items, narrow_tiles)
         while narrow < narrow_tiles:
-            columns = _part_columns(column_tiles * BN, BN, 0)
+            columns = part_columns(column_tiles * BN, BN, 0)
             slot, phase, early = _fill(ring, operands, narrow * BM, columns, 0, all_blocks, slot,
                                        phase, early, 0, STAGES)  # fmt: skip
             narrow = next_narrow(narrow, head, idle)
@@ -243,7 +247,7 @@ def _consume(ring, target, sums, n, shape, split, ME: gl.constexpr, BM: gl.const
         row = tile_row * BM + OWN
         if REST > 0:
             out, staging, bias, has_bias = target
-            wide, rest = _part_columns(tile_column * (BN + REST), BN, REST)
+            wide, rest = part_columns(tile_column * (BN + REST), BN, REST)
             buffer = write(result0, out, staging, buffer, bias, has_bias, row, wide, n, ME, BN,
                            BUFFERS, LAYOUT)  # fmt: skip
             buffer = write(result1, out, staging, buffer, bias, has_bias, row, rest, n, ME, REST,

@@ -6,16 +6,21 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
-from blockscale.kernels.gluon.dialect import store_box
-from blockscale.kernels.gluon.waves import wave_layout
+from blockscale.kernels.gluon.dialect import (
+    number_in_pair,
+    seen_as,
+    store_box,
+    whole_in_each_program,
+)
+from blockscale.kernels.gluon.waves import WAVE_ROWS, wave_layout
 
 
 @gluon.jit
-def _halves(values, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+def _halves(values, COLUMNS: gl.constexpr):
     """The left and the right half of the columns; both stay in the registers they are in."""
-    parts = gl.permute(gl.reshape(values, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
+    parts = gl.permute(gl.reshape(values, (WAVE_ROWS, 2, COLUMNS // 2)), (0, 2, 1))
     left, right = gl.split(parts)
-    HALF: gl.constexpr = wave_layout(COLUMNS // 2)
+    HALF: gl.constexpr = wave_layout(COLUMNS // 2, gl.num_ctas())
     left = gl.convert_layout(left, HALF, assert_trivial=True)
     right = gl.convert_layout(right, HALF, assert_trivial=True)
     return left, right
@@ -24,11 +29,21 @@ def _halves(values, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 @gluon.jit
 def _store(values, out, staging, buffer, row, column, ME: gl.constexpr, COLUMNS: gl.constexpr,
            BUFFERS: gl.constexpr):  # fmt: skip
-    """Start the store of one wave's rows and as many columns as a buffer has, or fewer."""
+    """Start the store of one wave's rows and as many columns as a buffer has, or fewer.
+
+    Triton lets one program of a cluster store what all of them have. So a pair's buffers are
+    declared as one of twice the rows, half of it in each program, and TMA gets the row that the
+    whole would start in.
+    """
     target = staging.index(ME * BUFFERS + buffer)
+    own = target
+    if gl.num_ctas() > 1:
+        WHOLE: gl.constexpr = whole_in_each_program(staging.layout, gl.num_ctas())
+        own = seen_as(target, [WAVE_ROWS, staging.shape[2]], WHOLE)
+        row -= number_in_pair() * WAVE_ROWS
     # Stores are issued in the order of the buffers: this buffer's last one has been read.
     tma.store_wait(BUFFERS - 1)
-    target.slice(0, COLUMNS, dim=1).store(values)
+    own.slice(0, COLUMNS, dim=1).store(values)
     fence_async_shared()
     store_box(out, [row, column], target)
     return (buffer + 1) % BUFFERS
@@ -42,7 +57,6 @@ def write(result, out, staging, buffer, bias, has_bias, row, column, n, ME: gl.c
     Consumer ``ME`` has ``BUFFERS`` staging buffers of half or all of COLUMNS; ``buffer`` is
     the next of them. Returns the one after.
     """
-    ROWS: gl.constexpr = staging.shape[1]
     AT_ONCE: gl.constexpr = staging.shape[2]
     if has_bias != 0:
         columns = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
@@ -53,7 +67,7 @@ def write(result, out, staging, buffer, bias, has_bias, row, column, n, ME: gl.c
         buffer = _store(rounded, out, staging, buffer, row, column, ME, COLUMNS, BUFFERS)
     else:
         HALF: gl.constexpr = COLUMNS // 2
-        left, right = _halves(rounded, ROWS, COLUMNS)
+        left, right = _halves(rounded, COLUMNS)
         buffer = _store(left, out, staging, buffer, row, column, ME, HALF, BUFFERS)
         buffer = _store(right, out, staging, buffer, row, column + HALF, ME, HALF, BUFFERS)
     return buffer

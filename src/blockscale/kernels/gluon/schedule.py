@@ -6,10 +6,22 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from blockscale.kernels.gluon.dialect import in_each_program, own_barrier_layout
+
 # A narrow tile has half the columns of a full one and takes half its time.
 NARROW_PER_FULL = gl.constexpr(2)
 # Weight rows that share a scale.
 WEIGHT_BLOCK = gl.constexpr(128)
+
+
+@gluon.constexpr_function
+def _one_warp_layout(programs):
+    return gl.BlockedLayout([1], [32], [1], [0], cga_layout=in_each_program(1, programs))
+
+
+@gluon.constexpr_function
+def _plain_layout(programs):
+    return gl.SwizzledSharedLayout(1, 1, 1, [0], cga_layout=in_each_program(1, programs))
 
 
 @gluon.jit
@@ -89,7 +101,7 @@ def hand_over_scale(value, scale_slots, full, slot):
 @gluon.jit
 def put_scale(value, scale_slots, slot):
     """Producer warp: put a weight scale into a slot that is handed over later."""
-    ONE_WARP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    ONE_WARP: gl.constexpr = _one_warp_layout(gl.num_ctas())
     scale_slots.index(slot).store(gl.full((1,), value, gl.float32, ONE_WARP))
 
 
@@ -99,8 +111,9 @@ def allocate_barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
 
     A slot is full after its copies and ``hand_over_scale``, empty after every consumer's arrival.
     """
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    OWN: gl.constexpr = own_barrier_layout(gl.num_ctas())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, gl.num_ctas()], OWN)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, gl.num_ctas()], OWN)
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=2)
         mbarrier.init(empty.index(slot), count=CONSUMERS)
@@ -108,7 +121,18 @@ def allocate_barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
+def release(ring, slot, is_used, PAIR: gl.constexpr):
+    """A consumer has read a slot, if ``is_used``: its producer may fill it, and so may the pair's.
+
+    The pair's barrier is ``ring[8]``.
+    """
+    mbarrier.arrive(ring[5].index(slot), count=1, pred=is_used)
+    if PAIR:
+        mbarrier.arrive(ring[8].index(slot), count=1, pred=is_used)
+
+
+@gluon.jit
 def allocate_scale_slots(STAGES: gl.constexpr):
     """One weight scale a slot."""
-    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    PLAIN: gl.constexpr = _plain_layout(gl.num_ctas())
     return gl.allocate_shared_memory(gl.float32, [STAGES, 1], PLAIN)

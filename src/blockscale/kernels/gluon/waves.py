@@ -19,18 +19,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from blockscale.kernels.gluon.dialect import partition_barrier
-from blockscale.kernels.gluon.schedule import next_slot, slot_before
+from blockscale.kernels.gluon.dialect import in_each_program, partition_barrier
+from blockscale.kernels.gluon.schedule import next_slot, release, slot_before
 
 # Rows of one wgmma.
 WAVE_ROWS = gl.constexpr(64)
 
 
 @gluon.constexpr_function
-def wave_layout(columns):
-    """How the results of 64 rows x ``columns`` lie in a consumer's registers."""
+def wave_layout(columns, programs=1):
+    """How the results of 64 rows x ``columns`` lie in a consumer's registers.
+
+    ``programs``: of a cluster.
+    """
     return gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 32]
+        version=[3, 0],
+        warps_per_cta=[4, 1],
+        instr_shape=[16, columns, 32],
+        cga_layout=in_each_program(2, programs),
     )
 
 
@@ -56,7 +62,7 @@ def _load_scales(ring, slot, FIRST: gl.constexpr, REST: gl.constexpr, TWO_WAVES:
     if TWO_WAVES:
         scale1 = slot_scales.slice(FIRST + WAVE_ROWS, WAVE_ROWS, dim=0).load(ROWS) * b_scale
     if REST > 0:
-        OTHER_ROWS: gl.constexpr = gl.SliceLayout(1, wave_layout(REST))
+        OTHER_ROWS: gl.constexpr = gl.SliceLayout(1, wave_layout(REST, gl.num_ctas()))
         scale1 = a_scale * ring[7].index(slot).load(ROWS)
         scale1 = gl.convert_layout(scale1, OTHER_ROWS, assert_trivial=True)
     return scale0, scale1
@@ -65,19 +71,20 @@ def _load_scales(ring, slot, FIRST: gl.constexpr, REST: gl.constexpr, TWO_WAVES:
 @gluon.jit
 def accumulate(ring, blocks, slot, phase, FIRST: gl.constexpr, COLUMNS: gl.constexpr,
                REST: gl.constexpr, STAGES: gl.constexpr, TWO_WAVES: gl.constexpr,
-               LAYOUT: gl.constexpr):  # fmt: skip
+               LAYOUT: gl.constexpr, PAIR: gl.constexpr = False):  # fmt: skip
     """One consumer's rows of one tile, from row ``FIRST`` on: one or two float32 results.
 
     The second has the next 64 rows if ``TWO_WAVES``, or the tile's other ``REST`` columns.
+    ``PAIR``: whoever fills the slots of two programs is told as well.
 
     Between the end of a wave and the start of the next stand its FFMAs and nothing else. While the
     tensor cores work, the slot before is released, the next one is waited for and its scales are
     loaded (docs/perf-log.md G12).
     """
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    full, empty = ring[4], ring[5]
+    full = ring[4]
     OTHER: gl.constexpr = REST if REST > 0 else COLUMNS
-    OTHER_LAYOUT: gl.constexpr = wave_layout(OTHER)
+    OTHER_LAYOUT: gl.constexpr = wave_layout(OTHER, gl.num_ctas())
     result0 = gl.zeros((WAVE_ROWS, COLUMNS), gl.float32, LAYOUT)
     result1 = gl.zeros((WAVE_ROWS, OTHER), gl.float32, OTHER_LAYOUT)
     # Two waves of one shape share their registers: 64 more would spill.
@@ -93,7 +100,7 @@ def accumulate(ring, blocks, slot, phase, FIRST: gl.constexpr, COLUMNS: gl.const
         this0 = scale0
         this1 = scale1
         partial = warpgroup_mma(own, b, partial, use_acc=False, is_async=True)
-        mbarrier.arrive(empty.index(slot_before(slot, STAGES)), count=1, pred=block > 0)
+        release(ring, slot_before(slot, STAGES), block > 0, PAIR)
         # Triton's own barrier after an arrival would stand in front of the next wave.
         partition_barrier()
         if TWO_WAVES or REST > 0:
@@ -119,7 +126,7 @@ def accumulate(ring, blocks, slot, phase, FIRST: gl.constexpr, COLUMNS: gl.const
                 result0 = _promote(result0, partial, this0)
         slot = following
         phase = following_phase
-    mbarrier.arrive(empty.index(slot_before(slot, STAGES)), count=1)
+    release(ring, slot_before(slot, STAGES), True, PAIR)
     return result0, result1, slot, phase
 
 
