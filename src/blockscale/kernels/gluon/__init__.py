@@ -5,12 +5,14 @@ module           holds
 ===============  ===================================================================================
 ``choice``       which tile and which split serve (M, N, K): an analytic model
 ``work``         what a launch does, as plain values
-``dialect``      the names that Gluon changed between Triton 3.6 and 3.9
+``dialect``      what Gluon changed between Triton 3.6 and 3.9
 ``schedule``     device code: which tile comes next, which pipeline slot comes next
 ``split``        device code: adding up the pieces of a split sum, always in the same order
 ``waves``        device code: multiplying one tile, scaling as it goes
 ``epilogue``     device code: bias, rounding, staging and stores of a tile
 ``dense``        the persistent, warp-specialised kernel
+``paired``       the same for pairs of programs that share an operand (multicast, Triton 3.8), with
+                 its plain values in ``pair_work``; nothing chooses it yet
 ``small_m``      the kernel for few tokens: weights take the rows of the tensor-core tile
 ``grouped*``     the same for groups: ``grouped``, ``grouped_small``, with their own schedule, plain
                  values, choice and product
@@ -20,6 +22,6 @@ module           holds
 ``product``      torch-facing: a weight ready to multiply
 ===============  ===================================================================================
 
-Only ``choice``, ``work`` and their grouped twins can be imported without Triton.
+Only ``choice``, ``work``, ``pair_work`` and their grouped twins can be imported without Triton.
 ``blockscale.testing.gluon_kernels`` runs the device code on the CPU.
 """
