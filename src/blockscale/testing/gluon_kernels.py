@@ -189,7 +189,7 @@ def _barrier_layout(cga_layout: Sequence[Sequence[int]] = ()) -> tuple[str, bool
 
 def _special_register(text: str, *_rest: Any, **_named: Any) -> int:  # noqa: ANN401 - Gluon's signature
     _check("%cluster_ctarank" in text, "the only instruction known here")
-    return thread().program.rank
+    return int(thread().program.rank)
 
 
 def _check(holds: object, message: str) -> None:
