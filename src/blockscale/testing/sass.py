@@ -39,7 +39,10 @@ def resources(ptx: str, architecture: str = "sm_90a") -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx, encoding="utf-8")
-        command = [_tool("ptxas"), "-v", f"--gpu-name={architecture}", str(source)]
+        # From Triton 3.9 on PTX is too new for the one named plainly; 3.9 itself takes the other.
+        is_new = re.search(r"^\.version 9\.[4-9]", ptx, re.MULTILINE)
+        name = "ptxas-blackwell" if is_new else "ptxas"
+        command = [_tool(name), "-v", f"--gpu-name={architecture}", str(source)]
         result = subprocess.run(  # noqa: S603 - Triton's own tool
             [*command, "-o", f"{source}.cubin"], capture_output=True, text=True, check=True
         )
