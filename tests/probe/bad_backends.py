@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blockscale.backends.reference import Reference
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from blockscale.backends.base import Multiply
+    from blockscale.kernels.step import Steps
     from blockscale.planning.decision import Offer
     from blockscale.tensor import BlockScaledTensor
 
@@ -33,6 +34,19 @@ class Lies(Reference):
             out[-1, -1] += 1
 
         return multiply
+
+
+class OtherSteps(Reference):
+    """Right by two calls, wrong by the one that layers make."""
+
+    name = "other_steps"
+
+    def bind_steps(self, *_: object) -> Steps:
+        def step(*arguments: Any) -> None:
+            _, _, out, _ = arguments
+            out.zero_()
+
+        return lambda _: step
 
 
 class Forgets(Reference):

@@ -23,7 +23,7 @@ from blockscale.tensor import BlockScaledTensor, torch_dtype
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from blockscale.backends.base import Backend, Multiply
+    from blockscale.backends.base import Backend, Multiply, StepBackend
     from blockscale.planning.decision import Offer
     from blockscale.planning.device import Device
     from blockscale.planning.plan import LinearPlan
@@ -106,7 +106,7 @@ def _check_exact(backend: Backend, plan: LinearPlan) -> None:
     request = plan.request
     for make in (cases.fingerprint_weight, cases.integer_weight):
         weight = make(request.n, request.k, request.format, device)
-        multiply = _bound(backend, plan, weight)
+        multiply = backend.bind(_prepared(backend, plan, weight), offer)
         for m in cases.TOKENS[1:]:
             activation = cases.exact_activation(
                 m, request.k, offer.activation, torch_dtype(request.activation_dtype), device
@@ -121,7 +121,8 @@ def _check_normal(backend: Backend, plan: LinearPlan) -> float:
     offer, device = _place(plan)
     request = plan.request
     weight = cases.normal_weight(request.n, request.k, request.format, device)
-    multiply = _bound(backend, plan, weight)
+    prepared = _prepared(backend, plan, weight)
+    multiply = backend.bind(prepared, offer)
     worst = 0.0
     for m in cases.TOKENS[1:]:
         values = cases.normal_activation(
@@ -131,6 +132,8 @@ def _check_normal(backend: Backend, plan: LinearPlan) -> float:
         if offer.activation is not None:
             activation = backend.quantize_activation(values, offer)
         out = _run(multiply, activation, m, plan, device)
+        if hasattr(backend, "bind_steps"):
+            _check_step(cast("StepBackend", backend), plan, prepared, values, out)
         exact = _values(activation)[:m].double() @ dequantize(weight).double().T
         error = float((out.double() - exact).norm() / exact.norm())
         if not error <= MAX_RELATIVE_ERROR[request.out_dtype]:
@@ -141,9 +144,24 @@ def _check_normal(backend: Backend, plan: LinearPlan) -> float:
     return worst
 
 
-def _bound(backend: Backend, plan: LinearPlan, weight: BlockScaledTensor) -> Multiply:
-    prepared = prepare_weight(plan, weight, [backend] * len(plan.choices), PlanPolicy())
-    return backend.bind(prepared, plan.choices[0].offer)
+def _check_step(
+    backend: StepBackend,
+    plan: LinearPlan,
+    prepared: BlockScaledTensor,
+    values: torch.Tensor,
+    wanted: torch.Tensor,
+) -> None:
+    """What a layer calls: one step, with the bits of the quantizer and the product."""
+    request = plan.request
+    dtypes = torch_dtype(request.activation_dtype), torch_dtype(request.out_dtype)
+    step = backend.bind_steps(prepared, plan.choices[0].offer, dtypes)(len(values))
+    out = torch.full_like(wanted, float("nan"))
+    step(values, request.k, out, None)
+    _same(out, wanted, f"both launches in one step, M={len(values)}")
+
+
+def _prepared(backend: Backend, plan: LinearPlan, weight: BlockScaledTensor) -> BlockScaledTensor:
+    return prepare_weight(plan, weight, [backend] * len(plan.choices), PlanPolicy())
 
 
 def _run(
