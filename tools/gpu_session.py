@@ -79,6 +79,8 @@ NOT_TINY = (
 )
 REST = [f"--ignore=tests/gpu/{name}.py" for name in (*NEVER_RUN, *CUDA)]
 OWN = ("--backends", "gluon,triton")
+SWEEP = "benchmarks/results/nvidia-h100-80gb-hbm3/gluon_sweep.jsonl"
+VARIANTS = ("--cases", "masked,contiguous", "--variants", "--dtypes", "bfloat16")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 STEPS = (
@@ -98,6 +100,18 @@ STEPS = (
     _benchmark("quantize", 80),
     _benchmark("call_overhead", 50),
     Step("doctor", ("-m", "blockscale.cli.main", "doctor", "--probe", "--json"), 60),
+    Step("sanitize", ("tools/sanitize.py", "--seconds", "110"), 230, is_timed=False),
+    # What the next choices of tiles are fitted to: gluon_fit.py, grouped_fit.py.
+    Step(
+        "gluon_sweep",
+        ("benchmarks/gluon_sweep.py", "--after", SWEEP, "--seconds", "200", "--out", OWN_FILE),
+        240,
+    ),
+    Step(
+        "grouped_variants",
+        ("benchmarks/grouped.py", *VARIANTS, "--seconds", "90", "--out", OWN_FILE),
+        120,
+    ),
     Step(
         "tensor_parallel",
         (*TORCHRUN, "benchmarks/tensor_parallel.py", "--out", RECORDS),

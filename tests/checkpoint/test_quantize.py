@@ -164,8 +164,10 @@ def test_an_interruption_leaves_nothing(
     assert left_behind(tmp_path, float_checkpoint) == set()
 
 
-# The command, which takes its time over each tensor once the first is in its file.
+# The command, which takes its time over each tensor once the first is in its file. What a shell starts
+# in the background ignores SIGINT, and so would its children.
 SLOW = """
+import signal
 import time
 from blockscale.checkpoint import output
 from blockscale.cli import main
@@ -177,6 +179,7 @@ def slowly(*arguments):
     time.sleep(0.1)
 
 output.ShardWriter._append = slowly
+signal.signal(signal.SIGINT, signal.default_int_handler)
 main.run()
 """
 
