@@ -164,8 +164,8 @@ def test_an_interruption_leaves_nothing(
     assert left_behind(tmp_path, float_checkpoint) == set()
 
 
-# The command, which takes its time over each tensor once the first is in its file. What a shell starts
-# in the background ignores SIGINT, and so would its children.
+# The command, which takes its time over each tensor once the first is in its file. What a shell
+# starts in the background ignores SIGINT, and so would its children.
 SLOW = """
 import signal
 import time
