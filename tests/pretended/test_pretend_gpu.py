@@ -65,14 +65,9 @@ def test_a_quick_part_of_the_gpu_tests_passes() -> None:
     ran(pretended("-m", "pytest", "-q", "-rs", "-m", "gpu", "-p", "no:cacheprovider", *names))
 
 
-def test_what_a_sanitizer_watches_runs_and_is_right() -> None:
-    output = pretended("tools/sanitize.py", "--cases", "quantizers")
-    assert output.count("error 0.0e+00") == output.count("\n") == 4, output
-
-
 @SLOW
 def test_every_case_of_the_sanitizer_is_right() -> None:
-    output = pretended("tools/sanitize.py", "--cases", "gluon", "layers", "experts")
+    output = pretended("tools/sanitize.py", "--cases", "gluon", "layers", "quantizers", "experts")
     assert "WRONG" not in output
     assert output.count("error") > 30, output
 
