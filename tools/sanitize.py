@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -105,30 +105,17 @@ def _error(out: torch.Tensor, activation: BlockScaledTensor, weight: BlockScaled
 
 def _gluon() -> Iterator[tuple[str, float]]:
     """Every form that the choice weighs for these M, dense, small and split."""
-    import torch
-
     from blockscale.kernels.gluon.choice import candidates
     from blockscale.kernels.gluon.product import GluonProduct
 
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    seen = set()
-    for m in TOKENS:
-        activation, weight = _operands(m)
-        product = GluonProduct(weight)
-        for work in candidates(m, N, K, 2, processors):
-            if work.variant in seen:
-                continue
-            seen.add(work.variant)
-            product.use(work, m, torch.bfloat16)
-            out = torch.full((m, N), float("nan"), dtype=torch.bfloat16, device="cuda")
-            product(activation, out, None)
-            yield (f"{work.name} M={m}", _error(out, activation, weight))
+    def works(m: int) -> Iterable[tuple[object, Any]]:
+        return ((work.variant, work) for work in candidates(m, N, K, 2, _processors()))
+
+    return _every_form(GluonProduct, works)
 
 
 def _cuda() -> Iterator[tuple[str, float]]:
     """Every form of gemm.cu that its choice weighs for these M."""
-    import torch
-
     from blockscale.errors import BackendError
     from blockscale.formats import DType
     from blockscale.kernels.cuda.build import nvrtc
@@ -139,19 +126,39 @@ def _cuda() -> Iterator[tuple[str, float]]:
         nvrtc()
     except BackendError as error:
         raise ImportError(str(error)) from error
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    seen = set()
+
+    def works(m: int) -> Iterable[tuple[object, Any]]:
+        found = candidates(m, N, K, DType.BFLOAT16, _processors())
+        return ((work.form, work) for work in found)
+
+    return _every_form(CudaProduct, works)
+
+
+def _processors() -> int:
+    import torch
+
+    return torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def _every_form(
+    product_of: Callable[[BlockScaledTensor], Any],
+    works: Callable[[int], Iterable[tuple[object, Any]]],
+) -> Iterator[tuple[str, float]]:
+    """Each form that ``works`` gives for some M, once, with the work it came with."""
+    import torch
+
+    seen: set[object] = set()
     for m in TOKENS:
         activation, weight = _operands(m)
-        product = CudaProduct(weight)
-        for work in candidates(m, N, K, DType.BFLOAT16, processors):
-            if work.form in seen:
+        product = product_of(weight)
+        for form, work in works(m):
+            if form in seen:
                 continue
-            seen.add(work.form)
+            seen.add(form)
             product.use(work, m, torch.bfloat16)
             out = torch.full((m, N), float("nan"), dtype=torch.bfloat16, device="cuda")
             product(activation, out, None)
-            yield (f"{work.name} M={m}", _error(out, activation, weight))
+            yield f"{work.name} M={m}", _error(out, activation, weight)
 
 
 def _layers() -> Iterator[tuple[str, float]]:

@@ -10,15 +10,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blockscale.formats import (
-    FP8_1X128_FP32,
-    FP8_128X128_FP32,
-    K_MAJOR,
-    MN_MAJOR_TMA_ALIGNED,
-)
 from blockscale.kernels.cuda.choice import forms
-from blockscale.kernels.cuda.work import Form, Share, Work, make_form, make_work
-from blockscale.tensor import BlockScaledTensor, dtype_of, empty_scales
+from blockscale.kernels.cuda.work import Form, Share, make_form, make_work
+from blockscale.tensor import dtype_of
+from blockscale.testing.exact_problem import ExactProblem, wide
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,61 +26,10 @@ pytestmark = [
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class Problem:
-    """An (m, k) activation and an (n, k) weight of whole numbers, and their float64 product.
+def problem_of(m: int, n: int, k: int) -> ExactProblem:
+    from blockscale.kernels.cuda.product import CudaProduct
 
-    What lies behind the operands is NaN: rows of codes beyond m, the padding of scales.
-    """
-
-    def __init__(self, m: int, n: int, k: int) -> None:
-        from blockscale.kernels.cuda.product import CudaProduct
-
-        self.m, self.n, self.k = m, n, k
-        generator = torch.Generator("cuda").manual_seed(m + 31 * n + 1009 * k)
-        blocks = -(-k // 128)
-
-        def whole(low: int, high: int, *shape: int) -> torch.Tensor:
-            return torch.randint(low, high, shape, generator=generator, device="cuda").float()
-
-        codes = torch.full((m + 8, k), float("nan"), device="cuda").to(torch.float8_e4m3fn)
-        codes[:m] = whole(-4, 5, m, k).to(torch.float8_e4m3fn)
-        scales = empty_scales(m, k, FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED, "cuda")
-        padded = scales.as_strided((blocks, scales.stride(1)), (scales.stride(1), 1))
-        padded.fill_(float("nan"))
-        scales.copy_(2.0 ** whole(-3, 4, m, blocks))
-        self.activation = BlockScaledTensor(codes[:m], scales, FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED)
-        self.weight = BlockScaledTensor(
-            whole(-4, 5, n, k).to(torch.float8_e4m3fn),
-            2.0 ** whole(-3, 4, -(-n // 128), blocks),
-            FP8_128X128_FP32,
-            K_MAJOR,
-        )
-        self.product = CudaProduct(self.weight)
-
-    @property
-    def expected(self) -> torch.Tensor:
-        """The product in float64."""
-        return wide(self.activation, rows=1) @ wide(self.weight, rows=128).T
-
-    def run(
-        self, work: Work | None, dtype: torch.dtype, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The kernel's result; raises if it wrote outside, shows NaN where it wrote nothing."""
-        guard = 64
-        memory = torch.full((self.m * self.n + 2 * guard,), float("nan"), device="cuda").to(dtype)
-        out = memory[guard : guard + self.m * self.n].view(self.m, self.n)
-        if work is not None:
-            self.product.use(work, self.m, dtype)
-        self.product(self.activation, out, bias)
-        assert memory[:guard].isnan().all()
-        assert memory[guard + self.m * self.n :].isnan().all()
-        return out
-
-
-def wide(tensor: BlockScaledTensor, rows: int) -> torch.Tensor:
-    """Float64 values of codes times scales, each scale for ``rows`` rows and 128 columns."""
-    scales = tensor.scales.double().repeat_interleave(rows, 0)[: tensor.mn]
-    return tensor.data.double() * scales.repeat_interleave(128, 1)[:, : tensor.k]
+    return ExactProblem(m, n, k, CudaProduct)
 
 
 def all_forms(dtype: torch.dtype) -> list[Form]:
@@ -98,14 +42,14 @@ def all_forms(dtype: torch.dtype) -> list[Form]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_first_small_product(dtype: torch.dtype) -> None:
     """One tile, one K block: what a first run looks at before anything else."""
-    problem = Problem(64, 128, 128)
+    problem = problem_of(64, 128, 128)
     work = make_work(make_form(64, 128, dtype_of(dtype)), 64, 128, 128, 1)
     assert torch.equal(problem.run(work, dtype), problem.expected.to(dtype))
 
 
 @pytest.mark.parametrize("share", Share)
 def test_a_first_cluster(share: Share) -> None:
-    problem = Problem(256, 256, 512)
+    problem = problem_of(256, 256, 512)
     form = make_form(128, 128, dtype_of(torch.bfloat16), share=share)
     out = problem.run(make_work(form, 256, 256, 512, 2), torch.bfloat16)
     assert torch.equal(out, problem.expected.to(torch.bfloat16))
@@ -117,7 +61,7 @@ def test_every_form_gives_the_float64_product_bit_for_bit(
     shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     """Ragged each way; with four multiprocessors each block has several tiles."""
-    problem = Problem(*shape)
+    problem = problem_of(*shape)
     bias = torch.randint(-4, 5, (problem.n,), device="cuda").to(dtype)
     expected = (problem.expected + bias.double()).to(dtype)
     wrong = [
@@ -131,7 +75,7 @@ def test_every_form_gives_the_float64_product_bit_for_bit(
 @pytest.mark.parametrize("m", [7, 300])
 def test_scale_fingerprint(m: int) -> None:
     """Ones with a power of two of their own in each block: a wrong scale index would show."""
-    problem = Problem(m, 456, 1280)
+    problem = problem_of(m, 456, 1280)
     problem.activation.data.fill_(1.0)
     problem.weight.data.fill_(1.0)
     blocks = torch.arange(10, device="cuda")
@@ -152,7 +96,7 @@ def test_every_form_gives_the_same_bits_and_gluon_s(m: int) -> None:
     from blockscale.kernels.gluon.product import GluonProduct
     from blockscale.kernels.gluon.work import dense_variant, dense_work
 
-    problem = Problem(m, 2112, 7168)
+    problem = problem_of(m, 2112, 7168)
     generator = torch.Generator("cuda").manual_seed(m)
     for operand in (problem.activation, problem.weight):
         values = torch.randn(operand.data.shape, generator=generator, device="cuda")
@@ -173,7 +117,7 @@ def test_every_form_gives_the_same_bits_and_gluon_s(m: int) -> None:
 def test_more_than_two_to_the_31_elements() -> None:
     """Output of 2.16e9 elements, checked where an overflow would hit."""
     m, n = 131_080, 16_512
-    problem = Problem(m, n, 128)
+    problem = problem_of(m, n, 128)
     out = problem.run(None, torch.bfloat16)
     a, b = wide(problem.activation, rows=1), wide(problem.weight, rows=128)
     for rows in (slice(0, 300), slice(m // 2, m // 2 + 300), slice(max(0, m - 300), m)):

@@ -12,12 +12,6 @@ import torch
 
 pytest.importorskip("triton", reason="the Gluon kernels need Triton 3.6")
 
-from blockscale.formats import (
-    FP8_1X128_FP32,
-    FP8_128X128_FP32,
-    K_MAJOR,
-    MN_MAJOR_TMA_ALIGNED,
-)
 from blockscale.kernels.gluon.choice import candidates, variants
 from blockscale.kernels.gluon.product import GluonProduct
 from blockscale.kernels.gluon.work import (
@@ -26,7 +20,7 @@ from blockscale.kernels.gluon.work import (
     dense_work,
     small_work,
 )
-from blockscale.tensor import BlockScaledTensor, empty_scales
+from blockscale.testing.exact_problem import ExactProblem, wide
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,59 +33,8 @@ pytestmark = [
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class Problem:
-    """An (m, k) activation and an (n, k) weight of whole numbers, and their float64 product.
-
-    What lies behind the operands is NaN: rows of codes beyond m, the padding of scales.
-    """
-
-    def __init__(self, m: int, n: int, k: int) -> None:
-        self.m, self.n, self.k = m, n, k
-        generator = torch.Generator("cuda").manual_seed(m + 31 * n + 1009 * k)
-        blocks = -(-k // 128)
-
-        def whole(low: int, high: int, *shape: int) -> torch.Tensor:
-            return torch.randint(low, high, shape, generator=generator, device="cuda").float()
-
-        codes = torch.full((m + 8, k), float("nan"), device="cuda").to(torch.float8_e4m3fn)
-        codes[:m] = whole(-4, 5, m, k).to(torch.float8_e4m3fn)
-        scales = empty_scales(m, k, FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED, "cuda")
-        padded = scales.as_strided((blocks, scales.stride(1)), (scales.stride(1), 1))
-        padded.fill_(float("nan"))
-        scales.copy_(2.0 ** whole(-3, 4, m, blocks))
-        self.activation = BlockScaledTensor(codes[:m], scales, FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED)
-        self.weight = BlockScaledTensor(
-            whole(-4, 5, n, k).to(torch.float8_e4m3fn),
-            2.0 ** whole(-3, 4, -(-n // 128), blocks),
-            FP8_128X128_FP32,
-            K_MAJOR,
-        )
-        self.product = GluonProduct(self.weight)
-
-    @property
-    def expected(self) -> torch.Tensor:
-        """The product in float64."""
-        return wide(self.activation, rows=1) @ wide(self.weight, rows=128).T
-
-    def run(
-        self, work: Work | None, dtype: torch.dtype, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The kernel's result; raises if it wrote outside, shows NaN where it wrote nothing."""
-        guard = 64
-        memory = torch.full((self.m * self.n + 2 * guard,), float("nan"), device="cuda").to(dtype)
-        out = memory[guard : guard + self.m * self.n].view(self.m, self.n)
-        if work is not None:
-            self.product.use(work, self.m, dtype)
-        self.product(self.activation, out, bias)
-        assert memory[:guard].isnan().all()
-        assert memory[guard + self.m * self.n :].isnan().all()
-        return out
-
-
-def wide(tensor: BlockScaledTensor, rows: int) -> torch.Tensor:
-    """Float64 values of codes times scales, each scale for ``rows`` rows and 128 columns."""
-    scales = tensor.scales.double().repeat_interleave(rows, 0)[: tensor.mn]
-    return tensor.data.double() * scales.repeat_interleave(128, 1)[:, : tensor.k]
+def problem_of(m: int, n: int, k: int) -> ExactProblem:
+    return ExactProblem(m, n, k, GluonProduct)
 
 
 def works(m: int, n: int, k: int, out_bytes: int, processors: int) -> list[Work]:
@@ -115,7 +58,7 @@ def test_every_variant_is_exact_with_ragged_edges(
     m: int, n: int, k: int, processors: int, dtype: torch.dtype
 ) -> None:
     """With few processors each program walks many tiles, and some of them are split."""
-    problem = Problem(m, n, k)
+    problem = problem_of(m, n, k)
     bias = torch.randint(-8, 9, (n,), device="cuda").to(dtype)
     plain = problem.expected
     wrong = []
@@ -130,7 +73,7 @@ def test_every_variant_is_exact_with_ragged_edges(
 @pytest.mark.parametrize(("n", "k"), [(4096, 7168), (2112, 7168), (576, 7168), (7168, 2048)])
 @pytest.mark.parametrize("m", [1, 8, 33, 64, 65, 128, 257, 1024])
 def test_what_the_model_chooses_from_is_exact_on_model_shapes(m: int, n: int, k: int) -> None:
-    problem = Problem(m, n, k)
+    problem = problem_of(m, n, k)
     expected = problem.expected.to(torch.bfloat16)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     wrong = [
@@ -145,14 +88,14 @@ def test_what_the_model_chooses_from_is_exact_on_model_shapes(m: int, n: int, k:
     ("m", "n", "k"), [(1, 8, 16), (65, 8, 16), (128, 128, 128), (129, 136, 2064)]
 )
 def test_the_smallest_and_just_exceeded_shapes(m: int, n: int, k: int) -> None:
-    problem = Problem(m, n, k)
+    problem = problem_of(m, n, k)
     assert torch.equal(problem.run(None, torch.bfloat16), problem.expected.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("m", [7, 300])
 def test_scale_fingerprint(m: int) -> None:
     """Ones with a power of two of their own in each block: a wrong scale index would show."""
-    problem = Problem(m, 456, 1280)
+    problem = problem_of(m, 456, 1280)
     problem.activation.data.fill_(1.0)
     problem.weight.data.fill_(1.0)
     blocks = torch.arange(10, device="cuda")
@@ -167,7 +110,7 @@ def test_scale_fingerprint(m: int) -> None:
 
 @pytest.mark.parametrize("m", [16, 128, 1500])
 def test_every_unsplit_schedule_gives_the_same_bits(m: int) -> None:
-    problem = Problem(m, 2112, 7168)
+    problem = problem_of(m, 2112, 7168)
     generator = torch.Generator("cuda").manual_seed(m)
     for operand in (problem.activation, problem.weight):
         values = torch.randn(operand.data.shape, generator=generator, device="cuda")
@@ -184,7 +127,7 @@ def test_every_unsplit_schedule_gives_the_same_bits(m: int) -> None:
 
 @pytest.mark.parametrize("m", [4, 48, 128, 400])
 def test_split_sums_have_the_same_bits_on_every_run(m: int) -> None:
-    problem = Problem(m, 576, 7168)
+    problem = problem_of(m, 576, 7168)
     values = torch.randn(problem.weight.data.shape, device="cuda")
     problem.weight.data.copy_(values.to(torch.float8_e4m3fn))
     for work in works(m, 576, 7168, 2, 132):
@@ -197,7 +140,7 @@ def test_split_sums_have_the_same_bits_on_every_run(m: int) -> None:
 @pytest.mark.parametrize(("m", "n"), [(131_080, 16_512), (40, 16_512)])
 def test_more_than_two_to_the_31_elements(m: int, n: int) -> None:
     """Output of 2.16e9 elements; and operands of many rows. Checked where an overflow would hit."""
-    problem = Problem(m, n, 128)
+    problem = problem_of(m, n, 128)
     out = problem.run(None, torch.bfloat16)
     a, b = wide(problem.activation, rows=1), wide(problem.weight, rows=128)
     for rows in (slice(0, 300), slice(m // 2, m // 2 + 300), slice(max(0, m - 300), m)):

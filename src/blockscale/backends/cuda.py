@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockscale.backends.gates import Gates
+from blockscale.backends.own_kernels import TMA_BYTES, check_tma_weight
 from blockscale.errors import BackendError
 from blockscale.formats import (
     FP8_1X128_FP32,
@@ -38,8 +39,6 @@ PACKAGE = "cuda-bindings"
 ARCHITECTURES = ((9, 0),)
 # The first NVRTC that knows sm_90a and PTX 8.0.
 FIRST_CUDA = (12, 0)
-# TMA: rows of the operands and of the output start on 16 bytes (cuTensorMapEncodeTiled).
-TMA_BYTES = 16
 
 
 class Cuda:
@@ -81,12 +80,7 @@ class Cuda:
         from blockscale.kernels.cuda.build import nvrtc
 
         nvrtc()
-        if weight.data.stride(-2) % TMA_BYTES or weight.data.data_ptr() % TMA_BYTES:
-            msg = f"TMA reads rows that start on {TMA_BYTES} bytes; copy {weight!r} first"
-            raise BackendError(msg)
-        if (weight.format, weight.layout) != (offer.weight.format, offer.weight.layout):
-            msg = f"planned for {offer.weight.format} in {offer.weight.layout}, got {weight!r}"
-            raise BackendError(msg)
+        check_tma_weight(weight, offer)
         return weight
 
     def quantize_activation(self, activation: torch.Tensor, offer: Offer) -> BlockScaledTensor:

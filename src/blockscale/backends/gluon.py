@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockscale.backends.gates import Gates
+from blockscale.backends.own_kernels import TMA_BYTES, check_tma_weight, own_steps
 from blockscale.errors import BackendError
 from blockscale.formats import (
     FP8_1X128_FP32,
@@ -48,8 +49,6 @@ PACKAGE = "triton"
 ARCHITECTURES = ((9, 0),)
 # The first release whose Gluon has TMA, mbarriers and warpgroup_mma (baseline/h200.md).
 FIRST_TRITON = (3, 6)
-# TMA: rows of the operands and of the output start on 16 bytes (cuTensorMapEncodeTiled).
-TMA_BYTES = 16
 # Experts whose row counts one warp holds (``kernels.gluon.grouped_work``).
 MAX_EXPERTS = 512
 # Rows of a row block, and up to how many tokens an expert: with 8 experts a token, half of such a
@@ -100,12 +99,7 @@ class Gluon:
         Raises BackendError otherwise.
         """
         _import_kernels()
-        if weight.data.stride(-2) % TMA_BYTES or weight.data.data_ptr() % TMA_BYTES:
-            msg = f"TMA reads rows that start on {TMA_BYTES} bytes; copy {weight!r} first"
-            raise BackendError(msg)
-        if (weight.format, weight.layout) != (offer.weight.format, offer.weight.layout):
-            msg = f"planned for {offer.weight.format} in {offer.weight.layout}, got {weight!r}"
-            raise BackendError(msg)
+        check_tma_weight(weight, offer)
         return weight
 
     def quantize_activation(self, activation: torch.Tensor, offer: Offer) -> BlockScaledTensor:
@@ -126,15 +120,8 @@ class Gluon:
     ) -> Steps:
         """Both kernels launched one after the other, over one allocation."""
         from blockscale.kernels.gluon.product import GluonProduct
-        from blockscale.kernels.step import device_index, steps
-        from blockscale.kernels.triton.quantize import rows_quantizer
 
-        form = offer.activation
-        assert form is not None
-        quantizer = rows_quantizer(
-            form.format, form.layout, dtypes[0], weight.k, device_index(weight.data)
-        )
-        return steps(quantizer, GluonProduct(weight), dtypes[1], weight.device)
+        return own_steps(weight, offer, dtypes, GluonProduct(weight))
 
     def bind_contiguous(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyContiguous:  # noqa: ARG002 - the protocol's signature
         """Row blocks of 8, 16, 32 or 64 rows go to the kernel for few rows, of 128 to the other."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockscale.backends.gates import Gates
+from blockscale.backends.own_kernels import own_steps
 from blockscale.errors import BackendError
 from blockscale.formats import (
     E4M3FN,
@@ -126,15 +127,7 @@ class Triton:
         self, weight: BlockScaledTensor, offer: Offer, dtypes: tuple[torch.dtype, torch.dtype]
     ) -> Steps:
         """Both kernels launched one after the other, over one allocation."""
-        from blockscale.kernels.step import device_index, steps
-        from blockscale.kernels.triton.quantize import rows_quantizer
-
-        form = offer.activation
-        assert form is not None
-        quantizer = rows_quantizer(
-            form.format, form.layout, dtypes[0], weight.k, device_index(weight.data)
-        )
-        return steps(quantizer, _product(weight), dtypes[1], weight.device)
+        return own_steps(weight, offer, dtypes, _product(weight))
 
     def bind_contiguous(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyContiguous:  # noqa: ARG002 - the protocol's signature
         """Row blocks of 16, 64 or 128 rows."""

@@ -10,6 +10,7 @@ from blockscale.kernels.cuda import driver
 from blockscale.kernels.cuda.choice import choose
 from blockscale.kernels.cuda.launch import Arguments, Launch, Problem
 from blockscale.kernels.cuda.work import SCALE_BYTES, aligned_scale_stride
+from blockscale.kernels.step import device_index
 from blockscale.tensor import dtype_of
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ class CudaProduct:
         self._scales = weight.scales
         self._n, self._k = weight.data.shape
         self._overlap = overlap
-        index = weight.data.device.index
-        self._device = torch.cuda.current_device() if index is None else index
+        self._device = device_index(weight.data)
         self._processors = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._works: dict[tuple[int, torch.dtype], Work] = {}
         self._maps: dict[tuple[object, ...], TensorMap] = {}

@@ -18,6 +18,7 @@ from blockscale.kernels.gluon.grouped_choice import (
 from blockscale.kernels.gluon.grouped_work import MAX_GROUPS, GroupedVariant
 from blockscale.kernels.gluon.launch import TMA_BYTES, launcher
 from blockscale.kernels.gluon.work import K_BLOCK, aligned_scale_stride
+from blockscale.kernels.step import device_index
 
 if TYPE_CHECKING:
     from blockscale.kernels.gluon.grouped_work import AnyGroupedVariant
@@ -64,8 +65,7 @@ class GroupedProduct:
             raise BackendError(msg)
         self._k_blocks = (self._k + K_BLOCK - 1) // K_BLOCK
         self._overlap = overlap
-        index = weight.data.device.index
-        self._device = torch.cuda.current_device() if index is None else index
+        self._device = device_index(weight.data)
         self._processors = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._steps: dict[tuple[Any, ...], Step] = {}
         self._fixed: AnyGroupedVariant | None = None

@@ -10,6 +10,7 @@ import torch
 
 from blockscale.errors import BackendError
 from blockscale.formats import ceil_div
+from blockscale.kernels.step import device_index
 from blockscale.kernels.triton.build import TYPES, Variant, launcher
 from blockscale.kernels.triton.grouped_kernel import grouped_kernel
 from blockscale.kernels.triton.product import BAND, VECTOR
@@ -48,8 +49,7 @@ class GroupedTritonProduct:
         self._weight = weight
         self._groups, self._n, self._k = weight.data.shape
         self._tile = tile
-        index = weight.device.index
-        self._device = torch.cuda.current_device() if index is None else index
+        self._device = device_index(weight.data)
         self._addresses = weight.data.data_ptr(), weight.scales.data_ptr()
         self._launches: dict[tuple[Tile, torch.dtype, bool, bool], Callable[..., None]] = {}
         self._tiles: dict[int, Tile] = {}

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blockscale.kernels.cpu.build import find_compiler
+from blockscale.kernels.cuda.launch import Problem
 from blockscale.kernels.cuda.work import aligned_scale_stride
 from blockscale.tensor import torch_dtype
 
@@ -65,27 +66,13 @@ class _Map(ctypes.Structure):
     )
 
 
-class _Problem(ctypes.Structure):
-    _fields_ = (
-        ("b_scales", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("m", ctypes.c_int),
-        ("n", ctypes.c_int),
-        ("k_blocks", ctypes.c_int),
-        ("b_scale_stride", ctypes.c_int),
-        ("unit_rows", ctypes.c_int),
-        ("unit_columns", ctypes.c_int),
-        ("band", ctypes.c_int),
-    )
-
-
 class _Run(ctypes.Structure):
     _fields_ = (
         ("a", _Map),
         ("b", _Map),
         ("a_scales", _Map),
         ("out", _Map),
-        ("problem", _Problem),
+        ("problem", Problem),
         ("b_scale_count", ctypes.c_long),
         ("bias_bytes", ctypes.c_long),
         ("a_codes", ctypes.c_void_p),
@@ -146,7 +133,7 @@ def multiply(
     arriving = torch.full_like(codes.contiguous().view(torch.uint8), 0xFF)
     final = codes.contiguous()
     a_box, b_box, scale_box, out_box = work.form.boxes
-    problem = _Problem(
+    problem = Problem(
         weight_scales.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         m,
