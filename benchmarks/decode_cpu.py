@@ -65,6 +65,9 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results")
     options = parser.parse_args()
+    for path in (options.source, options.fp8):
+        if not path.is_dir():
+            parser.error(f"{path}: no such directory; `make demo` makes both models")
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
