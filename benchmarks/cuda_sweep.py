@@ -1,13 +1,15 @@
 """Times the forms of gemm.cu on many shapes, beside Gluon's choice: what its model is fitted to.
 
     python benchmarks/cuda_sweep.py --out FILE [--seconds 200] [--shapes 4096x7168,...]
-                                    [--tokens 128,...]
+                                    [--tokens 128,...] [--most 16] [--far 1.6]
+                                    [--random --seed 0]
 
-For each (N, K) and M the candidates that ``kernels.cuda.choice.promising`` gives, at most 12 with
-the model's best first, and what ``kernels.gluon.choice`` chooses: CUDA graphs over weights rotated
-beyond L2, candidates in turns, float16 output. One JSON line for each (M, N, K), as
-``gluon_sweep.py`` writes them: {"m", "n", "k", "times": {work: us}, "clocks": {work: the model's}}.
-At the end how the model's choice compares with the fastest, and the fastest with Gluon.
+For each (N, K) and M the candidates that the model of ``kernels.cuda.choice`` holds for at most
+``--far`` times as slow as its best, at most ``--most``, and what ``kernels.gluon.choice`` chooses:
+CUDA graphs over weights rotated beyond L2, candidates in turns, float16 output. One JSON line for
+each (M, N, K), as ``gluon_sweep.py`` writes them: {"m", "n", "k", "times": {work: us}, "clocks":
+{work: the model's}}. At the end how the model's choice compares with the fastest, and the fastest
+with Gluon. ``--random``: then (N, K) of real models with six M each, until the time is up.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
@@ -26,15 +30,16 @@ import torch
 
 from blockscale.formats import DType
 from blockscale.kernels.cuda.build import compile_all
-from blockscale.kernels.cuda.choice import clocks, promising
+from blockscale.kernels.cuda.choice import candidates, clocks, forms
 from blockscale.kernels.cuda.product import CudaProduct
 from blockscale.kernels.gluon.product import GluonProduct
-from gluon_sweep import quantized_tokens, rotated_weights
+from gluon_sweep import TOKENS as EVERY_M
+from gluon_sweep import quantized_tokens, real_shapes, rotated_weights
 from record import machine, versions
 from timing import replay_in_turns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from blockscale.kernels.cuda.work import Work
 
@@ -43,7 +48,7 @@ SHAPES = (
     "4096x7168,2112x7168,576x7168,24576x1536,32768x512,7168x16384,7168x2048,8192x3072,3072x6144"
 )
 TOKENS = "256,1024,128,4096,512,2048,64,8192,32"
-MOST_CANDIDATES = 12
+RANDOM_TOKENS = tuple(m for m in EVERY_M if m >= 32)
 ROUNDS, REPLAYS = 5, 2
 OUT = DType.FLOAT16
 
@@ -55,22 +60,25 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=200)
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--tokens", default=TOKENS)
+    parser.add_argument("--most", type=int, default=16, help="candidates of one shape")
+    parser.add_argument("--far", type=float, default=1.6, help="no candidates beyond this")
+    parser.add_argument("--random", action="store_true", help="go on with shapes of real models")
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.monotonic()
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     points = [(int(m), n, k) for m in options.tokens.split(",") for n, k in shapes]
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    forms = {work.form for point in points for work in works(*point, processors)}
-    compile_all(forms, os.cpu_count() or 1)
-    print(f"compiled {len(forms)} forms in {time.monotonic() - started:.0f} s", flush=True)
+    compile_all(set(forms(OUT)), os.cpu_count() or 1)
+    print(f"compiled {len(forms(OUT))} forms in {time.monotonic() - started:.0f} s", flush=True)
     lines = []
     with options.out.open("w", encoding="utf-8") as file:
         file.write(json.dumps({"machine": machine(), "versions": versions()}) + "\n")
-        for m, n, k in points:
+        for m, n, k in chain(points, drawn(options.seed) if options.random else ()):
             if time.monotonic() - started > options.seconds:
                 print("out of time", flush=True)
                 break
-            lines.append(measure(m, n, k, works(m, n, k, processors)))
+            lines.append(measure(m, n, k, near(m, n, k, processors, options.far)[: options.most]))
             file.write(json.dumps(lines[-1]) + "\n")
             file.flush()
             print_line(lines[-1])
@@ -78,9 +86,20 @@ def main() -> int:
     return 0
 
 
-def works(m: int, n: int, k: int, processors: int) -> list[Work]:
-    """What is timed."""
-    return promising(m, n, k, OUT, processors)[:MOST_CANDIDATES]
+def near(m: int, n: int, k: int, processors: int, far: float) -> list[Work]:
+    """Candidates, the model's best first, none that it holds for ``far`` times as slow."""
+    found = sorted(candidates(m, n, k, OUT, processors), key=lambda work: clocks(work, m, n))
+    limit = far * clocks(found[0], m, n)
+    return [work for work in found if clocks(work, m, n) <= limit]
+
+
+def drawn(seed: int) -> Iterator[tuple[int, int, int]]:
+    """(M, N, K) at random, for ever: N and K from real models, M as ``gluon_sweep.py`` takes it."""
+    draw = random.Random(seed)  # noqa: S311 - a sample, not a secret
+    shapes = real_shapes()
+    while True:
+        n, k = draw.choice(shapes)
+        yield from ((m, n, k) for m in draw.sample(RANDOM_TOKENS, 6))
 
 
 def measure(m: int, n: int, k: int, candidates: list[Work]) -> dict[str, Any]:

@@ -244,8 +244,9 @@ def decode_call(model: PreTrainedModel, size: Size, batch: int) -> Call:
         ).logits
 
     def reset() -> None:
-        for layer in cache.layers:
-            layer.cumulative_length.fill_(size.context)
+        with torch.inference_mode():
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(size.context)
 
     with torch.inference_mode():
         step()  # Allocates the cache.
