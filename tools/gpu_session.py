@@ -84,7 +84,7 @@ SWEEP = "benchmarks/results/nvidia-h100-80gb-hbm3/gluon_sweep.jsonl"
 VARIANTS = ("--cases", "masked,contiguous", "--variants", "--dtypes", "bfloat16")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
-# Together within a session's 30 minutes, but for compiling.
+# Together within a session's 30 minutes, but for compiling: one GPU's are counted at half.
 PLANNED = (
     _tests("experts", 150, "tests/gpu/test_experts.py"),
     _tests("transformers_experts", 90, "tests/gpu/test_transformers_experts.py"),
