@@ -1,19 +1,16 @@
 """Which form of ``gemm.cu`` serves (M, N, K): a pure function, an analytic model in clocks.
 
-As ``kernels.gluon.choice``, it compares candidates and does not predict microseconds. None of its
-constants was measured on this kernel: what they are taken from stands beside them, and
-``benchmarks/cuda_sweep.py`` times the candidates, which is what they are to be fitted to.
+As ``kernels.gluon.choice``, it compares candidates and does not predict microseconds.
+``benchmarks/cuda_sweep.py`` times the candidates, which is what the model is fitted to.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil
 from typing import TYPE_CHECKING
 
+from blockscale.kernels.cuda.costs import estimate
 from blockscale.kernels.cuda.work import (
-    K_BLOCK,
     MAX_COLUMNS,
     WAVE_ROWS,
     Form,
@@ -36,33 +33,8 @@ TILES = {
 MAX_LOW_M, MIN_HIGH_M = 512, 33
 # Two blocks share a multiprocessor where each has at least so many slots.
 LEAST_STAGES = 4
-# How little of the second slowest bound shows (estimate).
-SHARPNESS = 8
 # The model is trusted this far.
 FAR = 1.3
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """In clocks, and bytes a clock.
-
-    ``start``: from the launch to the first wave. ``l2_of_one``, ``l2_of_all``: L2 to one and to all
-    multiprocessors. ``wave``: from a wave's end to the next one's start, beside its FFMAs.
-    ``latency``: from a slot's release to its next copy's arrival. ``write``: rounding and staging
-    one wave, beside its bytes. ``cluster``: what a launch of clusters takes longer.
-    """
-
-    start: float = 2015.0  # as fitted for Gluon's dense kernel (G16)
-    l2_of_one: float = 63.8  # as above
-    l2_of_all: float = 6683.0  # as above
-    memory: float = 2999.0  # as above
-    wave: float = 90.0  # estimate: Gluon's 144 less its two barriers
-    latency: float = 2000.0  # G12: 128x128 with 3 slots takes 986 a block, 256x128 with 2 2023
-    write: float = 450.0  # estimate: Gluon's 672 less its barriers of 128 threads
-    cluster: float = 300.0  # estimate
-
-
-COSTS = Costs()
 
 
 @lru_cache(maxsize=8192)
@@ -117,30 +89,4 @@ def _shares_something(work: Work) -> bool:
 
 def clocks(work: Work, m: int, n: int) -> float:
     """The model's time of one launch."""
-    form = work.form
-    k = work.k_blocks * K_BLOCK
-    out_bytes = form.out.bytes
-    from_memory = (n * k + m * k + m * n * out_bytes) / COSTS.memory
-    rounds = ceil(work.units * form.cluster / work.blocks)
-    write = form.waves * (COSTS.write + form.columns * out_bytes)
-    fill = COSTS.latency / 2
-    busy = rounds * (work.k_blocks * _block_clocks(work) + write) + fill
-    return COSTS.start + (form.cluster - 1) * COSTS.cluster + max(from_memory, busy)
-
-
-def _block_clocks(work: Work) -> float:
-    """One K block of one tile: the slowest of tensor cores, a consumer's chain, L2 and latency.
-
-    Those near the slowest count too: they do not overlap perfectly.
-    """
-    form = work.form
-    beside = form.beside
-    # 64 x n x 128 takes 2 n clocks of the tensor cores; 64 x n FFMAs over 128 threads n / 2 more.
-    tensor = beside * form.consumers * form.waves * 2 * form.columns
-    chain = form.waves * (2.5 * form.columns + COSTS.wave)
-    arriving = (form.rows + form.columns) * K_BLOCK
-    halves = {Share.NOTHING: 0, Share.ACTIVATION: form.rows, Share.WEIGHT: form.columns}
-    asked = arriving - halves[form.share] * K_BLOCK / 2
-    l2 = max(beside * arriving / COSTS.l2_of_one, work.blocks * asked / COSTS.l2_of_all)
-    bounds = (tensor, chain, l2, (COSTS.latency + chain) / form.stages)
-    return sum(bound**SHARPNESS for bound in bounds) ** (1 / SHARPNESS)
+    return estimate(work, m, n).clocks

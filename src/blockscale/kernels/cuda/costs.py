@@ -1,0 +1,103 @@
+"""What a launch of ``gemm.cu`` takes, in clocks: an analytic model that compares its forms.
+
+It does not predict microseconds. It is Gluon's (``kernels.gluon.costs``, which says what each bound
+is) for what this kernel does otherwise: an operand that two blocks copy for each other asks L2 for
+half of its bytes, but costs a launch of clusters, and a hand-over between the blocks for each K
+block; a wave's results leave in boxes, each with its own wait and store.
+
+The constants are rounded from a search on an H100's sweep; what they leave is corrected by form
+(``corrections``), so that they need not be exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from blockscale.kernels.cuda.work import K_BLOCK, Share, Work
+
+# Bytes a clock.
+L2_OF_ONE, L2_OF_ALL, MEMORY = 64.0, 7300.0, 1550.0
+# From asking for a K block to having it.
+LATENCY = 1000.0
+# As in ``kernels.gluon.costs``: of a row that TMA fills with zeros.
+OUTSIDE_ROW_CLOCKS = 8.0
+# Limits that are near one another hinder one another: sums of this power.
+BLOCK_POWER, MEMORY_POWER = 5.5, 2.2
+# From the launch to the first wave, beside the first slot's copy; more for clusters.
+START, CLUSTER_START = 5500.0, 400.0
+FIRST_SLOT_RATE = 48.0
+# A K block's hand-over between the blocks of a cluster.
+CLUSTER_BLOCK_CLOCKS = 45.0
+# From a wave's end to the next one's start, beside its FFMAs.
+WAVE_CLOCKS = 35.0
+# Rounding and staging one wave: at all, a column, a box.
+WRITE_CLOCKS, WRITE_COLUMN_CLOCKS, WRITE_BOX_CLOCKS = 150.0, 0.5, 200.0
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """``clocks`` of one launch, and what memory alone would take."""
+
+    clocks: float
+    memory: float
+
+
+def estimate(work: Work, m: int, n: int) -> Estimate:
+    """The model's time of one launch."""
+    form = work.form
+    k = work.k_blocks * K_BLOCK
+    memory = (n * k + m * k + m * n * form.out.bytes) / MEMORY
+    boxes = form.columns * form.out.bytes / form.box_bytes
+    columns = form.columns * form.out.bytes / 2
+    write = WRITE_CLOCKS + columns * WRITE_COLUMN_CLOCKS + boxes * WRITE_BOX_CLOCKS
+    body = rounds(work) * (work.k_blocks * _block(work, m) + form.waves * write)
+    start = START + (form.cluster - 1) * CLUSTER_START
+    first_slot = (form.rows + form.columns) * K_BLOCK / FIRST_SLOT_RATE
+    return Estimate(start + first_slot + together(MEMORY_POWER, body, memory), memory)
+
+
+def rounds(work: Work) -> int:
+    """Units that the busiest cluster computes one after the other."""
+    return ceil(work.units * work.form.cluster / work.blocks)
+
+
+def outside_share(work: Work, m: int) -> float:
+    """Rows beyond M, as a share of all rows of tiles."""
+    rows = row_tiles(work, m) * work.form.rows
+    return (rows - m) / rows
+
+
+def row_tiles(work: Work, m: int) -> int:
+    """Tiles one below the other."""
+    return ceil(m / work.form.rows)
+
+
+def together(power: float, *limits: float) -> float:
+    """A little more than the largest of ``limits``; more where several are near it."""
+    return float(sum(limit**power for limit in limits) ** (1 / power))
+
+
+def _block(work: Work, m: int) -> float:
+    """One K block of one tile: the slowest of tensor cores, a consumer's chain, L2 and latency."""
+    form = work.form
+    # 64 x n x 128 takes 2 n clocks of the tensor cores; 64 x n FFMAs over 128 threads n / 2 more.
+    tensor = form.beside * form.consumers * form.waves * 2 * form.columns
+    chain = form.waves * (2.5 * form.columns + WAVE_CLOCKS)
+    arriving = (form.rows + form.columns) * K_BLOCK
+    shared = {Share.NOTHING: 0, Share.ACTIVATION: form.rows, Share.WEIGHT: form.columns}
+    asked = arriving - shared[form.share] * K_BLOCK / 2
+    block = together(
+        BLOCK_POWER,
+        chain,
+        tensor,
+        form.beside * arriving / L2_OF_ONE,
+        work.blocks * asked / L2_OF_ALL,
+        (LATENCY + chain) / form.stages,
+    )
+    tiles = row_tiles(work, m)
+    outside = tiles * form.rows - m
+    if outside:
+        filling = OUTSIDE_ROW_CLOCKS * outside * form.beside
+        block += (together(BLOCK_POWER, block, filling) - block) / tiles
+    return block + (form.cluster - 1) * CLUSTER_BLOCK_CLOCKS
