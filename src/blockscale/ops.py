@@ -42,7 +42,9 @@ class BoundLinear:
     """A plan bound to a prepared weight: what a forward pass needs and nothing else.
 
     ``ranges`` are in order of rising M; the last serves everything above the others. ``calls``: by
-    the activation's shape, as met.
+    the activation's shape, as met. ``one``: an element of the result's dtype and device, in which
+    every call's template lies: a forward allocates nothing that outlives it, since what the pool of
+    a CUDA graph holds after a warm-up must be a result (torch/_inductor/cudagraph_trees.py).
     """
 
     name: str
@@ -53,6 +55,7 @@ class BoundLinear:
     device: torch.device
     ranges: tuple[tuple[int, Steps], ...]
     calls: dict[torch.Size, Call]
+    one: torch.Tensor
 
     def new_call(self, activation: torch.Tensor) -> Call:
         """What serves activations of this shape; kept.
@@ -62,9 +65,8 @@ class BoundLinear:
         self.check(activation)
         shape = activation.shape
         m = math.prod(shape[:-1])
-        one = torch.empty(1, dtype=self.out_dtype, device=self.device)
         step = _nothing if m == 0 else self.steps_for(m)(m)
-        call = Call(step, one.expand(*shape[:-1], self.n))
+        call = Call(step, self.one.expand(*shape[:-1], self.n))
         if len(self.calls) >= MAX_CALLS:
             self.calls.clear()
         self.calls[shape] = call
@@ -126,6 +128,7 @@ def bind(
         weight.device,
         ranges,
         {},
+        torch.empty(1, dtype=out_dtype, device=weight.device),
     )
     return handle
 

@@ -145,6 +145,30 @@ def test_a_graph_serves_every_routing(name: str, tokens: int) -> None:
         assert torch.equal(out.cpu(), cases.exact_result(*inputs))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_forward_leaves_nothing_in_memory(name: str) -> None:
+    """Not at a token count's first call either: that may be a graph's, with a pool of its own."""
+    layer = layer_of(name)
+    inputs = [on_gpu(*case(tokens)) for tokens in (1, 5, 40)]
+    before = torch.cuda.memory_allocated()
+    for held in inputs:
+        layer(*held)
+        assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.filterwarnings("ignore")  # Inductor advises on speed.
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_with_inductor_s_own_graphs(name: str) -> None:
+    """It runs, captures and replays. What stays in a graph's pool and is no result is an error."""
+    layer = layer_of(name)
+    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    for seed in range(4):
+        inputs = case(5, seed=seed)
+        with torch.inference_mode():
+            found = compiled(*on_gpu(*inputs)).cpu()
+        assert torch.equal(found, cases.exact_result(*inputs))
+
+
 @pytest.fixture
 def waiting_is_an_error() -> Iterator[None]:
     with warnings.catch_warnings():

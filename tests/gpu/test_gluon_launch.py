@@ -99,6 +99,19 @@ def test_capturing_first_thing_on_a_new_stream_works() -> None:
     assert torch.equal(out, expected)
 
 
+def test_tickets_of_new_streams_lie_outside_the_pool_of_a_graph_that_warms_up() -> None:
+    product, a = GluonProduct(weight()), activation(4)
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        for _ in range(STREAMS + 3):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                call(product, a)
+    torch.cuda.synchronize()
+    blocks = [block for segment in pool.snapshot() for block in segment["blocks"]]
+    assert blocks
+    assert not [block for block in blocks if block["state"] == "active_allocated"]
+
+
 @pytest.mark.parametrize("m", [4, 100])
 def test_split_sums_on_two_streams_at_once_do_not_mix(m: int) -> None:
     b = weight()

@@ -35,7 +35,7 @@ pytestmark = [
     ),
 ]
 
-NAMES = ("triton", "torch_scaled_mm", "deep_gemm", "gluon")
+NAMES = ("triton", "torch_scaled_mm", "deep_gemm", "gluon", "cuda")
 N, K = 576, 512
 
 
@@ -151,6 +151,30 @@ def test_compiles_without_graph_breaks(name: str) -> None:
     for m in (2, 33, 128):
         x = activation(m)
         assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_forward_leaves_nothing_in_memory(name: str) -> None:
+    """Not at a token count's first call either: that may be a graph's, with a pool of its own."""
+    layer_of(name)(activation(4))  # A provider may keep a workspace, one for all its layers.
+    layer = layer_of(name, torch.ones(N).cuda())
+    inputs = [activation(m) for m in (1, 4, 33, 128)]
+    before = torch.cuda.memory_allocated()
+    for x in inputs:
+        layer(x)
+        assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.filterwarnings("ignore")  # Inductor advises on speed.
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_with_inductor_s_own_graphs(name: str) -> None:
+    """It runs, captures and replays. What stays in a graph's pool and is no result is an error."""
+    layer = layer_of(name, torch.ones(N).cuda())
+    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        x = torch.randn(33, K, device="cuda").to(torch.bfloat16)
+        with torch.inference_mode():
+            assert torch.equal(compiled(x), layer(x))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -286,6 +286,18 @@ def test_what_a_shape_needs_is_looked_up_once() -> None:
         layer(x.half())
 
 
+def test_a_first_call_keeps_no_memory_of_its_own() -> None:
+    """What it keeps lies in what was allocated when the layer was made."""
+    layer = BlockScaledLinear(plan_for(), weight_of())
+    bound = ops.bound(layer.handle)
+    for shape in ((1,), (7,), (2, 3), (0,)):
+        layer(activation(*shape))
+    templates = [call.template for call in bound.calls.values()]
+    assert len(templates) == 4
+    assert {one.data_ptr() for one in templates if one.numel()} == {bound.one.data_ptr()}
+    assert {one.untyped_storage().data_ptr() for one in templates} == {bound.one.data_ptr()}
+
+
 def test_rows_that_lie_apart_are_served() -> None:
     layer = BlockScaledLinear(plan_for("reference"), weight_of())
     x = activation(4)

@@ -25,6 +25,9 @@ GPU = ROOT / "tests" / "gpu"
 QUICK = (
     "test_experts.py::test_a_graph_serves_every_routing[1-gluon]",
     "test_experts.py::test_an_update_reaches_a_captured_graph",
+    "test_experts.py::test_a_forward_leaves_nothing_in_memory[gluon]",
+    "test_layers.py::test_a_forward_leaves_nothing_in_memory[gluon]",
+    "test_layers.py::test_a_forward_leaves_nothing_in_memory[triton]",
     "test_experts.py::test_preparing_holds_one_expert_beside_the_stacks",
     "test_transformers.py::test_save_gives_the_same_bytes",
     "test_transformers.py::test_a_captured_decoding_step_replays_new_tokens_and_new_weights",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -252,12 +253,19 @@ class GluonProduct:
         if torch.cuda.is_current_stream_capturing():
             msg = f"more than {STREAMS} streams: run the layer once on this one before capturing"
             raise BackendError(msg)
+        # A pool that a graph warms up in serves its own thread only, and would hold them as if they
+        # were results (torch/_inductor/cudagraph_trees.py).
+        with ThreadPoolExecutor(1) as elsewhere:
+            zeros = elsewhere.submit(self._zeroed_tickets).result()
+        self._ticket_memory.append(zeros)
+        self._free_tickets.extend(row.data_ptr() for row in zeros)
+
+    def _zeroed_tickets(self) -> torch.Tensor:
         shape = (STREAMS, self._tickets_each)
         zeros = torch.zeros(shape, dtype=torch.int32, device=self._data.device)
         # Other streams read them: have them written before anyone can.
         torch.cuda.synchronize(self._device)
-        self._ticket_memory.append(zeros)
-        self._free_tickets.extend(row.data_ptr() for row in zeros)
+        return zeros
 
 
 def _keep(known: dict[int, tuple[Any, ...]], address: int, arguments: tuple[Any, ...]) -> None:
