@@ -329,12 +329,17 @@ def _fp16_model() -> Iterator[Linear | Experts]:
         yield Linear(n, k, (1, 8, 16, 64, 4096), "float16")
 
 
+def _call_overhead() -> Iterator[Linear | Experts]:
+    yield Linear(256, 256, (4,), "bfloat16")
+
+
 PARTS: dict[str, Callable[[], Iterator[Linear | Experts]]] = {
     "moe_layer": _moe_layer,
     "transformers_model": _transformers_model,
     "tensor_parallel": _tensor_parallel,
     "gemm": _gemm,
     "fp16_model": _fp16_model,
+    "call_overhead": _call_overhead,
 }
 
 

@@ -3,16 +3,19 @@
     python benchmarks/call_overhead.py [--out FILE] [--backends NAME ...] [--without-gpu]
 
 Times are of the calling thread, microseconds, M = 4, N = K = 256, bfloat16; kernels are so small
-that a GPU keeps up. Rungs of the ladder, each with what is below it:
+that a GPU keeps up. DeepGEMM is measured if it is named: it builds for half a minute before. Rungs
+of the ladder, each with what is below it:
 
-- ``bare``: the launches as calls into C with every argument ready (own kernels only)
+- ``bare``: both kernels called with every argument ready, our Triton and Gluon kernels by the call
+  into C, other products by the backend's function
 - ``allocated``: with the allocations that a call cannot do without, result and scratch memory
 - ``step``: with the choice of device, stream and descriptors, without the result's allocation
 - ``operator``: ``ops.linear``, the result's allocation and the look-up of the shape included
 - ``layer``: the module called; ``layer_3d`` with (2, 2, K)
 - ``dispatched``: ``torch.ops.blockscale.linear``, as compiled code calls it
 
-Beside them the backend's two calls: ``quantize``, ``multiply`` and both, ``direct``.
+Beside them the backend's two calls: ``quantize``, ``multiply`` and both, ``direct``. ``python`` is
+``operator`` less ``allocated``: what it costs to choose by M, and to find what was prepared.
 
 ``--without-gpu`` runs on a CUDA driver that does nothing (``blockscale.testing.idle_gpu``) and
 takes the thread's CPU time, so that other work on the machine counts little. Rungs are timed in
@@ -48,7 +51,7 @@ from blockscale.reference import quantize
 from record import record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from blockscale.planning.plan import LinearPlan
 
@@ -56,46 +59,65 @@ if TYPE_CHECKING:
 
 N, K, M = 256, 256, 4
 CALLS, ROUNDS = 500, 40
-NAMES = ("triton", "gluon", "cuda", "deep_gemm", "torch_scaled_mm")
+NAMES = ("gluon", "cuda", "triton", "torch_scaled_mm")
+SLOW_TO_BUILD = ("deep_gemm",)
 OWN = ("triton", "gluon")
 
 
 def main() -> int:
-    """Measure every backend that runs here."""
+    """Measure every backend that runs here; each is printed and written as it comes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--backends", nargs="+", default=NAMES, choices=NAMES)
+    parser.add_argument("--backends", nargs="+", default=NAMES, choices=NAMES + SLOW_TO_BUILD)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--without-gpu", action="store_true")
     options = parser.parse_args()
-    if options.without_gpu:
-        lines = without_gpu(options.backends, options.rounds)
-    else:
-        found = (overhead(name, read_machine(), options.rounds) for name in options.backends)
-        lines = [record("call_overhead", **line) for line in found if line is not None]
-    texts = [json.dumps(line) for line in lines]
-    print("\n".join(texts))
     if options.out:
-        options.out.write_text("".join(text + "\n" for text in texts))
+        options.out.write_text("")
+    measure = without_gpu if options.without_gpu else on_gpu
+    for line in measure(options.backends, options.rounds):
+        print(f"{line['backend']}: {words(line)}\n{json.dumps(line)}", flush=True)
+        if options.out:
+            with options.out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
     return 0
 
 
-def without_gpu(names: list[str], rounds: int) -> list[dict[str, Any]]:
+def words(line: dict[str, Any]) -> str:
+    """A record's answer to the question that it was made for."""
+    return ", ".join(
+        f"{of} {line[f'{of}_us']} us (p10 {line[f'{of}_p10_us']})"
+        for of in ("python", "layer", "direct", "bare")
+    )
+
+
+def on_gpu(names: Sequence[str], rounds: int) -> Iterator[dict[str, Any]]:
+    """Every backend that serves this machine."""
+    device = read_machine()
+    for name in names:
+        started = time.perf_counter()
+        line = overhead(name, device, rounds)
+        if line is None:
+            print(f"{name}: does not run here", flush=True)
+            continue
+        yield record("call_overhead", **line)
+        print(f"{name}: done in {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def without_gpu(names: Sequence[str], rounds: int) -> Iterator[dict[str, Any]]:
     """Our own backends on an idle GPU."""
     from blockscale.testing import idle_gpu
 
     idle = idle_gpu.start()
     device = replace(Device.named("sm_90"), packages=installed_packages())
-    lines = []
     for name in names:
         if name in OWN:
             before = idle.launches
             line = overhead(name, device, rounds)
             assert idle.launches > before, "nothing was launched"
-            lines.append(record("call_overhead_without_gpu", **(line or {})))
-    return lines
+            yield record("call_overhead_without_gpu", **(line or {}))
 
 
 def overhead(name: str, device: Device, rounds: int) -> dict[str, object] | None:
@@ -106,6 +128,9 @@ def overhead(name: str, device: Device, rounds: int) -> dict[str, object] | None
     if not plan.is_servable:
         return None
     times = timed(rungs(plan), rounds)
+    for suffix in ("us", "p10_us"):
+        python = times[f"operator_{suffix}"] - times[f"allocated_{suffix}"]
+        times[f"python_{suffix}"] = round(python, 2)
     return {"backend": name, "m": M, "n": N, "k": K, **times}
 
 
@@ -122,10 +147,7 @@ def rungs(plan: LinearPlan) -> Rungs:
     quantized = backend.quantize_activation(x, offer)
     layer(x)
     call = ops.bound(layer.handle).calls[x.shape]
-    found: Rungs = {}
-    if plan.backends[0] in OWN:
-        found |= bare_rungs(plan, layer, x, out)
-    return found | {
+    return bare_rungs(plan, layer, x, out) | {
         "step": lambda: call.step(x, K, out, None),
         "operator": lambda: ops.linear(x, None, layer.handle),
         "layer": lambda: layer(x),
@@ -141,17 +163,17 @@ def rungs(plan: LinearPlan) -> Rungs:
 def bare_rungs(
     plan: LinearPlan, layer: BlockScaledLinear, x: torch.Tensor, out: torch.Tensor
 ) -> Rungs:
-    """Both launches with all arguments at hand, without and with their allocations."""
+    """Both kernels with all arguments at hand, without and with the allocations of a call."""
     from blockscale.kernels.triton.quantize import rows_quantizer
 
-    form = plan.choices[0].offer.activation
+    name, offer = plan.backends[0], plan.choices[0].offer
+    form = offer.activation
     assert form is not None
     index = device_index(x)
     quantizer = rows_quantizer(form.format, form.layout, x.dtype, K, index)
-    product: Any = runnable_backend_named(plan.backends[0]).bind(
-        layer.weight, plan.choices[0].offer
-    )
-    workspace = product.workspace_bytes(M, out.dtype)
+    backend = runnable_backend_named(name)
+    product: Any = backend.bind(layer.weight, offer)
+    workspace = product.workspace_bytes(M, out.dtype) if name in OWN else 0
     scratch = Scratch.of(*quantizer.sizes(M), workspace)
     memory = torch.empty(scratch.nbytes, dtype=torch.uint8, device=x.device)
     stream = torch._C._cuda_getCurrentRawStream(index)  # noqa: SLF001 - as kernels.step
@@ -160,10 +182,13 @@ def bare_rungs(
         quantizer.launcher(0),
         lambda: quantizer.start_for(M, scratch)(stream, x.data_ptr(), K, base),
     )
-    second = recorded(
-        product.launcher_for(M, out.dtype),
-        lambda: product.start_for(M, out.dtype, scratch)(stream, base, out.data_ptr(), None),
-    )
+    if name in OWN:
+        second = recorded(
+            product.launcher_for(M, out.dtype),
+            lambda: product.start_for(M, out.dtype, scratch)(stream, base, out.data_ptr(), None),
+        )
+    else:
+        second = partial(product, backend.quantize_activation(x, offer), out, None)
     one = torch.empty(1, dtype=out.dtype, device=x.device).expand(M, N)
 
     def bare(kept: object = memory) -> None:  # noqa: ARG001 - the addresses must stay valid
