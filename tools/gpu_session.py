@@ -109,7 +109,7 @@ PLANNED = (
     _benchmark("fp16_model", 60),
     _benchmark("grouped", 120, "--seconds", "90"),
     _benchmark("quantize", 80),
-    _benchmark("call_overhead", 50),
+    _benchmark("call_overhead", 60),
     Step("doctor", ("-m", "blockscale.cli.main", "doctor", "--probe", "--json"), 120),
     Step(
         "tensor_parallel",
@@ -153,7 +153,14 @@ def rehearsed(steps: Sequence[Step]) -> list[Step]:
 
 
 # What a benchmark is called in ahead.py.
-COMPILED = ("moe_layer", "transformers_model", "gemm", "fp16_model", "tensor_parallel")
+COMPILED = (
+    "moe_layer",
+    "transformers_model",
+    "gemm",
+    "fp16_model",
+    "call_overhead",
+    "tensor_parallel",
+)
 
 
 @dataclass(slots=True)
