@@ -22,7 +22,7 @@ from blockscale.planning.device import Device
 from blockscale.planning.planner import plan_model
 from blockscale.planning.policy import PlanPolicy
 from blockscale.planning.request import LinearRequest
-from blockscale.probe.proving import prove
+from blockscale.probe.proving import Pace, prove
 from blockscale.reference import expert_of, quantize
 from blockscale.testing import expert_cases
 
@@ -102,7 +102,7 @@ def test_experts_are_prepared_stack_by_stack_and_updated_one_by_one(
 def test_a_probe_is_a_record_for_each_dtype(everything: pytest.LogCaptureFixture) -> None:
     from blockscale.backends.reference import Reference
 
-    prove([Reference()], (DType.FLOAT32,), time_limit_s=0.001)
+    prove([Reference()], (DType.FLOAT32,), Pace(time_limit_s=0.001))
     (found,) = facts(everything, "probe")
     assert found["verdict"] == "failed"
     assert "no answer within" in found["detail"]

@@ -82,6 +82,7 @@ AT_ONCE = ("-vv", "-p", "no:benchmark", "-n", "8", "--dist", "worksteal")
 OWN = ("--backends", "gluon,triton")
 SWEEP = "benchmarks/results/nvidia-h100-80gb-hbm3/gluon_sweep.jsonl"
 VARIANTS = ("--cases", "masked,contiguous", "--variants", "--dtypes", "bfloat16")
+DOCTOR = ("-m", "blockscale.cli.main", "doctor")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 # Together within a session's 30 minutes, but for compiling: one GPU's are counted at half.
@@ -110,7 +111,7 @@ PLANNED = (
     _benchmark("grouped", 120, "--seconds", "90"),
     _benchmark("quantize", 80),
     _benchmark("call_overhead", 60),
-    Step("doctor", ("-m", "blockscale.cli.main", "doctor", "--probe", "--json"), 120),
+    Step("doctor", (*DOCTOR, "--probe", "--seconds", "85", "--json"), 100),
     Step(
         "tensor_parallel",
         (*TORCHRUN, "benchmarks/tensor_parallel.py", "--out", RECORDS),

@@ -176,6 +176,13 @@ def test_doctor_names_every_backend() -> None:
     assert "reference" in blockscale("doctor").out
 
 
+def test_a_probe_ends_when_its_seconds_are_over(tmp_path: Path) -> None:
+    """With what was found until then, and nothing but the document on stdout."""
+    home = {"HOME": str(tmp_path)}
+    result = blockscale("doctor", "--probe", "--seconds", "1", "--json", environ=home)
+    assert result.document["schema"] == 1
+
+
 def test_quantize_inspect_plan_verify_agree(float_checkpoint: Path, fp8_checkpoint: Path) -> None:
     inspected = blockscale("inspect", fp8_checkpoint, "--json").document
     assert sum(group["layers"] for group in inspected["groups"]) == 2

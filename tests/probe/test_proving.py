@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from blockscale.planning.device import Device, Proof, Verdict
 from blockscale.planning.planner import plan_linear
 from blockscale.planning.policy import PlanPolicy
 from blockscale.planning.request import LinearRequest
-from blockscale.probe.proving import load_proofs, proofs_path, prove, save_proofs
+from blockscale.probe.proving import Pace, keep_proof, load_proofs, proofs_path, prove, save_proofs
 
 HERE = str(Path(__file__).parent)
 FP32 = (DType.FLOAT32,)
@@ -27,7 +28,7 @@ FP32 = (DType.FLOAT32,)
 def bad_backends(monkeypatch: pytest.MonkeyPatch) -> object:
     """The module of bad backends, importable here and in child processes."""
     monkeypatch.syspath_prepend(HERE)
-    monkeypatch.setenv("PYTHONPATH", HERE)
+    monkeypatch.setenv("PYTHONPATH", HERE, prepend=os.pathsep)
     import bad_backends
 
     yield bad_backends
@@ -61,9 +62,35 @@ def test_bad_backends_are_excluded_with_their_reason(
 
 
 def test_a_backend_that_hangs_is_stopped(bad_backends: object) -> None:
-    (proof,) = prove([bad_backends.Hangs()], FP32, time_limit_s=8)
+    (proof,) = prove([bad_backends.Hangs()], FP32, Pace(time_limit_s=8))
     assert proof.verdict is Verdict.FAILED
     assert "no answer within 8 s" in proof.detail
+
+
+def test_shapes_may_be_checked_by_several_children_at_once(bad_backends: object) -> None:
+    """The same proofs, in the same order, told as they are found."""
+    told: list[Proof] = []
+    proofs = prove([bad_backends.Lies(), Reference()], FP32, Pace(children=3), told.append)
+    assert [proof.backend for proof in proofs] == ["lies", "reference"]
+    assert "fingerprint weight, M=1: 1 of 64 elements differ" in proofs[0].detail
+    assert "5 shapes" in proofs[1].detail
+    assert set(told) == set(proofs)
+
+
+def test_what_the_time_cuts_off_gets_no_proof(bad_backends: object) -> None:
+    assert prove([bad_backends.Hangs()], FP32, Pace(seconds=2)) == ()
+
+
+@pytest.mark.parametrize(
+    ("device", "children"),
+    [(Device.named("cpu"), 1), (Device("small", (8, 9), memory_bytes=8 << 30), 2)],
+)
+def test_as_many_children_as_the_machine_has_room_for(
+    device: Device, children: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert Pace.on(device).children == children
+    assert Pace.on(Device.named("sm_90")).children == 16
 
 
 def test_a_crash_loses_its_own_dtype_only(bad_backends: object) -> None:
@@ -99,6 +126,19 @@ def test_proofs_are_kept_until_a_version_changes(
     assert load_proofs(device).proofs == proofs
     newer = device.with_packages(("triton", "3.7.0"))
     assert load_proofs(newer).proofs == ()
+
+
+def test_a_new_proof_replaces_the_old_one_of_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    device = Device.named("sm_90")
+    old = Proof("triton", DType.FLOAT16, Verdict.FAILED, "wrong by 12 %")
+    other = Proof("triton", DType.BFLOAT16, Verdict.PROVEN, "5 shapes")
+    for proof in (old, other, replace(old, verdict=Verdict.PROVEN, detail="5 shapes")):
+        keep_proof(device, proof)
+    assert {proof.verdict for proof in load_proofs(device).proofs} == {Verdict.PROVEN}
+    assert len(load_proofs(device).proofs) == 2
 
 
 def test_a_damaged_file_of_proofs_is_ignored(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,13 +37,21 @@ def doctor(
         bool,
         typer.Option("--probe", help="Test each backend's numbers here, and keep what was found."),
     ] = False,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="End --probe after so long, and keep what was found; default: to its end.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Show the device, and for each backend whether it can serve it, or why not."""
     from blockscale.backends.registry import all_backends
 
     if probe:
-        _probe(device)
+        _probe(device, seconds)
     target = device_from(device)
     answers = [_answers(backend, target) for backend in all_backends()]
     if as_json:
@@ -79,12 +88,12 @@ def doctor(
     return ExitCode.FINE
 
 
-def _probe(device: str | None) -> None:
-    """Test every runnable backend in a process of its own; the next lines read what was kept."""
+def _probe(device: str | None, seconds: float | None) -> None:
+    """Test every runnable backend in processes of their own; the next lines read what was kept."""
     from blockscale.backends.registry import all_backends
     from blockscale.errors import SettingsError
     from blockscale.probe.machine import read_machine
-    from blockscale.probe.proving import proofs_path, prove, save_proofs
+    from blockscale.probe.proving import Pace, keep_proof, proofs_path, prove
     from blockscale.probe.tuning import make_room
 
     if device is not None:
@@ -94,8 +103,14 @@ def _probe(device: str | None) -> None:
     make_room(proofs_path(machine))
     runnable = sum(hasattr(backend, "bind") for backend in all_backends())
     with progress("probing", runnable * len(DType), unit="proofs") as advance:
-        proofs = prove(all_backends(), report=lambda _: advance(1))
-    save_proofs(machine, proofs)
+
+        def report(proof: Proof) -> None:
+            keep_proof(machine, proof)
+            advance(1)
+            if not sys.stderr.isatty():
+                print(f"{proof.words}: {proof.detail}", file=sys.stderr, flush=True)
+
+        prove(all_backends(), pace=Pace.on(machine, seconds), report=report)
 
 
 def _print_proofs(out: Console, device: Device) -> None:

@@ -39,6 +39,11 @@ class Proof:
     verdict: Verdict
     detail: str
 
+    @property
+    def words(self) -> str:
+        """``triton proven for float16``."""
+        return f"{self.backend} {self.verdict.value} for {self.out_dtype.value}"
+
 
 @dataclass(frozen=True, slots=True)
 class Measurement:

@@ -14,9 +14,6 @@ from blockscale.tensor import BlockScaledTensor
 if TYPE_CHECKING:
     from blockscale.planning.decision import OperandForm
 
-# Each size occurs; pairs are chosen so that every kernel gate is met by some and missed by others.
-# 576, 2112: rows that end inside a block. 768, 2304: K blocks that are no multiple of four.
-SHAPES: tuple[tuple[int, int], ...] = ((64, 128), (192, 256), (576, 512), (2112, 768), (64, 2304))
 TOKENS: tuple[int, ...] = (0, 1, 7, 33, 128, 129)
 
 

@@ -13,20 +13,22 @@ import torch
 
 from blockscale.formats import FP8_128X128_FP32, FP8_128X128_UE8M0, DType, PowerOfTwo
 from blockscale.modules.prepare import prepare_weight
-from blockscale.planning.planner import plan_linear
+from blockscale.planning.decision import Offer, Readiness
+from blockscale.planning.plan import Choice, LinearPlan
+from blockscale.planning.planner import conversion_step
 from blockscale.planning.policy import PlanPolicy
 from blockscale.planning.request import LinearRequest
 from blockscale.probe import cases
+from blockscale.probe.items import items_of
 from blockscale.reference import dequantize, quantize, relayout
 from blockscale.tensor import BlockScaledTensor, torch_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from blockscale.backends.base import Backend, Multiply, StepBackend
-    from blockscale.planning.decision import Offer
     from blockscale.planning.device import Device
-    from blockscale.planning.plan import LinearPlan
+    from blockscale.probe.items import Item
 
 # Relative Frobenius error on normal data: half an ulp of the output dtype, plus what Hopper's
 # tensor cores drop inside a block of 128 products (facts/kernels.md: about 14 bits are kept).
@@ -52,32 +54,59 @@ class Outcome:
 def check_backend(
     backend: Backend, device: Device, dtype: DType, started: Callable[[str], None]
 ) -> Outcome:
-    """Run every check that the backend's own gates let pass.
+    """Run every check that the backend's own gates let pass, in this process.
 
-    ``started`` is called with a description before each step, so that a parent process knows what
-    a crash interrupted. Raises WrongNumbersError; whatever the provider raises passes through.
+    ``started`` is called with a description before each item. Raises WrongNumbersError; whatever
+    the provider raises passes through.
     """
-    errors = [0.0]
-    shapes = 0
-    for plan in _plans(backend, device, dtype):
-        shapes += 1
-        request = plan.request
-        started(f"{dtype.value} N={request.n} K={request.k}")
-        _check_quantization(backend, plan)
-        _check_exact(backend, plan)
-        errors.append(_check_normal(backend, plan))
-    return Outcome(shapes, max(errors))
+    outcomes = []
+    for item in items_of(backend, (dtype,)):
+        started(item.words)
+        outcomes.append(check_item(backend, device, item))
+    return Outcome(
+        sum(outcome.shapes for outcome in outcomes),
+        max(outcome.max_relative_error for outcome in outcomes),
+    )
 
 
-def _plans(backend: Backend, device: Device, dtype: DType) -> Iterator[LinearPlan]:
-    policy = PlanPolicy(backends=(backend.name,))
-    for n, k in cases.SHAPES:
-        for fmt in (FP8_128X128_FP32, FP8_128X128_UE8M0):
-            request = LinearRequest(f"probe {n}x{k}", n, k, fmt, dtype, dtype, PowerOfTwo.YES)
-            plan = plan_linear(request, device, policy, [backend])
-            if plan.is_servable:
-                yield plan
-                break
+def check_item(backend: Backend, device: Device, item: Item) -> Outcome:
+    """Run the checks of one item; no shape if the backend's own gates refuse it.
+
+    Raises WrongNumbersError; whatever the provider raises passes through.
+    """
+    plan = plan_of(backend, device, item)
+    if plan is None:
+        return Outcome(0, 0.0)
+    _check_quantization(backend, plan)
+    _check_exact(backend, plan)
+    return Outcome(1, _check_normal(backend, plan))
+
+
+def plan_of(backend: Backend, device: Device, item: Item) -> LinearPlan | None:
+    """A plan with this backend alone, whatever its bounds on M; None if it makes no offer to run.
+
+    Float32 scales where it takes them, else powers of two.
+    """
+    for fmt in (FP8_128X128_FP32, FP8_128X128_UE8M0):
+        request = LinearRequest(
+            f"probe {item.n}x{item.k}", item.n, item.k, fmt, item.dtype, item.dtype, PowerOfTwo.YES
+        )
+        offer = backend.evaluate(request, device)
+        if not isinstance(offer, Offer) or offer.readiness is Readiness.PLAN_ONLY:
+            continue
+        step = conversion_step(request, offer.weight)
+        if step.is_lossless:
+            choices = (Choice(offer.m_range, offer),)
+            return LinearPlan(
+                request, choices, offer.weight, step.conversion, step.is_lossless, rejected=()
+            )
+    return None
+
+
+def _tokens(plan: LinearPlan) -> list[int]:
+    """The numbers of tokens that the backend takes."""
+    m_range = plan.choices[0].offer.m_range
+    return [m for m in cases.TOKENS if m and m_range.contains(m)]
 
 
 def _place(plan: LinearPlan) -> tuple[Offer, str]:
@@ -90,7 +119,7 @@ def _check_quantization(backend: Backend, plan: LinearPlan) -> None:
     if offer.activation is None:
         return
     form = offer.activation
-    for m in cases.TOKENS[1:]:
+    for m in _tokens(plan):
         values = cases.normal_activation(
             m, plan.request.k, torch_dtype(plan.request.activation_dtype), device
         )
@@ -107,7 +136,7 @@ def _check_exact(backend: Backend, plan: LinearPlan) -> None:
     for make in (cases.fingerprint_weight, cases.integer_weight):
         weight = make(request.n, request.k, request.format, device)
         multiply = backend.bind(_prepared(backend, plan, weight), offer)
-        for m in cases.TOKENS[1:]:
+        for m in _tokens(plan):
             activation = cases.exact_activation(
                 m, request.k, offer.activation, torch_dtype(request.activation_dtype), device
             )
@@ -124,7 +153,7 @@ def _check_normal(backend: Backend, plan: LinearPlan) -> float:
     prepared = _prepared(backend, plan, weight)
     multiply = backend.bind(prepared, offer)
     worst = 0.0
-    for m in cases.TOKENS[1:]:
+    for m in _tokens(plan):
         values = cases.normal_activation(
             m, request.k, torch_dtype(request.activation_dtype), device
         )

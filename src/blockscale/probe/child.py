@@ -1,7 +1,8 @@
-"""``python -m blockscale.probe.child MODULE:CLASS DTYPE...``: checks in a process of its own.
+"""``python -m blockscale.probe.child MODULE:CLASS ITEM...``: checks in a process of its own.
 
-Prints one JSON object a line: ``{"started": ...}`` before each step, ``{"dtype", "verdict",
-"detail"}`` after each dtype. A crash ends the lines where it happened.
+Prints one JSON object a line: ``{"started": ITEM}``, then ``{"item", "shapes", "error"}`` or
+``{"item", "failed"}``. A crash ends the lines where it happened. So does what a provider raises: a
+GPU may be of no use to the process after that.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from blockscale.formats import DType
-from blockscale.planning.device import Verdict
-from blockscale.probe.checks import WrongNumbersError, check_backend
+from blockscale.probe.checks import WrongNumbersError, check_item
+from blockscale.probe.children import MARKER
+from blockscale.probe.items import Item
 from blockscale.probe.machine import read_machine
 
 if TYPE_CHECKING:
@@ -21,30 +22,26 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Check the named backend for each dtype."""
+    """Check the named backend, item after item."""
     module, _, name = sys.argv[1].partition(":")
     backend = cast("Backend", getattr(importlib.import_module(module), name)())
     device = read_machine()
     for text in sys.argv[2:]:
-        dtype = DType(text)
-        _say({"started": dtype.value})
+        _say({"started": text})
         try:
-            outcome = check_backend(backend, device, dtype, lambda step: _say({"started": step}))
-            verdict, detail = Verdict.PROVEN, str(outcome)
-            if outcome.shapes == 0:
-                _say({"dtype": text, "verdict": None, "detail": "its gates let no shape pass"})
-                continue
+            outcome = check_item(backend, device, Item.parsed(text))
         except WrongNumbersError as error:
-            verdict, detail = Verdict.FAILED, str(error)
+            _say({"item": text, "failed": str(error)})
         except Exception as error:  # noqa: BLE001 - whatever a provider raises is its verdict
             first = (str(error).strip().splitlines() or [""])[0]
-            verdict, detail = Verdict.FAILED, f"{type(error).__name__}: {first}"
-        _say({"dtype": text, "verdict": verdict.value, "detail": detail})
+            _say({"item": text, "failed": f"{type(error).__name__}: {first}"})
+            return
+        else:
+            _say({"item": text, "shapes": outcome.shapes, "error": outcome.max_relative_error})
 
 
-def _say(line: dict[str, str | None]) -> None:
-    # Providers may print too; the marker tells our lines from theirs.
-    sys.stdout.write("@probe " + json.dumps(line) + "\n")
+def _say(line: dict[str, Any]) -> None:
+    sys.stdout.write(MARKER + json.dumps(line) + "\n")
     sys.stdout.flush()
 
 

@@ -1,6 +1,6 @@
-"""Proofs: what a child process found about each backend, kept until something changes.
+"""Proofs: what child processes found about each backend, kept until something changes.
 
-The child may crash, hang or lie; this process lives and writes down what happened. A proof is valid
+A child may crash, hang or lie; this process lives and writes down what happened. A proof is valid
 for one GPU, driver, set of package versions and version of blockscale.
 """
 
@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import signal
-import subprocess
+import os
 import sys
-from dataclasses import dataclass, replace
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,55 +22,231 @@ from blockscale import events
 from blockscale.events import Kind
 from blockscale.formats import DType
 from blockscale.planning.device import Device, Proof, Verdict
+from blockscale.probe.children import Children, Ending
+from blockscale.probe.items import Item, items_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from blockscale.planning.decision import PlannableBackend
+    from blockscale.planning.decision import Arrangement, PlannableBackend
 
 # A provider that compiles needs about 10 s for each of the probe's shapes and M.
 TIME_LIMIT_S = 300.0
-MARKER = "@probe "
+# Child processes at a time on a GPU: as many as there are cores, if memory allows.
+MAX_CHILDREN = 16
+BYTES_OF_A_CHILD = 4 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class _Progress:
-    """What one child said before it ended. ``current``: the step it was in."""
+class Pace:
+    """How a probe runs.
 
-    proofs: tuple[Proof, ...]
-    done: frozenset[str]
-    current: str
+    ``time_limit_s``: of one child process; more is a failure. ``children``: processes at a time.
+    ``seconds``: of the whole probe; what is not answered then gets no proof. None: to the end.
+    """
+
+    time_limit_s: float = TIME_LIMIT_S
+    children: int = 1
+    seconds: float | None = None
+
+    @staticmethod
+    def on(device: Device, seconds: float | None = None) -> Pace:
+        """Where compilers are waited for, on a GPU, as many children as the machine has room for.
+
+        On a CPU one: kernels that are tested there use all cores.
+        """
+        if device.is_cpu:
+            return Pace(seconds=seconds)
+        room = (device.memory_bytes or BYTES_OF_A_CHILD) // BYTES_OF_A_CHILD
+        cores = len(os.sched_getaffinity(0))
+        return Pace(children=max(1, min(MAX_CHILDREN, room, cores)), seconds=seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a child said about an item; ``shapes`` 0: the backend's own gates refuse it."""
+
+    shapes: int = 0
+    error: float = 0.0
+    failure: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Case:
+    """All items of one proof, with the answers that are there. ``is_over``: no more will come."""
+
+    backend: PlannableBackend
+    items: tuple[Item, ...]
+    answers: dict[Item, _Answer] = field(default_factory=dict)
+
+    @property
+    def is_answered(self) -> bool:
+        return len(self.answers) == len(self.items)
+
+    def proof(self) -> Proof | None:
+        """None where the gates let nothing pass, or where too little is known."""
+        answers = [self.answers[item] for item in self.items if item in self.answers]
+        failures = [answer.failure for answer in answers if answer.failure is not None]
+        shapes = sum(answer.shapes for answer in answers)
+        if failures:
+            verdict, detail = Verdict.FAILED, failures[0]
+        elif shapes and self.is_answered:
+            worst = max(answer.error for answer in answers)
+            verdict = Verdict.PROVEN
+            detail = f"{shapes} shapes, relative error up to {worst:.1e}"
+        else:
+            return None
+        return Proof(self.backend.name, self.items[0].dtype, verdict, detail)
 
 
 def prove(
     backends: Sequence[PlannableBackend],
     dtypes: Sequence[DType] = tuple(DType),
-    time_limit_s: float = TIME_LIMIT_S,
+    pace: Pace | None = None,
     report: Callable[[Proof], None] | None = None,
 ) -> tuple[Proof, ...]:
-    """Test every backend that blockscale can run, each in a child process.
+    """Test every backend that blockscale can run, in child processes.
 
-    A wrong number, an exception, a crash or more than ``time_limit_s`` for one backend is a FAILED
-    proof that says so. Backends without ``bind``, and dtypes for which no shape passes the
-    backend's own gates, get no proof. Nothing is cached here.
+    A wrong number, an exception, a crash or a child that takes longer than its time limit is a
+    FAILED proof that says so. Backends without ``bind``, dtypes for which no shape passes the
+    backend's own gates, and what ``pace.seconds`` cut off get no proof. ``report`` is told each
+    proof as it is found, one at a time. Nothing is cached here.
     """
-    found: list[Proof] = []
-    for backend in backends:
-        if not hasattr(backend, "bind"):
-            continue
-        for proof in _prove_one(backend, dtypes, time_limit_s):
-            found.append(proof)
-            _announce(proof)
-            if report is not None:
-                report(proof)
-    return tuple(found)
+    return _Probe(backends, dtypes, pace or Pace(), report).run()
+
+
+class _Probe:
+    """One call of ``prove``."""
+
+    def __init__(
+        self,
+        backends: Sequence[PlannableBackend],
+        dtypes: Sequence[DType],
+        pace: Pace,
+        report: Callable[[Proof], None] | None,
+    ) -> None:
+        self._pace, self._report = pace, report
+        self._children = Children(pace.time_limit_s)
+        self._lock = threading.Lock()
+        self._cases: dict[tuple[str, DType, Arrangement | None], _Case] = {}
+        self._work: list[tuple[PlannableBackend, list[Item]]] = []
+        for backend in backends:
+            if not hasattr(backend, "bind"):
+                continue
+            items = items_of(backend, dtypes)
+            for item in items:
+                same = tuple(other for other in items if _form(other) == _form(item))
+                self._cases.setdefault((backend.name, *_form(item)), _Case(backend, same))
+            self._work += [(backend, part) for part in _parts(items, pace.children)]
+
+    def run(self) -> tuple[Proof, ...]:
+        """Everything, or what there is time for."""
+        with ThreadPoolExecutor(self._pace.children) as pool:
+            try:
+                futures = [pool.submit(self._check, *work) for work in self._work]
+                wait(futures, self._pace.seconds)
+            finally:
+                # Also where the wait was interrupted: the pool waits for its threads.
+                self._children.stop()
+        for future in futures:
+            future.result()
+        proofs = []
+        for case in self._cases.values():
+            proof = case.proof()
+            if proof is not None:
+                proofs.append(proof)
+                if not case.is_answered:
+                    self._tell(proof)
+        return tuple(proofs)
+
+    def _check(self, backend: PlannableBackend, items: list[Item]) -> None:
+        """Children until every item has an answer.
+
+        One that dies takes along the other items of the same proof, which has failed.
+        """
+        left = items
+        while left:
+            ending, current = self._run_child(backend, left)
+            if ending.is_stopped:
+                return
+            at = current or left[0]
+            reason = ending.reason or "the process ended without an answer"
+            where = f" in {current.words}" if current is not None else ""
+            if ending.reason is not None or at in self._unanswered(backend, left):
+                self._answer(backend, at, _Answer(failure=f"{reason}{where}"))
+            for item in left:
+                if _form(item) == _form(at) and self._failed(backend, at):
+                    self._answer(backend, item, _Answer())
+            left = self._unanswered(backend, left)
+
+    def _run_child(
+        self, backend: PlannableBackend, items: Sequence[Item]
+    ) -> tuple[Ending, Item | None]:
+        """How it ended, and the item that it was at."""
+        current: Item | None = None
+
+        def heard(said: dict[str, Any]) -> None:
+            nonlocal current
+            if "started" in said:
+                current = Item.parsed(said["started"])
+                return
+            answer = _Answer(said.get("shapes", 0), said.get("error", 0.0), said.get("failed"))
+            self._answer(backend, Item.parsed(said["item"]), answer)
+
+        kind = type(backend)
+        command = [sys.executable, "-m", "blockscale.probe.child"]
+        command += [f"{kind.__module__}:{kind.__qualname__}", *map(str, items)]
+        return self._children.run(command, heard), current
+
+    def _answer(self, backend: PlannableBackend, item: Item, answer: _Answer) -> None:
+        """The first answer stands. Whoever gives the last one of a proof reports it."""
+        with self._lock:
+            case = self._case(backend, item)
+            if item in case.answers:
+                return
+            case.answers[item] = answer
+            proof = case.proof() if case.is_answered else None
+            if proof is not None:
+                self._tell(proof)
+
+    def _case(self, backend: PlannableBackend, item: Item) -> _Case:
+        return self._cases[(backend.name, *_form(item))]
+
+    def _failed(self, backend: PlannableBackend, item: Item) -> bool:
+        with self._lock:
+            answers = self._case(backend, item).answers.values()
+            return any(answer.failure is not None for answer in answers)
+
+    def _unanswered(self, backend: PlannableBackend, items: list[Item]) -> list[Item]:
+        with self._lock:
+            return [item for item in items if item not in self._case(backend, item).answers]
+
+    def _tell(self, proof: Proof) -> None:
+        _announce(proof)
+        if self._report is not None:
+            self._report(proof)
+
+
+def _form(item: Item) -> tuple[DType, Arrangement | None]:
+    """What a proof is about, beside the backend."""
+    return item.dtype, item.arrangement
+
+
+def _parts(items: Sequence[Item], count: int) -> list[list[Item]]:
+    """At most ``count`` parts; a shape's output dtypes stay together."""
+    shapes = list(dict.fromkeys((item.n, item.k, item.arrangement) for item in items))
+    parts = []
+    for first in range(min(count, len(shapes))):
+        mine = set(shapes[first::count])
+        parts.append([item for item in items if (item.n, item.k, item.arrangement) in mine])
+    return parts
 
 
 def _announce(proof: Proof) -> None:
     failed = proof.verdict is Verdict.FAILED
     events.emit(
         Kind.PROBE,
-        f"{proof.backend} {proof.verdict.value} for {proof.out_dtype.value}: {proof.detail}",
+        f"{proof.words}: {proof.detail}",
         logging.WARNING if failed else logging.INFO,
         backend=proof.backend,
         out_dtype=proof.out_dtype.value,
@@ -87,6 +264,16 @@ def load_proofs(device: Device) -> Device:
     except (OSError, ValueError, KeyError, TypeError):
         return device
     return replace(device, proofs=proofs)
+
+
+def keep_proof(device: Device, proof: Proof) -> Path:
+    """``save_proofs`` with one more, in place of what was known before of the same."""
+    others = [
+        other
+        for other in load_proofs(device).proofs
+        if (other.backend, other.out_dtype) != (proof.backend, proof.out_dtype)
+    ]
+    return save_proofs(device, (*others, proof))
 
 
 def save_proofs(device: Device, proofs: Sequence[Proof]) -> Path:
@@ -121,71 +308,7 @@ def proofs_path(device: Device) -> Path:
     return Path.home() / ".cache" / "blockscale" / f"proofs-{key}.json"
 
 
-def _prove_one(
-    backend: PlannableBackend, dtypes: Sequence[DType], time_limit_s: float
-) -> list[Proof]:
-    """Children until every dtype has an answer: one that dies loses its own dtype only."""
-    proofs: list[Proof] = []
-    left = [dtype.value for dtype in dtypes]
-    while left:
-        progress, ended = _run_child(backend, left, time_limit_s)
-        proofs += progress.proofs
-        left = [dtype for dtype in left if dtype not in progress.done]
-        if left and ended is not None:
-            where = f" in {progress.current}" if progress.current else ""
-            proofs.append(Proof(backend.name, DType(left[0]), Verdict.FAILED, f"{ended}{where}"))
-            left = left[1:]
-        elif left:
-            break
-    return proofs
-
-
-def _run_child(
-    backend: PlannableBackend, dtypes: list[str], time_limit_s: float
-) -> tuple[_Progress, str | None]:
-    """What the child said, and how it ended if not well."""
-    kind = type(backend)
-    command = [sys.executable, "-m", "blockscale.probe.child"]
-    command += [f"{kind.__module__}:{kind.__qualname__}", *dtypes]
-    try:
-        child = subprocess.run(  # noqa: S603 - our own interpreter and module
-            command, capture_output=True, text=True, check=False, timeout=time_limit_s
-        )
-    except subprocess.TimeoutExpired as error:
-        said = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
-        return _read(backend.name, said), f"no answer within {time_limit_s:g} s"
-    progress = _read(backend.name, child.stdout)
-    if child.returncode == 0:
-        return progress, None
-    return progress, _death(child)
-
-
-def _read(backend: str, output: str) -> _Progress:
-    proofs: list[Proof] = []
-    done: set[str] = set()
-    current = ""
-    for line in output.splitlines():
-        if not line.startswith(MARKER):
-            continue
-        said: dict[str, Any] = json.loads(line.removeprefix(MARKER))
-        if "started" in said:
-            current = said["started"]
-            continue
-        done.add(said["dtype"])
-        if said["verdict"] is not None:
-            proofs.append(_proof({**said, "backend": backend, "out_dtype": said["dtype"]}))
-    return _Progress(tuple(proofs), frozenset(done), current)
-
-
 def _proof(entry: dict[str, Any]) -> Proof:
     return Proof(
         entry["backend"], DType(entry["out_dtype"]), Verdict(entry["verdict"]), entry["detail"]
     )
-
-
-def _death(child: subprocess.CompletedProcess[str]) -> str:
-    if child.returncode < 0:
-        name = signal.Signals(-child.returncode).name
-        return f"the process was killed by {name}"
-    last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-    return f"the process ended with code {child.returncode}: {last[:200]}"
