@@ -70,6 +70,8 @@ TINY = {
 # tokens of 256 values, and changes two in a hundred of the next. A lost part of a sum is 0.7 off.
 LARGEST_ERROR = 0.4
 LARGEST_FLOAT32_ERROR = 0.03
+# Layers whose results are sums over ranks.
+SUMMED = ("o_proj", "down_proj")
 WARM_UP_CALLS = 3
 # This project's kernels. DeepGEMM, where it is installed, would compile half a minute a shape; the
 # reference on a CPU quantizes activations, as they do.
@@ -256,6 +258,7 @@ class Bench:
             for tokens in counts:
                 calls = {name: self.call(model, phase, tokens) for name, model in models.items()}
                 error, agreement = self.compare(calls)
+                shaken = self.shaken_error(models["one"], calls["one"])
                 times, timing = self.times(calls)
                 backends = {name for layer in cut.plan.plan.layers for name in layer.backends}
                 lines.append(
@@ -271,6 +274,7 @@ class Bench:
                         speedup=round(times["one"] / times["cut"], 3),
                         relative_error=error,
                         same_best_token=agreement,
+                        shaken_error=shaken,
                         backends=sorted(backends),
                         timing=timing,
                         nvls=os.environ["NCCL_NVLS_ENABLE"],
@@ -280,7 +284,8 @@ class Bench:
                     f"{dtype.value} {phase:8s}{tokens:6d} tokens: one {times['one']:9.1f} us, "
                     f"{self.ranks.size} ranks {times['cut']:9.1f} us, "
                     f"{times['one'] / times['cut']:.2f}x ({timing}); logits differ by {error:.2e}, "
-                    f"best token the same {agreement:.1%}"
+                    f"best token the same {agreement:.1%}; one GPU's, shaken by a rounding, "
+                    f"{shaken:.2e}"
                 )
         return lines
 
@@ -320,6 +325,30 @@ class Bench:
         worst = torch.tensor([error, -agreement], device=self.place)
         distributed.all_reduce(worst, distributed.ReduceOp.MAX)
         return float(f"{float(worst[0]):.3g}"), -float(worst[1])
+
+    def shaken_error(self, one: PreTrainedModel, call: Callable[[], torch.Tensor]) -> float:
+        """How far the logits of one GPU move if what ranks would sum is rounded otherwise.
+
+        A control: each element of these results goes up or down by half a unit in the last place.
+        Codes behind them change, and each change is as large as a step of E4M3.
+        """
+        wanted = call().float()
+        generator = torch.Generator(device=self.place).manual_seed(0)
+
+        def shake(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
+            half = torch.finfo(output.dtype).eps / 2
+            signs = torch.randint(2, output.shape, generator=generator, device=self.place)
+            return (output.double() * (1 + half * (2 * signs - 1))).to(output.dtype)
+
+        hooks = [
+            module.register_forward_hook(shake)
+            for name, module in one.named_modules()
+            if name.endswith(SUMMED)
+        ]
+        found = call().float()
+        for hook in hooks:
+            hook.remove()
+        return float(f"{float((found - wanted).norm() / wanted.norm()):.3g}")
 
     def times(self, calls: dict[str, Callable[[], torch.Tensor]]) -> tuple[dict[str, float], str]:
         """Median microseconds in turns, of the slowest rank."""
