@@ -40,14 +40,19 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from blockscale.formats import BlockFormat, ScaleLayout
+    from blockscale.kernels.cuda.work import Form as CudaFormOfWork
     from blockscale.kernels.gluon.build import Form
     from blockscale.kernels.triton.build import Variant
     from blockscale.planning.decision import GroupedRows
+
+    Compiled = "Kernel | CudaForm | Form | DeepGemmCall"
 
 H100_PROCESSORS = 132
 HALVES = ("float16", "bfloat16")
 OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
 QUANTIZED = (FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED)
+# NVRTC's binding, which the cuda backend needs.
+NVRTC = "cuda.bindings"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,24 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
+class CudaForm:
+    """A form of the CUDA C++ kernel; what NVRTC makes is kept on disk."""
+
+    form: CudaFormOfWork
+
+    @property
+    def name(self) -> str:
+        """As in the list of kernels."""
+        return f"cuda {self.form.name}"
+
+    def compile(self) -> None:
+        """Have the cache hold it."""
+        from blockscale.kernels.cuda.build import compile_form
+
+        compile_form(self.form)
+
+
+@dataclass(frozen=True, slots=True)
 class DeepGemmCall:
     """One dense product by DeepGEMM, on zeros; it keeps what it builds in ~/.deep_gemm."""
 
@@ -130,7 +153,7 @@ class DeepGemmCall:
 
 def deep_gemm_calls() -> list[DeepGemmCall]:
     """What ``gemm.py`` compares with; nothing where DeepGEMM is not installed."""
-    if importlib.util.find_spec("deep_gemm") is None:
+    if not is_installed("deep_gemm"):
         return []
     from gemm import SHAPES, TOKENS
 
@@ -140,9 +163,9 @@ def deep_gemm_calls() -> list[DeepGemmCall]:
     return [DeepGemmCall(n, k, m) for m in tokens for n, k in shapes]
 
 
-def kernels_of(layers: Iterable[Linear | Experts]) -> list[Kernel | Form]:
+def kernels_of(layers: Iterable[Linear | Experts]) -> list[Kernel | CudaForm | Form]:
     """All that these layers launch, Gluon's first: they take longest. Imports Triton."""
-    found: dict[Kernel | Form, None] = {}
+    found: dict[Kernel | CudaForm | Form, None] = {}
     for layer in layers:
         by_kind = LINEAR if isinstance(layer, Linear) else EXPERTS
         for kernels in by_kind:
@@ -150,19 +173,19 @@ def kernels_of(layers: Iterable[Linear | Experts]) -> list[Kernel | Form]:
     return sorted(found, key=lambda kernel: isinstance(kernel, Kernel))
 
 
-def compile_kernels(kernels: Sequence[Kernel | Form | DeepGemmCall], workers: int) -> list[str]:
+def compile_kernels(kernels: Sequence[Compiled], workers: int) -> list[str]:
     """Compile them in a pool of processes; gives what could not be, and why."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context) as pool:
         return [words for words in pool.map(compile_one, kernels) if words]
 
 
-def compile_one(kernel: Kernel | Form | DeepGemmCall) -> str:
+def compile_one(kernel: Compiled) -> str:
     """Compile one; nothing, or what went wrong: the others are still wanted."""
     from blockscale.kernels.gluon.build import compile_ahead
 
     try:
-        if isinstance(kernel, (Kernel, DeepGemmCall)):
+        if isinstance(kernel, (Kernel, CudaForm, DeepGemmCall)):
             kernel.compile()
         else:
             compile_ahead(kernel)
@@ -240,6 +263,25 @@ def _gluon_experts(layer: Experts) -> Iterator[Form]:
             yield Form(variant, dtype, overlap=True)
 
 
+def _cuda(layer: Linear) -> Iterator[CudaForm]:
+    from blockscale.formats import DType
+    from blockscale.kernels.cuda.choice import choose
+
+    if not is_installed(NVRTC):
+        return
+    for m in layer.tokens:
+        work = choose(m, layer.n, layer.k, DType(layer.dtype), H100_PROCESSORS)
+        yield CudaForm(work.form)
+
+
+def is_installed(module: str) -> bool:
+    """Whether it could be imported; a parent that is not there is an answer too."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def _alignment(rows: Sequence[GroupedRows], tokens: int) -> int:
     return next(one.alignment for one in rows if one.m_range.contains(tokens))
 
@@ -287,7 +329,7 @@ def _rows(layer: Experts) -> list[Kernel]:
     return found
 
 
-LINEAR = (_gluon, _triton, _quantize)
+LINEAR = (_gluon, _cuda, _triton, _quantize)
 EXPERTS = (_gluon_experts, _triton_experts, _rows)
 
 QWEN3_8B = ((4096, 4096), (1024, 4096), (12288, 4096), (4096, 12288))
@@ -318,9 +360,9 @@ def _gemm() -> Iterator[Linear | Experts]:
     from gemm import SHAPES, TOKENS
 
     tokens = tuple(map(int, TOKENS.split(",")))
-    for shape in SHAPES.split(","):
-        n, k = map(int, shape.split("x"))
-        for dtype in HALVES:
+    for dtype in (*HALVES, "float32"):
+        for shape in SHAPES.split(","):
+            n, k = map(int, shape.split("x"))
             yield Linear(n, k, tokens, dtype)
 
 
@@ -356,7 +398,7 @@ def main() -> int:
     started = time.perf_counter()
     without_a_gpu()
     layers = dict.fromkeys(layer for part in options.parts or PARTS for layer in PARTS[part]())
-    kernels: list[Kernel | Form | DeepGemmCall] = [*kernels_of(layers)]
+    kernels: list[Compiled] = [*kernels_of(layers)]
     if "gemm" in (options.parts or PARTS):
         kernels += deep_gemm_calls()
     print(f"{len(kernels)} kernels of {len(layers)} layers", flush=True)

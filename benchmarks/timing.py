@@ -24,12 +24,12 @@ class Timing:
     p90_us: float
 
 
-def capture(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+def capture(call: Callable[[], object], warm_up_calls: int = WARM_UP_CALLS) -> torch.cuda.CUDAGraph:
     """``call`` as a graph; it is run a few times first, so that everything is compiled."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(WARM_UP_CALLS):
+        for _ in range(warm_up_calls):
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -39,14 +39,20 @@ def capture(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], rounds: int = 20, replays: int = 5
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int = 20,
+    replays: int = 5,
+    *,
+    warm_up_s: float = WARM_UP_S,
+    warm_up_calls: int = WARM_UP_CALLS,
 ) -> dict[str, Timing]:
     """Time every call in turns, ``rounds`` times ``replays`` graph replays, L2 as calls leave it.
 
     Each call must touch more than the L2 cache by itself, or its data is warm: say which.
+    ``warm_up_s``: of replays before the first time, so that clocks are up.
     """
-    graphs = {name: capture(call) for name, call in calls.items()}
-    _warm_up(graphs)
+    graphs = {name: capture(call, warm_up_calls) for name, call in calls.items()}
+    _warm_up(graphs, warm_up_s)
     return {name: _summary(t) for name, t in replay_in_turns(graphs, rounds, replays).items()}
 
 
@@ -81,12 +87,12 @@ def copy_bandwidth(megabytes: int = 2048) -> float:
     return 2 * source.nbytes / (timing.median_us * 1e-6)
 
 
-def _warm_up(graphs: Mapping[str, torch.cuda.CUDAGraph]) -> None:
+def _warm_up(graphs: Mapping[str, torch.cuda.CUDAGraph], seconds: float) -> None:
     """Clocks rise under load: replay everything for a while before the first number."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     elapsed = 0.0
-    while elapsed < WARM_UP_S * 1000:
+    while elapsed < seconds * 1000:
         for graph in graphs.values():
             graph.replay()
         end.record()

@@ -1,0 +1,63 @@
+"""benchmarks/gemm.py on a pretend GPU: what it writes, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="pip install triton: its interpreter runs the kernels")
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def run(folder: Path, *arguments: str) -> str:
+    command = ["-m", "blockscale.testing.pretend_gpu", "benchmarks/gemm.py", "--smoke"]
+    files = ["--state", str(folder / "state"), "--out", str(folder / "records")]
+    few = ["--backends", "gluon,bf16_matmul", "--rounds", "2", "--tokens", "1,5"]
+    done = subprocess.run(
+        [sys.executable, *command, *files, *few, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TRITON_INTERPRET": "1", "SOURCE_COMMIT": "abc1234"},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """Whole (N, K) only, in order, each once; the planner's choice is marked."""
+    both = ("--shapes", "128x128,256x128")
+    first = run(tmp_path, "--pass", "main", "--shapes", "128x128")
+    assert "1 rows in" in first
+    assert "left: nothing" in first
+    second = run(tmp_path, *both)
+    assert "3 rows in" in second
+    assert "left: nothing" in second
+    lines = [json.loads(line) for line in (tmp_path / "records").read_text().splitlines()]
+    assert [(r["pass"], r["n"], r["m"], r["backend"], r["out_dtype"]) for r in lines] == [
+        (name, n, m, backend, dtype)
+        for name, variants in (
+            ("main", (("gluon", "float16"), ("gluon", "bfloat16"))),
+            ("rest", (("gluon", "float32"), ("bf16_matmul", "bfloat16"))),
+        )
+        for n in (128, 256)
+        for m in (1, 5)
+        for backend, dtype in variants
+    ]
+    for r in lines:
+        assert r["p10_us"] <= r["time_us"] <= r["p90_us"]
+        assert r["planned"] == (r["backend"] == "gluon")
+        assert r["commit"] == "abc1234"
+        assert r["deep_gemm_us"] is None
+    nothing = run(tmp_path, *both)
+    assert "0 rows in" in nothing
+    stopped = run(tmp_path, "--shapes", "128x256", "--seconds", "0")
+    assert "left: main 128x256, rest 128x256" in stopped
+    assert len((tmp_path / "records").read_text().splitlines()) == len(lines)
