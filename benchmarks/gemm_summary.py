@@ -99,7 +99,7 @@ class Point:
         return f"{self.m} x {self.n} x {self.k}"
 
 
-def points(records: Iterable[dict[str, Any]]) -> list[Point]:
+def counted(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last record of each measurement by the last source; experiments are left out.
 
     Sources are not mixed within a pass: those records count that have the commit of its last one.
@@ -115,14 +115,24 @@ def points(records: Iterable[dict[str, Any]]) -> list[Point]:
         key = (r["m"], r["n"], r["k"], r["backend"], r["out_dtype"])
         last.pop(key, None)  # The last line of the file comes last.
         last[key] = r
-    return [_point(r, last) for r in last.values()]
+    return list(last.values())
 
 
-def _point(r: dict[str, Any], last: dict[tuple[Any, ...], dict[str, Any]]) -> Point:
-    base = r.get("deep_gemm_us")
-    if base is None and "pass" not in r:
-        found = last.get((r["m"], r["n"], r["k"], *BASELINE))
-        base = found and found["time_us"]
+def points(records: Iterable[dict[str, Any]]) -> list[Point]:
+    """What counts of some records."""
+    found = counted(records)
+    base = {
+        (r["m"], r["n"], r["k"]): r["time_us"]
+        for r in found
+        if (r["backend"], r["out_dtype"]) == BASELINE
+    }
+    return [_point(r, base) for r in found]
+
+
+def _point(r: dict[str, Any], base: dict[tuple[int, int, int], float]) -> Point:
+    # Records from before there were passes do not hold DeepGEMM's time.
+    before = None if "pass" in r else base.get((r["m"], r["n"], r["k"]))
+    deep_gemm_us = r.get("deep_gemm_us", before)
     return Point(
         r["m"],
         r["n"],
@@ -130,7 +140,7 @@ def _point(r: dict[str, Any], last: dict[tuple[Any, ...], dict[str, Any]]) -> Po
         r["backend"],
         r["out_dtype"],
         r["time_us"],
-        base / r["time_us"] if base else None,
+        deep_gemm_us / r["time_us"] if deep_gemm_us else None,
         r.get("planned", False),
         floor_of(r["m"], r["n"], r["k"], OUT_BYTES[r["out_dtype"]], r["ceilings"]),
         r["share_of_copy"],
@@ -189,6 +199,16 @@ def regions(found: Sequence[Point]) -> Table:
             [f"`{backend}`" if backend not in (BEST, PLANNED) else backend, out_dtype, *cells]
         )
     return ["backend", "output", *(f"M {low}-{high}" for low, high in RANGES)], body
+
+
+def short_regions(found: Sequence[Point]) -> Table:
+    """``regions`` of what the planner takes of ours, else Gluon's, and of what others write."""
+    header, body = regions(found)
+    planned = any(row[0] == PLANNED for row in body)
+    names = ("goal", PLANNED if planned else f"`{OURS[0]}`", "`torch_scaled_mm`", "`triton`")
+    return header, [
+        row for row in body if row[0] in (*names, "`bf16_matmul`") and row[1] != "float32"
+    ]
 
 
 def float32(found: Sequence[Point]) -> Table:

@@ -46,13 +46,15 @@ def record(benchmark: str, **values: Any) -> dict[str, Any]:  # noqa: ANN401 - J
     """A record with the machine, package versions, commit and date filled in."""
     import datetime as dt
 
+    now = dt.datetime.now(dt.timezone.utc)
     return {
         "benchmark": benchmark,
         **values,
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),
-        "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
+        "date": now.date().isoformat(),
+        "time": now.strftime("%H:%M"),
     }
 
 

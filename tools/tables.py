@@ -18,10 +18,14 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gemm_summary  # noqa: E402 - a program beside these tools, not a package
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -37,7 +41,7 @@ def records(benchmark: str) -> list[dict[str, Any]]:
 def newest(benchmark: str) -> list[dict[str, Any]]:
     """The records of one benchmark on the machine that ran it last, oldest first."""
     found = records(benchmark)
-    last = max(found, key=lambda record: record["date"])
+    last = max(found, key=lambda record: (record["date"], record.get("time", "")))
     return [record for record in found if record["machine"] == last["machine"]]
 
 
@@ -235,9 +239,6 @@ def transformers_model() -> str:
     ) + caption(records_of_machine)
 
 
-M_RANGES = ((1, 16), (32, 64), (128, 512), (1024, 8192))
-
-
 def tensor_parallel() -> str:
     """A model over several GPUs beside one: times, and how far logits are apart."""
     found = newest("tensor_parallel")
@@ -261,37 +262,64 @@ def tensor_parallel() -> str:
     ) + caption(found)
 
 
+def of_gemm(table: Callable[[Sequence[gemm_summary.Point]], gemm_summary.Table]) -> str:
+    """A table of ``benchmarks/gemm_summary.py``."""
+    counted = gemm_summary.counted(newest("gemm"))
+    header, body = table(gemm_summary.points(counted))
+    return rows(" | ".join(header), [[*row] for row in body]) + sources(counted)
+
+
+def sources(found: list[dict[str, Any]]) -> str:
+    """The caption of records of several passes, which may be of several sources."""
+    commits = list(dict.fromkeys(str(record["commit"]) for record in found))
+    return f"\n{where(found[-1])}, source {', '.join(commits)}.\n"
+
+
 def gemm() -> str:
     """Speed relative to DeepGEMM's bfloat16 kernel, geometric mean and worst, by range of M."""
-    found = newest("gemm")
-    last = {
-        (r["m"], r["n"], r["k"], r["backend"], r["out_dtype"]): r["time_us"]
-        for r in found
-        if not r["detail"].startswith(("overlap", "alternate", "loads", "candidate"))
-    }
-    variants = list(dict.fromkeys(key[3:] for key in last))
-    body: list[list[object]] = []
-    for backend, dtype in variants:
-        if backend == "deep_gemm":
-            continue
-        row: list[object] = [f"`{backend}`", dtype]
-        for low, high in M_RANGES:
-            ratios = [
-                last[m, n, k, "deep_gemm", "bfloat16"] / time_us
-                for (m, n, k, *variant), time_us in last.items()
-                if variant == [backend, dtype]
-                and low <= m <= high
-                and (m, n, k, "deep_gemm", "bfloat16") in last
-            ]
-            row.append(f"{geometric_mean(ratios):.2f} ({min(ratios):.2f})" if ratios else "not run")
-        body.append(row)
-    ranges = " | ".join(f"M {low}-{high}" for low, high in M_RANGES)
-    return rows(f"backend | output | {ranges}", body) + caption(found)
+    return of_gemm(gemm_summary.regions)
+
+
+def gemm_short() -> str:
+    """Of those, what the planner takes of our kernels and what it replaces, in float16."""
+    return of_gemm(gemm_summary.short_regions)
+
+
+def gemm_float32() -> str:
+    """float32 output, apart where stores bind."""
+    return of_gemm(gemm_summary.float32)
+
+
+def gemm_bounds() -> str:
+    """What each region's floor is made of, and how near kernels come."""
+    return of_gemm(gemm_summary.bounds)
+
+
+def gemm_decode() -> str:
+    """Share of the copy bandwidth at decode."""
+    return of_gemm(gemm_summary.decode)
+
+
+def gemm_slowest() -> str:
+    """Where our kernels are furthest behind."""
+    return of_gemm(gemm_summary.slowest)
+
+
+def gemm_goals() -> str:
+    """The goals of issue 4, reached or missed."""
+    found = gemm_summary.points(newest("gemm"))
+    text = f"{gemm_summary.reached(found)}\n{gemm_summary.against_plain_triton(found)}"
+    return "".join(f"- {line}\n" for line in text.splitlines()) or "Not run.\n"
 
 
 def grouped() -> str:
     """Products over groups beside DeepGEMM's, by kind of case: geometric mean, worst, how many."""
-    found = [r for r in newest("grouped") if r["chosen"]]
+    last = {
+        (r["case"], r["layout"], r["backend"], r["out_dtype"]): r
+        for r in newest("grouped")
+        if r["chosen"]
+    }
+    found = list(last.values())
     base = {r["case"]: r["time_us"] for r in found if r["backend"] == "deep_gemm"}
     ratios: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for r in found:
@@ -362,6 +390,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "transformers_model": transformers_model,
     "tensor_parallel": tensor_parallel,
     "gemm": gemm,
+    "gemm_short": gemm_short,
+    "gemm_float32": gemm_float32,
+    "gemm_bounds": gemm_bounds,
+    "gemm_decode": gemm_decode,
+    "gemm_slowest": gemm_slowest,
+    "gemm_goals": gemm_goals,
     "grouped": grouped,
     "quantize": quantize,
     "call_overhead": call_overhead,

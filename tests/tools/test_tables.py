@@ -105,3 +105,32 @@ def test_a_whole_model(tables: ModuleType, tmp_path: Path) -> None:
     row = ["float16", "decode, batch 8", "2,667", "4,000", "1.50x", "kernel not to be had"]
     assert cells(table) == [row]
     assert "Some GPU" in table
+
+
+GROUPED = {
+    "benchmark": "grouped",
+    "case": "masked-1",
+    "layout": "masked",
+    "backend": "deep_gemm",
+    "out_dtype": "bfloat16",
+    "chosen": True,
+    "time_us": 10.0,
+}
+
+
+def test_a_case_measured_twice_counts_once(tables: ModuleType, tmp_path: Path) -> None:
+    """Each backend's last time, beside DeepGEMM's last."""
+    gluon = {**GROUPED, "backend": "gluon", "time_us": 4.0}
+    kept(tmp_path, {**GROUPED, "time_us": 99.0}, gluon, GROUPED, {**gluon, "time_us": 8.0})
+    kept(tmp_path, {**gluon, "time_us": 1.0, "chosen": False})
+    assert cells(tables.grouped()) == [
+        [kind, "`gluon`", "bfloat16", "1.25 (1.25)", "1"] for kind in ("all", "masked, masked")
+    ]
+
+
+def test_the_machine_that_ran_last_counts(tables: ModuleType, tmp_path: Path) -> None:
+    """By date, then by time; a record without a time is from before there were times."""
+    first = {**PARALLEL, "machine": "A", "time": "10:30"}
+    kept(tmp_path, first, {**PARALLEL, "machine": "B", "time": "10:29"})
+    kept(tmp_path, {**PARALLEL, "machine": "C"})
+    assert tables.tensor_parallel().rstrip().splitlines()[-1].startswith("A, torch")
