@@ -6,7 +6,8 @@ A kernel is compiled when the first call needs it, a second or more each, one af
 the host code of the layers that a benchmark runs is asked for its kernels (weights are on torch's
 meta device, launchers only take notes), and many processes compile them. No GPU is needed or used,
 but for DeepGEMM, where it is installed: it builds with nvcc, one kernel at a time, when it is
-called. ``gemm`` calls it on zeros, a process for each shape and number of tokens.
+called. ``gemm`` calls it on zeros, a process for each shape and number of tokens. And but for the
+kernel of transformers, where its sources are (``finegrained.py``).
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ if TYPE_CHECKING:
     from blockscale.kernels.gluon.build import Form
     from blockscale.kernels.triton.build import Variant
     from blockscale.planning.decision import GroupedRows
+    from finegrained import Launch
 
-    Compiled = "Kernel | CudaForm | Form | DeepGemmCall"
+    Compiled = "Kernel | CudaForm | Form | DeepGemmCall | Launch"
 
 H100_PROCESSORS = 132
 HALVES = ("float16", "bfloat16")
@@ -163,6 +165,19 @@ def deep_gemm_calls() -> list[DeepGemmCall]:
     return [DeepGemmCall(n, k, m) for m in tokens for n, k in shapes]
 
 
+def finegrained_launches() -> list[Launch]:
+    """What ``transformers_model.py`` compares with; nothing where its sources are not."""
+    from finegrained import is_here, launches
+
+    if not is_here():
+        return []
+    # Sizes of layers are not compiled in.
+    n, k = QWEN3_8B[0]
+    # The tallest tiles first: they take longest.
+    tokens = MODEL_TOKENS[::-1]
+    return [one for dtype in HALVES for one in launches(n, k, tokens, dtype)]
+
+
 def kernels_of(layers: Iterable[Linear | Experts]) -> list[Kernel | CudaForm | Form]:
     """All that these layers launch, Gluon's first: they take longest. Imports Triton."""
     found: dict[Kernel | CudaForm | Form, None] = {}
@@ -183,9 +198,10 @@ def compile_kernels(kernels: Sequence[Compiled], workers: int) -> list[str]:
 def compile_one(kernel: Compiled) -> str:
     """Compile one; nothing, or what went wrong: the others are still wanted."""
     from blockscale.kernels.gluon.build import compile_ahead
+    from finegrained import Launch
 
     try:
-        if isinstance(kernel, (Kernel, CudaForm, DeepGemmCall)):
+        if isinstance(kernel, (Kernel, CudaForm, DeepGemmCall, Launch)):
             kernel.compile()
         else:
             compile_ahead(kernel)
@@ -333,6 +349,7 @@ LINEAR = (_gluon, _cuda, _triton, _quantize)
 EXPERTS = (_gluon_experts, _triton_experts, _rows)
 
 QWEN3_8B = ((4096, 4096), (1024, 4096), (12288, 4096), (4096, 12288))
+MODEL_TOKENS = (1, 8, 16, 32, 64, 512, 4096)
 QWEN3_8B_HALVES = ((2048, 4096), (512, 4096), (4096, 2048), (6144, 4096), (4096, 6144))
 
 
@@ -346,7 +363,7 @@ def _moe_layer() -> Iterator[Linear | Experts]:
 def _transformers_model() -> Iterator[Linear | Experts]:
     for dtype in HALVES:
         for n, k in QWEN3_8B:
-            yield Linear(n, k, (1, 8, 16, 32, 64, 512, 4096), dtype)
+            yield Linear(n, k, MODEL_TOKENS, dtype)
 
 
 def _tensor_parallel() -> Iterator[Linear | Experts]:
@@ -401,6 +418,8 @@ def main() -> int:
     kernels: list[Compiled] = [*kernels_of(layers)]
     if "gemm" in (options.parts or PARTS):
         kernels += deep_gemm_calls()
+    if "transformers_model" in (options.parts or PARTS):
+        kernels[:0] = finegrained_launches()
     print(f"{len(kernels)} kernels of {len(layers)} layers", flush=True)
     if options.list:
         print("\n".join(kernel.name for kernel in kernels))

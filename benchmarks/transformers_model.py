@@ -7,8 +7,9 @@ Qwen3-8B's layers (8 of 36), random weights, transformers' own model class and a
 
 float        the model as it is, in the model's dtype
 blockscale   its linear layers in 128x128 FP8 blocks, run by blockscale's plan for this machine
-finegrained  the same FP8 weights in transformers' own FP8Linear; its kernel comes from the Hub, so
-             without a network it is recorded as missing, with the reason
+finegrained  the same FP8 weights in transformers' own FP8Linear; its kernel comes from the Hub, or
+             from its sources in .whl (``finegrained.py``); else it is recorded as missing, with the
+             reason. It times itself at first: a minute for each dtype
 
 Decoding: one token for each sequence of a batch, static cache, 1024 tokens of context, 4D mask.
 Prefill: one sequence, logits of the last token. On a GPU each is captured in a CUDA graph and the
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+import finegrained
 from blockscale.backends.registry import BACKENDS
 from blockscale.formats import FP8_128X128_FP32
 from blockscale.modules.linear import BlockScaledLinear
@@ -101,8 +103,10 @@ def measure_dtype(size: Size, layers: int, name: str, policy: PlanPolicy) -> lis
     dtype = DTYPES[name]
     base = float_model(size, layers, dtype)
     models = {"float": base, "blockscale": planned_model(base, dtype, policy)}
-    missing = None
+    missing, kernel = None, None
     try:
+        if DEVICE == "cuda" and finegrained.is_here():
+            kernel = finegrained.give_to_transformers()
         models["finegrained"] = finegrained_model(base, models["blockscale"])
     except Exception as error:  # noqa: BLE001 - whatever the provider raises is the finding
         missing = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -111,7 +115,13 @@ def measure_dtype(size: Size, layers: int, name: str, policy: PlanPolicy) -> lis
     print(f"{name}: built in {seconds:.1f} s, relative error {error}", flush=True)
     if missing:
         print(f"  finegrained is missing: {missing}")
-    shared = {"dtype": name, "layers": layers, "relative_error": error, "missing": missing}
+    shared = {
+        "dtype": name,
+        "layers": layers,
+        "relative_error": error,
+        "missing": missing,
+        "finegrained_kernel": kernel,
+    }
     found = []
     for batch in size.batches:
         calls = {key: decode_call(model, size, batch) for key, model in models.items()}
