@@ -119,4 +119,4 @@ def test_each_part_keeps_to_its_registers(form: Form) -> None:
 def test_no_header_of_the_toolkit_is_needed() -> None:
     for path in (SOURCE, *HERE.glob("*.cuh")):
         included = re.findall(r"#include (\S+)", path.read_text(encoding="utf-8"))
-        assert set(included) <= {"<primitives.cuh>", "<wgmma.cuh>"}
+        assert set(included) <= {"<primitives.cuh>", "<wgmma.cuh>", "<units.cuh>"}

@@ -17,6 +17,8 @@
 
 enum class Share { NOTHING, ACTIVATION, WEIGHT };
 enum class Output { BFLOAT16, FLOAT16, FLOAT32 };
+// Whose rows they are: units.cuh.
+enum class Grouping { NOTHING, CONTIGUOUS };
 
 constexpr int ROWS = FORM_ROWS, COLUMNS = FORM_COLUMNS;
 // Slots of the ring.
@@ -24,6 +26,7 @@ constexpr int STAGES = FORM_STAGES;
 // What the two blocks of a cluster share.
 constexpr Share SHARE = static_cast<Share>(FORM_SHARE);
 constexpr Output OUTPUT = static_cast<Output>(FORM_OUTPUT);
+constexpr Grouping GROUPING = static_cast<Grouping>(FORM_GROUPING);
 // Bytes of a row in one store; buffers of each warp for stores.
 constexpr int BOX_BYTES = FORM_BOX_BYTES, BUFFERS = FORM_BUFFERS;
 // Blocks that share a multiprocessor.
@@ -100,39 +103,12 @@ struct Problem {
     int unit_columns;
     // Units go down columns in bands of so many rows of units.
     int band;
+    // Of groups: rows of a row block, and the group of each row block.
+    int block_rows;
+    const int* routing;
 };
 
-// First row and column of a block's tile.
-struct Place {
-    int row;
-    int column;
-};
-
-DEVICE int smaller(int a, int b) { return a < b ? a : b; }
-
-// Units that run at the same time share rows of A and columns of B in L2.
-DEVICE Place place_of(const Problem& problem, int unit) {
-    const int band_units = problem.unit_columns * problem.band;
-    const int band = unit / band_units;
-    const int rows = smaller(problem.unit_rows - band * problem.band, problem.band);
-    const int inside = unit - band * band_units;
-    int column = inside / rows;
-    int row = band * problem.band + inside - column * rows;
-    const int rank = block_index() % CLUSTER;
-    if (SHARE == Share::ACTIVATION) column = 2 * column + rank;
-    if (SHARE == Share::WEIGHT) row = 2 * row + rank;
-    return {row * ROWS, column * COLUMNS};
-}
-
-// Walks the units of this block's cluster.
-struct Units {
-    const Problem& problem;
-    int unit = block_index() / CLUSTER;
-
-    DEVICE bool are_left() const { return unit < problem.unit_rows * problem.unit_columns; }
-    DEVICE void advance() { unit += grid_size() / CLUSTER; }
-    DEVICE Place place() const { return place_of(problem, unit); }
-};
+#include <units.cuh>
 
 // A place in the ring of slots: it goes on from tile to tile.
 struct Ring {
@@ -166,10 +142,10 @@ DEVICE void copy_rows(u32 target, const TensorMap& map, int k, int row, u32 barr
 }
 
 // Expects all of a slot's bytes and starts the copy of its weights.
-DEVICE void copy_weight(const Ring& ring, const TensorMap& b, int block, int column) {
+DEVICE void copy_weight(const Ring& ring, const TensorMap& b, int block, int b_row) {
     barrier_arrive_expecting(ring.full(), COPIED_BYTES);
     const u32 target = ring.memory + B_SLOTS + ring.slot * B_BYTES;
-    copy_rows<COLUMNS, SHARE == Share::WEIGHT>(target, b, block * K_BLOCK, column, ring.full());
+    copy_rows<COLUMNS, SHARE == Share::WEIGHT>(target, b, block * K_BLOCK, b_row, ring.full());
 }
 
 DEVICE void copy_activation(const Ring& ring, const TensorMap& a, const TensorMap& a_scales,
@@ -181,12 +157,13 @@ DEVICE void copy_activation(const Ring& ring, const TensorMap& a, const TensorMa
 }
 
 // One thread. The first slots' weights are copied before the kernel ahead has ended: they are no
-// result of it (product.py says what this asks of who writes weights).
+// result of it (product.py says what this asks of who writes weights). Which group's are wanted is
+// one, so those of groups wait.
 DEVICE void copy_operands(Ring ring, const TensorMap& a, const TensorMap& b,
-                          const TensorMap& a_scales, const Problem& problem) {
-    Units units{problem};
+                          const TensorMap& a_scales, const Problem& problem, int unit_rows) {
+    Units<Walker::THREAD> units(problem, unit_rows);
     int early = 0;
-    if (units.are_left()) {
+    if (GROUPING == Grouping::NOTHING && units.are_left()) {
         early = smaller(STAGES, problem.k_blocks);
         Ring ahead = ring;
         for (int block = 0; block < early; block++) {
@@ -198,12 +175,13 @@ DEVICE void copy_operands(Ring ring, const TensorMap& a, const TensorMap& b,
     let_next_kernel_start();
     for (; units.are_left(); units.advance()) {
         const Place place = units.place();
+        const int b_row = place.group * problem.n + place.column;
         for (int block = 0; block < problem.k_blocks; block++) {
             if (early > 0) {
                 early--;
             } else {
                 barrier_wait(ring.empty(), ring.parity ^ 1);
-                copy_weight(ring, b, block, place.column);
+                copy_weight(ring, b, block, b_row);
             }
             copy_activation(ring, a, a_scales, block, place.row);
             ring.advance();
@@ -213,23 +191,25 @@ DEVICE void copy_operands(Ring ring, const TensorMap& a, const TensorMap& b,
 
 // One warp: each lane reads the scale of one K block; they come into the slots one by one. So no
 // consumer waits for a load from memory.
-DEVICE void copy_weight_scales(Ring ring, const Problem& problem) {
+DEVICE void copy_weight_scales(Ring ring, const Problem& problem, int unit_rows) {
     const int lane = lane_index();
     const int last_row = (problem.n - 1) / SCALE_BLOCK;
     wait_for_kernel_ahead();
-    for (Units units{problem}; units.are_left(); units.advance()) {
+    for (Units<Walker::WARP> units(problem, unit_rows); units.are_left(); units.advance()) {
+        const Place place = units.place();
+        const float* scales =
+            problem.b_scales + place.group * (last_row + 1) * problem.b_scale_stride;
         // A tile beyond the last column, and a tile's columns beyond it, take any scale.
-        const int first_row = smaller(units.place().column / SCALE_BLOCK, last_row);
+        const int first_row = smaller(place.column / SCALE_BLOCK, last_row);
         const int next_row = smaller(first_row + 1, last_row);
         for (int base = 0; base < problem.k_blocks; base += WARP) {
             const int here = smaller(problem.k_blocks - base, WARP);
             const int block = base + smaller(lane, here - 1);
-            const float first =
-                load_global(problem.b_scales + first_row * problem.b_scale_stride + block);
+            const float first = load_global(scales + first_row * problem.b_scale_stride + block);
             const float next =
                 SCALE_ROWS == 1
                     ? first
-                    : load_global(problem.b_scales + next_row * problem.b_scale_stride + block);
+                    : load_global(scales + next_row * problem.b_scale_stride + block);
             for (int owner = 0; owner < here; owner++) {
                 barrier_wait(ring.empty(), ring.parity ^ 1);
                 if (lane == owner) {
@@ -336,6 +316,15 @@ DEVICE void accumulate(float (&results)[WAVES][SUMS], float (&wave)[SUMS], Ring&
     }
 }
 
+// Gives back the slots of a tile that has no rows for this consumer.
+DEVICE void skip(Ring& ring, int k_blocks) {
+    for (int block = 0; block < k_blocks; block++) {
+        barrier_wait(ring.full(), ring.parity);
+        give_back(ring);
+        ring.advance();
+    }
+}
+
 // ---- results
 
 // Two results rounded to the output's type.
@@ -415,7 +404,8 @@ DEVICE void write_wave(const float (&sums)[SUMS], const TensorMap& out, const Pr
     }
 }
 
-DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& problem) {
+DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& problem,
+                    int unit_rows) {
     const int consumer = warp / WARPS;
     // The warp's first row in a wave of its tile.
     const int warp_row = consumer * OWN_ROWS + warp % WARPS * WARP_ROWS;
@@ -424,7 +414,11 @@ DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& pr
     u32 buffer = 0;
     float wave[SUMS];
     UNROLL for (int i = 0; i < SUMS; i++) wave[i] = 0;
-    for (Units units{problem}; units.are_left(); units.advance()) {
+    for (Units<Walker::WARP> units(problem, unit_rows); units.are_left(); units.advance()) {
+        if (!units.has_rows_for(consumer)) {
+            skip(ring, problem.k_blocks);
+            continue;
+        }
         const Place place = units.place();
         float results[WAVES][SUMS];
         UNROLL for (int number = 0; number < WAVES; number++)
@@ -433,7 +427,7 @@ DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& pr
                    SCALE_BLOCK - place.column % SCALE_BLOCK);
         UNROLL for (int number = 0; number < WAVES; number++) {
             if (problem.bias) add_bias(results[number], problem, place.column);
-            const Place own{place.row + warp_row + number * WAVE_ROWS, place.column};
+            const Place own{place.row + warp_row + number * WAVE_ROWS, place.column, place.group};
             write_wave(results[number], out, problem, own, staging, buffer);
         }
     }
@@ -462,9 +456,11 @@ block_fp8_gemm(CONSTANT TensorMap a, CONSTANT TensorMap b, CONSTANT TensorMap a_
     } else {
         sync_block();
     }
+    if (GROUPING != Grouping::NOTHING) wait_for_kernel_ahead();
+    const int unit_rows = count_unit_rows(problem);
     if (warp < CONSUMERS * WARPS) {
         if constexpr (MOVES_REGISTERS) take_registers<CONSUMER_REGISTERS>();
-        consume(ring, warp, out, problem);
+        consume(ring, warp, out, problem, unit_rows);
     } else {
         if constexpr (MOVES_REGISTERS) give_registers<PRODUCER_REGISTERS>();
         if (warp == CONSUMERS * WARPS && lane_index() == 0) {
@@ -472,9 +468,9 @@ block_fp8_gemm(CONSTANT TensorMap a, CONSTANT TensorMap b, CONSTANT TensorMap a_
             prefetch_map(b);
             prefetch_map(a_scales);
             prefetch_map(out);
-            copy_operands(ring, a, b, a_scales, problem);
+            copy_operands(ring, a, b, a_scales, problem, unit_rows);
         }
-        if (warp == CONSUMERS * WARPS + 1) copy_weight_scales(ring, problem);
+        if (warp == CONSUMERS * WARPS + 1) copy_weight_scales(ring, problem, unit_rows);
         sync_warp();
     }
     // No block may end while the other still sends to it.

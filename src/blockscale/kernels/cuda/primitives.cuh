@@ -26,6 +26,12 @@ DEVICE int lane_index() { return threadIdx.x % WARP; }
 // Uniform for the compiler too: by a shuffle, as threadIdx / 32 is not.
 DEVICE int warp_index() { return __shfl_sync(0xffffffff, threadIdx.x / WARP, 0); }
 
+// The first lane's value, uniform for the compiler too. All lanes of a warp.
+DEVICE int uniform(int value) { return __shfl_sync(0xffffffff, value, 0); }
+
+// The largest of a warp's values. All lanes of a warp.
+DEVICE int warp_maximum(int value) { return __reduce_max_sync(0xffffffff, value); }
+
 DEVICE int block_index() { return blockIdx.x; }
 
 DEVICE int grid_size() { return gridDim.x; }
@@ -187,6 +193,14 @@ DEVICE void store_matrices(u32 address, u32 first, u32 second, u32 third, u32 fo
 DEVICE float load_global(const float* address) { return __ldg(address); }
 
 DEVICE u32 load_global(const u32* address) { return __ldg(address); }
+
+// What the kernel ahead wrote, after waiting for it: not by __ldg, which is for what nobody writes
+// while this kernel lives.
+DEVICE int load_global(const int* address) {
+    int value;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
 
 // ---- arithmetic
 

@@ -40,6 +40,13 @@ class Share(IntEnum):
     WEIGHT = 2
 
 
+class Grouping(IntEnum):
+    """Whose rows they are."""
+
+    NOTHING = 0
+    CONTIGUOUS = 1
+
+
 @dataclass(frozen=True, slots=True)
 class Box:
     """What one TMA copy moves: rows x columns of elements; ``swizzle`` in bytes, 0 for none."""
@@ -56,6 +63,7 @@ class Form:
 
     ``rows`` x ``columns``: a tile. ``stages``: slots of the ring. ``box_bytes``: of a row in one
     store. ``buffers``: of each warp for stores. ``beside``: blocks that share a multiprocessor.
+    ``grouping``: of groups, a tile of 256 rows is for row blocks of 128, others for any multiple.
     """
 
     rows: int
@@ -66,6 +74,7 @@ class Form:
     box_bytes: int
     buffers: int
     beside: int
+    grouping: Grouping = Grouping.NOTHING
 
     @property
     def consumers(self) -> int:
@@ -105,6 +114,7 @@ class Form:
             "FORM_BOX_BYTES": self.box_bytes,
             "FORM_BUFFERS": self.buffers,
             "FORM_BESIDE": self.beside,
+            "FORM_GROUPING": int(self.grouping),
         }
 
     @property
@@ -126,7 +136,8 @@ class Form:
         shared = ("", "+a", "+b")[self.share]
         beside = f"x{self.beside}" if self.beside > 1 else ""
         stores = f"b{self.box_bytes}x{self.buffers}"
-        return f"{self.rows}x{self.columns}s{self.stages}{shared}{stores}{beside}"
+        grouping = "" if self.grouping is Grouping.NOTHING else f"{self.grouping.name.lower()}-"
+        return f"{grouping}{self.rows}x{self.columns}s{self.stages}{shared}{stores}{beside}"
 
 
 def slot_bytes(rows: int, columns: int) -> int:

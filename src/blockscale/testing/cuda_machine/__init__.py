@@ -20,7 +20,7 @@ import torch
 
 from blockscale.kernels.cpu.build import find_compiler
 from blockscale.kernels.cuda.launch import Problem
-from blockscale.kernels.cuda.work import aligned_scale_stride
+from blockscale.kernels.cuda.work import Grouping, aligned_scale_stride
 from blockscale.tensor import torch_dtype
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ HERE = Path(__file__).parent
 KERNELS = Path(__file__).parents[2] / "kernels" / "cuda"
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unused")
 TIME_LIMIT_S = 300
+# What is compiled as it is; the machine has its own of the other files.
+SOURCES = ("gemm.cu", "units.cuh")
 CACHE = Path(tempfile.gettempdir()) / "blockscale-cuda-machine"
 
 
@@ -41,8 +43,8 @@ class EmulationError(AssertionError):
 class Trial:
     """How one run differs from another.
 
-    ``seed``: of the order of things. ``change``: a piece of ``gemm.cu`` and what to put in its
-    place, to see that it is noticed.
+    ``seed``: of the order of things. ``change``: a piece of ``gemm.cu`` or ``units.cuh`` and what to
+    put in its place, to see that it is noticed.
     """
 
     seed: int = 0
@@ -75,6 +77,7 @@ class _Run(ctypes.Structure):
         ("problem", Problem),
         ("b_scale_count", ctypes.c_long),
         ("bias_bytes", ctypes.c_long),
+        ("routing_count", ctypes.c_long),
         ("a_codes", ctypes.c_void_p),
         ("a_bytes", ctypes.c_long),
         ("grid", ctypes.c_int),
@@ -87,18 +90,21 @@ def library(form: Form, change: tuple[str, str] | None = None) -> ctypes.CDLL:
     """The kernel in this form for the CPU, compiled when its sources have changed."""
     compiler = find_compiler()
     assert compiler is not None, "needs a C++ compiler (apt install g++)"
-    kernel = (KERNELS / "gemm.cu").read_text(encoding="utf-8")
+    texts = {name: (KERNELS / name).read_text(encoding="utf-8") for name in SOURCES}
     if change is not None:
-        assert kernel.count(change[0]) == 1, f"gemm.cu has {change[0]!r} not once"
-        kernel = kernel.replace(*change)
-    sources = [kernel.encode(), *(path.read_bytes() for path in sorted(HERE.glob("*.[ch]*")))]
+        count = sum(text.count(change[0]) for text in texts.values())
+        assert count == 1, f"the kernel has {change[0]!r} not once, but {count} times"
+        texts = {name: text.replace(*change) for name, text in texts.items()}
+    own = (path.read_bytes() for path in sorted(HERE.glob("*.[ch]*")))
+    sources = [*(text.encode() for text in texts.values()), *own]
     macros = [f"-D{name}={value}" for name, value in form.macros.items()]
     key = hashlib.sha256(b"\0".join([*sources, *map(str.encode, (*FLAGS, *macros))]))
     CACHE.mkdir(parents=True, exist_ok=True)
     target = CACHE / f"{form.name}-{key.hexdigest()[:16]}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            (Path(folder) / "gemm.cu").write_text(kernel, encoding="utf-8")
+            for name, text in texts.items():
+                (Path(folder) / name).write_text(text, encoding="utf-8")
             built = Path(folder) / "machine.so"
             command = [compiler, *FLAGS, f"-I{HERE}", f"-I{folder}", *macros]
             subprocess.run(  # noqa: S603 - a compiler found on PATH, our own source
@@ -117,17 +123,20 @@ def multiply(
     a: tuple[torch.Tensor, torch.Tensor],
     b: tuple[torch.Tensor, torch.Tensor],
     out: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    extra: torch.Tensor | None = None,
     trial: Trial = FIRST,
 ) -> None:
     """Run ``work`` on the pretend Hopper. Raises EmulationError for what the hardware forbids.
 
-    ``a``, ``b``: codes and scales as ``CudaProduct.multiply`` takes them; ``out`` has the form's
-    dtype.
+    ``a``, ``b``: codes and scales as ``CudaProduct.multiply`` takes them, or as
+    ``CudaGroupedProduct.contiguous``; ``out`` has the form's dtype. ``extra``: the bias, or of
+    groups the group of each row block.
     """
     (codes, scales), (weight, weight_scales) = a, b
-    (m, k), n = codes.shape, weight.shape[0]
+    (m, k), n = codes.shape, weight.shape[-2]
     assert out.dtype == torch_dtype(work.form.out)
+    grouped = work.form.grouping is not Grouping.NOTHING
+    bias, routing = (None, extra) if grouped else (extra, None)
     loaded = library(work.form, trial.change)
     # The activation comes when the kernel ahead ends; until then its place holds NaN.
     arriving = torch.full_like(codes.contiguous().view(torch.uint8), 0xFF)
@@ -139,19 +148,22 @@ def multiply(
         m,
         n,
         work.k_blocks,
-        weight_scales.stride(0),
+        weight_scales.stride(-2),
         work.unit_rows,
         work.unit_columns,
         work.band,
+        0 if routing is None else m // routing.numel(),
+        0 if routing is None else routing.data_ptr(),
     )
     run = _Run(
         _map(arriving.data_ptr(), m, k, k, a_box),
-        _map(weight.data_ptr(), n, k, weight.stride(0), b_box, is_weight=True),
+        _map(weight.data_ptr(), weight.numel() // k, k, weight.stride(-2), b_box, is_weight=True),
         _map(scales.data_ptr(), work.k_blocks, m, aligned_scale_stride(m), scale_box),
         _map(out.data_ptr(), m, n, out.stride(0), out_box),
         problem,
         weight_scales.numel(),
         0 if bias is None else bias.nbytes,
+        0 if routing is None else routing.numel(),
         final.data_ptr(),
         final.nbytes,
         work.blocks,

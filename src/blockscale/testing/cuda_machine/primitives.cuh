@@ -15,6 +15,31 @@ DEVICE int lane_index() { return machine::self().lane(); }
 
 DEVICE int warp_index() { return machine::self().warp(); }
 
+// Values of a warp's lanes while they meet; what `of_all` makes of them.
+template <class OfAll>
+int meet_with(int value, const char* what, OfAll of_all) {
+    struct Given {
+        int values[WARP];
+        int result;
+    };
+    static std::map<machine::Meeting*, Given> all;
+    machine::Meeting& meeting = machine::own_warp_meeting();
+    Given& given = all[&meeting];
+    given.values[lane_index()] = value;
+    machine::meet(meeting, WARP, what, [&] { given.result = of_all(given.values); });
+    return given.result;
+}
+
+DEVICE int uniform(int value) {
+    return meet_with(value, "uniform", [](const int (&values)[WARP]) { return values[0]; });
+}
+
+DEVICE int warp_maximum(int value) {
+    return meet_with(value, "warp_maximum", [](const int (&values)[WARP]) {
+        return *std::max_element(values, values + WARP);
+    });
+}
+
 DEVICE int block_index() { return machine::own_block().index; }
 
 DEVICE int grid_size() { return machine::launch->grid; }

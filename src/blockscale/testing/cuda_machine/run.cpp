@@ -5,7 +5,7 @@
 struct Run {
     TensorMap a, b, a_scales, out;
     Problem problem;
-    long b_scale_count, bias_bytes;
+    long b_scale_count, bias_bytes, routing_count;
     // Until the kernel ahead has ended, the activation is NaN.
     const char* a_codes;
     long a_bytes;
@@ -28,7 +28,8 @@ extern "C" const char* run(const Run* run) {
     launch.chance.seed(run->seed);
     launch.readable = {
         {reinterpret_cast<const char*>(run->problem.b_scales), run->b_scale_count * sizeof(float)},
-        {static_cast<const char*>(run->problem.bias), static_cast<std::size_t>(run->bias_bytes)}};
+        {static_cast<const char*>(run->problem.bias), static_cast<std::size_t>(run->bias_bytes)},
+        {reinterpret_cast<const char*>(run->problem.routing), run->routing_count * sizeof(int)}};
     launch.kernel_ahead = [run] { std::memcpy(run->a.data, run->a_codes, run->a_bytes); };
     launch.kernel = [run] {
         block_fp8_gemm(run->a, run->b, run->a_scales, run->out, run->problem);

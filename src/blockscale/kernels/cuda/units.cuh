@@ -1,0 +1,127 @@
+// Which tiles a block computes, in which order: those of one matrix, or of the rows of groups
+// (experts). Which rows belong to which group lies in GPU memory. Every warp reads it for itself:
+// all of them, and both blocks of a cluster, come to the same tiles in the same order, so that no
+// message passes between them and no count of slots can differ.
+//
+// Included by gemm.cu, behind the form's constants and Problem.
+#pragma once
+
+// First row and column of a block's tile, and the group whose weight it takes.
+struct Place {
+    int row;
+    int column;
+    int group;
+};
+
+DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+
+// Units that run at the same time share rows of A and columns of B in L2.
+DEVICE Place place_of(const Problem& problem, int unit_rows, int unit) {
+    const int band_units = problem.unit_columns * problem.band;
+    const int band = unit / band_units;
+    const int rows = smaller(unit_rows - band * problem.band, problem.band);
+    const int inside = unit - band * band_units;
+    int column = inside / rows;
+    int row = band * problem.band + inside - column * rows;
+    const int rank = block_index() % CLUSTER;
+    if (SHARE == Share::ACTIVATION) column = 2 * column + rank;
+    if (SHARE == Share::WEIGHT) row = 2 * row + rank;
+    return {row * ROWS, column * COLUMNS, 0};
+}
+
+// Who walks: one thread, or all lanes of a warp, for whom what they read is then uniform.
+enum class Walker { THREAD, WARP };
+
+// Walks the units of this block's cluster.
+template <Grouping GROUPED, Walker WALKER>
+struct UnitsOf;
+
+template <Walker WALKER>
+struct UnitsOf<Grouping::NOTHING, WALKER> {
+    const Problem& problem;
+    int unit = block_index() / CLUSTER;
+
+    DEVICE UnitsOf(const Problem& given, int) : problem(given) {}
+    DEVICE bool are_left() const { return unit < problem.unit_rows * problem.unit_columns; }
+    DEVICE void advance() { unit += grid_size() / CLUSTER; }
+    DEVICE Place place() const { return place_of(problem, problem.unit_rows, unit); }
+    DEVICE bool has_rows_for(int) const { return true; }
+};
+
+// ---- contiguous: row block b belongs to group routing[b], or to none (-1)
+
+// Parts of a tile that may belong to different groups, each the rows of one consumer.
+constexpr int PARTS = ROWS > SCALE_BLOCK ? 2 : 1;
+constexpr int PART_ROWS = ROWS / PARTS;
+
+static_assert(GROUPING == Grouping::NOTHING || SHARE != Share::WEIGHT,
+              "two tiles of rows may belong to two groups");
+
+// Rows of units up to the last row block that belongs to a group. All lanes of a warp.
+DEVICE int count_unit_rows(const Problem& problem) {
+    if (GROUPING == Grouping::NOTHING) return problem.unit_rows;
+    int last = 0;
+    for (int end = problem.m / problem.block_rows; end > 0 && last == 0; end -= WARP) {
+        const int block = end - 1 - lane_index();
+        const bool is_used = block >= 0 && load_global(problem.routing + block) >= 0;
+        last = warp_maximum(is_used ? block + 1 : 0);
+    }
+    return (last * problem.block_rows + ROWS - 1) / ROWS;
+}
+
+// A tile whose halves belong to two groups is two units, in each of which one consumer works; what
+// belongs to no group is left out.
+template <Walker WALKER>
+struct UnitsOf<Grouping::CONTIGUOUS, WALKER> {
+    const Problem& problem;
+    int unit_rows;
+    int unit = block_index() / CLUSTER;
+    int part = 0;
+    int group = 0;
+    bool is_whole = true;
+
+    DEVICE UnitsOf(const Problem& given, int rows) : problem(given), unit_rows(rows) { find(); }
+    DEVICE bool are_left() const { return unit < unit_rows * problem.unit_columns; }
+    DEVICE void advance() {
+        if (PARTS == 2 && part == 0 && !is_whole) {
+            part = 1;
+        } else {
+            next_tile();
+        }
+        find();
+    }
+    DEVICE Place place() const {
+        Place found = place_of(problem, unit_rows, unit);
+        found.group = group;
+        return found;
+    }
+    DEVICE bool has_rows_for(int consumer) const {
+        return PARTS == 1 || is_whole || consumer == part;
+    }
+
+  private:
+    DEVICE void next_tile() {
+        unit += grid_size() / CLUSTER;
+        part = 0;
+    }
+    // From this part on to the next that belongs to a group.
+    DEVICE void find() {
+        for (; are_left(); next_tile()) {
+            const int row = place_of(problem, unit_rows, unit).row;
+            const int first = group_of(row);
+            const int second = PARTS == 2 ? group_of(row + PART_ROWS) : first;
+            is_whole = first == second;
+            if (part == 0 && first < 0 && !is_whole) part = 1;
+            group = part == 0 ? first : second;
+            if (group >= 0) return;
+        }
+    }
+    DEVICE int group_of(int row) const {
+        const int found =
+            row < problem.m ? load_global(problem.routing + row / problem.block_rows) : -1;
+        return WALKER == Walker::WARP ? uniform(found) : found;
+    }
+};
+
+template <Walker WALKER>
+using Units = UnitsOf<GROUPING, WALKER>;

@@ -1,0 +1,248 @@
+"""The grouped forms of ``gemm.cu`` on the pretend Hopper, and what NVRTC makes of them: no GPU.
+
+Small whole numbers with powers of two as scales: the float64 product, rounded once, whatever the
+groups are. No result is written for rows that belong to no group. ``pytest -m machine`` runs more.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from blockscale.formats import DType
+from blockscale.kernels.cpu.build import find_compiler
+from blockscale.kernels.cuda.work import (
+    Form,
+    Grouping,
+    Share,
+    Work,
+    aligned_scale_stride,
+    make_form,
+    make_work,
+)
+from blockscale.tensor import torch_dtype
+from blockscale.testing import cuda_machine
+from blockscale.testing.cuda_machine import FIRST, EmulationError, Trial
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+pytestmark = pytest.mark.skipif(
+    find_compiler() is None, reason="needs a C++ compiler (apt install g++)"
+)
+
+BF16, FP16, FP32 = DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32
+NAN = float("nan")
+N_GROUPS = 5
+
+
+def contiguous(rows: int, columns: int, out: DType, *, share: Share = Share.NOTHING) -> Form:
+    return replace(make_form(rows, columns, out, share=share), grouping=Grouping.CONTIGUOUS)
+
+
+WIDE = contiguous(256, 128, BF16)
+SHARED = contiguous(256, 112, FP32, share=Share.ACTIVATION)
+LOW = contiguous(128, 96, FP16)
+machine = pytest.mark.machine
+FORMS = [
+    WIDE,
+    SHARED,
+    LOW,
+    *(
+        pytest.param(form, marks=machine)
+        for form in (
+            contiguous(256, 128, FP16, share=Share.ACTIVATION),
+            contiguous(128, 192, BF16, share=Share.ACTIVATION),
+            contiguous(128, 160, FP32),
+            contiguous(128, 128, FP16),
+            contiguous(64, 128, BF16),
+        )
+    ),
+]
+
+
+def name_of(value: object) -> str:
+    return value.name + value.out.value if isinstance(value, Form) else str(value)
+
+
+class Problem:
+    """``routing``: the group of each row block of ``block_rows`` rows, -1 for none."""
+
+    def __init__(self, routing: Sequence[int], block_rows: int, n: int, k: int) -> None:
+        self.routing, self.block_rows, self.n, self.k = routing, block_rows, n, k
+        self.chance = torch.Generator().manual_seed(sum(routing) + 31 * n + 1009 * k)
+        self.m, self.blocks = len(routing) * block_rows, -(-k // 128)
+        of_rows = torch.tensor(routing, dtype=torch.int32).repeat_interleave(block_rows)
+        self.is_used = of_rows >= 0
+        # NaN behind the last row; numbers where rows belong to nobody, whose result would show.
+        self.a = torch.full((self.m + 8, k), NAN).to(torch.float8_e4m3fn)
+        self.a[: self.m] = self.whole(self.m, k).to(torch.float8_e4m3fn)
+        memory = torch.full((self.blocks, aligned_scale_stride(self.m)), NAN)
+        self.a_scales = memory.T[: self.m]
+        self.a_scales.copy_(self.powers(self.m, self.blocks))
+        self.b = self.whole(N_GROUPS, n, k).to(torch.float8_e4m3fn)
+        self.b_scales = self.powers(N_GROUPS, -(-n // 128), self.blocks)
+
+    def whole(self, *shape: int) -> torch.Tensor:
+        return torch.randint(-4, 5, shape, generator=self.chance).float()
+
+    def powers(self, *shape: int) -> torch.Tensor:
+        return 2.0 ** torch.randint(-3, 4, shape, generator=self.chance)
+
+    @property
+    def expected(self) -> torch.Tensor:
+        """The product in float64; NaN for rows of nobody."""
+        found = torch.full((self.m, self.n), NAN, dtype=torch.float64)
+        for block, group in enumerate(self.routing):
+            if group < 0:
+                continue
+            rows = slice(block * self.block_rows, (block + 1) * self.block_rows)
+            a = self.a[rows].double() * self._wide(self.a_scales[rows])
+            scales = self._wide(self.b_scales[group].repeat_interleave(128, 0)[: self.n])
+            found[rows] = a @ (self.b[group].double() * scales).T
+        return found
+
+    def _wide(self, scales: torch.Tensor) -> torch.Tensor:
+        return scales.double().repeat_interleave(128, 1)[:, : self.k]
+
+    def run(self, work: Work, trial: Trial = FIRST) -> torch.Tensor:
+        """The kernel's result; fails if it wrote outside, NaN where it wrote nothing."""
+        guard = 64
+        memory = torch.full((self.m * self.n + 2 * guard,), NAN).to(torch_dtype(work.form.out))
+        out = memory[guard : guard + self.m * self.n].view(self.m, self.n)
+        a, b = (self.a[: self.m], self.a_scales), (self.b, self.b_scales)
+        routing = torch.tensor(self.routing, dtype=torch.int32)
+        cuda_machine.multiply(work, a, b, out, routing, trial)
+        assert memory[:guard].isnan().all()
+        assert memory[guard + self.m * self.n :].isnan().all()
+        return out
+
+    def is_right(self, out: torch.Tensor) -> bool:
+        expected = self.expected.to(out.dtype)
+        written = ~out.isnan().all(1)
+        return torch.equal(written, self.is_used) and torch.equal(
+            out[written], expected[self.is_used]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    name: str
+    groups: tuple[int, ...]
+
+
+ROUTINGS = (
+    Routing("odd counts", (0, 0, 0, 1, 3, 3, 4)),
+    Routing("holes and an end of nobody", (0, -1, 2, 2, -1, -1, 4, -1, -1)),
+    Routing("one hot expert", (-1, 3, 3, 3, 3)),
+)
+EMPTY = Routing("all empty", (-1,) * 5)
+
+
+def shape_for(form: Form) -> tuple[int, int]:
+    """Ragged in N and K, three tiles of columns, and the ring goes round."""
+    return 2 * form.columns + 24, 128 * (form.stages // 2 + 1) + 16
+
+
+@pytest.mark.parametrize("routing", [*ROUTINGS, EMPTY], ids=lambda routing: routing.name)
+@pytest.mark.parametrize("form", FORMS, ids=name_of)
+def test_any_groups_give_the_float64_product_bit_for_bit(form: Form, routing: Routing) -> None:
+    block_rows = min(128, form.rows)
+    n, k = shape_for(form)
+    problem = Problem(routing.groups, block_rows, n, k)
+    work = make_work(form, problem.m, n, k, processors=2)
+    assert problem.is_right(problem.run(work))
+
+
+@pytest.mark.parametrize("groups", [(2,), (0, 1), (4, 4), (1, 2, 2)])
+def test_any_number_of_blocks_at_once_in_any_order(groups: tuple[int, ...]) -> None:
+    """Odd and even numbers of slots for each: a barrier's phase that is off by one would show."""
+    n, k = 136, 128 * 3
+    problem = Problem(groups, 128, n, k)
+    for seed, processors in enumerate((1, 2, 3, 5)):
+        for form in (WIDE, LOW):
+            work = make_work(form, problem.m, n, k, processors, band=1 + seed % 2)
+            assert problem.is_right(problem.run(work, Trial(seed)))
+
+
+# A piece of the kernel, what takes its place, and what is noticed.
+BROKEN = {
+    "a consumer without rows keeps its slots": (
+        WIDE,
+        "        give_back(ring);\n        ring.advance();\n",
+        "        ring.advance();\n",
+        "nothing can go on",
+    ),
+    "a consumer without rows does not wait": (
+        WIDE,
+        "        barrier_wait(ring.full(), ring.parity);\n        give_back",
+        "        give_back",
+        "fills a slot|more arrivals|nothing can go on",
+    ),
+    "both consumers work where the group changes": (
+        WIDE,
+        "return PARTS == 1 || is_whole || consumer == part;",
+        "return true;",
+        "wrong",
+    ),
+    "the second half of a tile is left out": (
+        WIDE,
+        "if (PARTS == 2 && part == 0 && !is_whole) {",
+        "if (false) {",
+        "wrong",
+    ),
+    "every group takes the first one's weight": (
+        LOW,
+        "const int b_row = place.group * problem.n + place.column;",
+        "const int b_row = place.column;",
+        "wrong",
+    ),
+    "every group takes the first one's scales": (
+        LOW,
+        "problem.b_scales + place.group * (last_row + 1) * problem.b_scale_stride;",
+        "problem.b_scales;",
+        "wrong",
+    ),
+    "groups are read too early": (
+        LOW,
+        "    if (GROUPING != Grouping::NOTHING) wait_for_kernel_ahead();\n",
+        "",
+        "before the kernel ahead has ended",
+    ),
+    "row blocks of nobody are computed": (
+        LOW,
+        "            if (group >= 0) return;\n",
+        "            group = group < 0 ? 0 : group;\n            return;\n",
+        "wrong",
+    ),
+}
+IN_THE_DEFAULT_RUN = ("a consumer without rows keeps its slots", "both consumers work")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name.startswith(IN_THE_DEFAULT_RUN) else pytest.param(name, marks=machine)
+        for name in BROKEN
+    ],
+)
+def test_the_machine_notices_a_broken_kernel(name: str) -> None:
+    form, piece, instead, words = BROKEN[name]
+    n, k = shape_for(form)
+    problem = Problem((0, 0, 0, 1, 3, -1, 4), 128, n, k)
+    work = make_work(form, problem.m, n, k, processors=2)
+    found = (try_broken(problem, work, Trial(seed, (piece, instead))) for seed in range(10))
+    assert re.search(words, next(filter(None, found), "right"))
+
+
+def try_broken(problem: Problem, work: Work, trial: Trial) -> str:
+    """What is noticed; empty if the result is right."""
+    try:
+        out = problem.run(work, trial)
+    except EmulationError as error:
+        return str(error)
+    return "" if problem.is_right(out) else "wrong"
