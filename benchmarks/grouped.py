@@ -1,12 +1,14 @@
-"""Grouped block-FP8 GEMM on one GPU: gluon, triton and DeepGEMM in turns, checked before timing.
+"""Grouped block-FP8 GEMM on one GPU: backends and DeepGEMM in turns, checked before timing.
 
-    python benchmarks/grouped.py [--cases contiguous,masked,minimax] [--backends gluon,deep_gemm]
+    python benchmarks/grouped.py [--cases contiguous,masked,minimax]
+                                 [--backends gluon,cuda,deep_gemm]
                                  [--variants] [--seconds 150] [--out FILE | --record]
 
 DeepGEMM's own cases (its tests/generators.py): contiguous (groups, rows each) and masked (groups,
 rows each, slots of 4096), counts drawn from 0.7 to 1.3 of the second; and MiniMax-M2.5's experts:
 8 of 256 for each token, 4096 tokens contiguous, 1 to 128 masked, and those also in low row blocks,
-which gluon alone reads (relative to DeepGEMM's masked time). Everything is compiled first, by
+which gluon alone reads (relative to DeepGEMM's masked time). ``cuda`` has rows of 128 to a row
+block, contiguous, alone. Everything is compiled first, by
 several processes. Copies that together are several times the L2 cache are
 worked through by one CUDA graph each; graphs are replayed in turns. A result that is not near the
 float64 product of the dequantized operands is reported and not timed. Activations are quantized.
@@ -36,7 +38,15 @@ import torch
 
 from blockscale.backends.registry import runnable_backend_named
 from blockscale.errors import BlockscaleError
-from blockscale.formats import FP8_1X128_FP32, FP8_128X128_FP32, K_MAJOR, MN_MAJOR_TMA_ALIGNED
+from blockscale.formats import (
+    FP8_1X128_FP32,
+    FP8_128X128_FP32,
+    K_MAJOR,
+    MN_MAJOR_TMA_ALIGNED,
+    DType,
+)
+from blockscale.kernels.cuda.grouped_choice import promising_contiguous
+from blockscale.kernels.cuda.grouped_product import CudaGroupedProduct
 from blockscale.kernels.gluon.grouped_choice import (
     choose_contiguous,
     choose_masked,
@@ -64,6 +74,7 @@ from timing import interleaved
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from blockscale.kernels.cuda.work import Work
     from blockscale.kernels.gluon.grouped_work import AnyGroupedVariant
 
     Outs = dict[tuple[str, int], torch.Tensor]
@@ -72,6 +83,8 @@ COMPILERS = 10
 # Fewer rows than this are lost in a tile of 128.
 LEAST_FOR_WIDE = 16
 CHECKED_ROWS = 64
+# Of one case, tiles of gemm.cu that are timed beside the chosen one.
+MOST = 5
 # Relative to the norm of the product (facts/kernels.md 8).
 LIMITS = {torch.float16: 5e-4, torch.bfloat16: 2.5e-3}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -107,7 +120,8 @@ class Timed:
 def main() -> int:
     """Compile, then measure until everything is done or the time is up."""
     options = arguments()
-    cases = [case for case in all_cases() if case.family in options.cases.split(",")]
+    families = options.cases.split(",")
+    cases = [case for family in families for case in all_cases() if case.family == family]
     if options.compile:
         compile_case(next(case for case in cases if case.name == options.compile), options)
         return 0
@@ -136,9 +150,9 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", default="minimax,masked,contiguous")
-    parser.add_argument("--backends", default="gluon,deep_gemm")
+    parser.add_argument("--backends", default="gluon,cuda,deep_gemm")
     parser.add_argument("--dtypes", default="bfloat16,float16", help="outputs, where one can")
-    parser.add_argument("--variants", action="store_true", help="every tile, in bfloat16")
+    parser.add_argument("--variants", action="store_true", help="every tile of the backends")
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="JSON lines; --record writes benchmarks/results")
@@ -243,12 +257,11 @@ def everything(case: Case, copies: list[Copy], options: argparse.Namespace) -> I
     """All that the options ask for and this machine can run, ready to call."""
     outs: Outs = {}
     for name in options.backends.split(","):
-        if name == "deep_gemm" and case.alignment < ALIGNMENT:
+        if not is_for(name, case):
             continue
         dtypes = ["bfloat16"] if name == "deep_gemm" else options.dtypes.split(",")
         for dtype in dtypes:
-            detail = chosen(case, copies[0]).name if name == "gluon" else ""
-            timed = Timed(name, dtype, detail, is_chosen=True)
+            timed = Timed(name, dtype, chosen(name, case, copies[0], dtype), is_chosen=True)
             try:
                 bind(timed, case, copies, outs)
                 timed.calls[0]()
@@ -257,23 +270,48 @@ def everything(case: Case, copies: list[Copy], options: argparse.Namespace) -> I
                 continue
             yield timed
     if options.variants:
-        for variant in tried(case):
-            timed = Timed("gluon", "bfloat16", variant.name, is_chosen=False)
+        for name, variant in tried(case, copies[0], options.backends.split(",")):
+            timed = Timed(name, "bfloat16", variant.name, is_chosen=False)
             bind(timed, case, copies, outs, variant)
             yield timed
 
 
-def chosen(case: Case, copy: Copy) -> AnyGroupedVariant:
-    """What the gluon backend takes; the same tile in both output dtypes."""
-    if case.layout == "masked":
-        return choose_masked(case.groups, case.slot, case.likely, 2)
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
+def is_for(backend: str, case: Case) -> bool:
+    """Whether the backend has this layout."""
+    if backend == "cuda":
+        return case.layout == "contiguous" and case.alignment == ALIGNMENT
+    return backend != "deep_gemm" or case.alignment == ALIGNMENT
+
+
+def chosen(backend: str, case: Case, copy: Copy, dtype: str) -> str:
+    """The tile that the backend takes; gluon the same one in both output dtypes."""
     blocks = copy.routing.numel()
-    return choose_contiguous(case.groups, blocks, case.alignment, case.n, 2, processors)
+    if backend == "cuda":
+        rows = copy.activation.data.shape[0]
+        return CudaGroupedProduct(copy.weight).work(rows, blocks, DTYPES[dtype]).name
+    if backend != "gluon":
+        return ""
+    if case.layout == "masked":
+        return choose_masked(case.groups, case.slot, case.likely, 2).name
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    return choose_contiguous(case.groups, blocks, case.alignment, case.n, 2, processors).name
 
 
-def tried(case: Case) -> Iterator[AnyGroupedVariant]:
-    """Tiles that are not hopeless; for few rows also one program a multiprocessor, longer rings."""
+def tried(
+    case: Case, copy: Copy, backends: list[str]
+) -> Iterator[tuple[str, AnyGroupedVariant | Work]]:
+    """Tiles that are not hopeless, by backend."""
+    if "gluon" in backends:
+        yield from (("gluon", variant) for variant in tried_of_gluon(case))
+    if "cuda" in backends and is_for("cuda", case):
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
+        rows = (case.groups, copy.routing.numel(), case.alignment)
+        shape, out = (case.n, case.k), DType.BFLOAT16
+        yield from (("cuda", w) for w in promising_contiguous(rows, shape, out, processors)[:MOST])
+
+
+def tried_of_gluon(case: Case) -> Iterator[AnyGroupedVariant]:
+    """For few rows also one program a multiprocessor, longer rings."""
     if case.layout == "contiguous":
         found = contiguous_variants(case.alignment, 2)
     else:
@@ -301,7 +339,7 @@ def bind(
     case: Case,
     copies: list[Copy],
     outs: Outs,
-    variant: AnyGroupedVariant | None = None,
+    variant: AnyGroupedVariant | Work | None = None,
 ) -> None:
     """Fill in the calls; all of one dtype share the results' memory."""
     for copy in copies:
@@ -314,11 +352,19 @@ def bind(
 
 
 def call(
-    backend: str, case: Case, copy: Copy, out: torch.Tensor, variant: AnyGroupedVariant | None
+    backend: str,
+    case: Case,
+    copy: Copy,
+    out: torch.Tensor,
+    variant: AnyGroupedVariant | Work | None,
 ) -> Callable[[], object]:
     """One launch."""
     if backend == "deep_gemm":
         return deep_gemm_call(case, copy, out)
+    if backend == "cuda":
+        of_cuda = CudaGroupedProduct(copy.weight)
+        of_cuda.use(variant)
+        return partial(of_cuda.contiguous, copy.activation, copy.routing, out)
     if backend == "gluon":
         product = GroupedProduct(copy.weight)
         product.use(variant)

@@ -69,7 +69,7 @@ def _benchmark(name: str, limit_s: int, *arguments: str) -> Step:
 
 
 NEVER_RUN = ("test_experts", "test_transformers_experts", "test_transformers")
-CUDA = ("test_cuda_exact", "test_cuda_launch")
+CUDA = ("test_cuda_exact", "test_cuda_launch", "test_cuda_grouped")
 PRETEND = ("-m", "blockscale.testing.pretend_gpu")
 # Benchmarks that have a tiny size; and what takes hours in an interpreter, or needs Inductor.
 TINY = ("moe_layer", "transformers_model", "tensor_parallel")
@@ -93,7 +93,7 @@ PLANNED = (
     _tests("transformers_experts", 90, "tests/gpu/test_transformers_experts.py"),
     _tests("transformers", 120, "tests/gpu/test_transformers.py"),
     _benchmark("moe_layer", 100),
-    _tests("cuda", 60, "tests/gpu/test_cuda_exact.py", "tests/gpu/test_cuda_launch.py"),
+    _tests("cuda", 60, *(f"tests/gpu/{name}.py" for name in CUDA)),
     # Without DeepGEMM, which would build for half a minute a shape while it prepares.
     _benchmark("moe_layer:bfloat16", 100, "--dtype", "bfloat16", *OWN),
     _benchmark("transformers_model", 130, *OWN),

@@ -25,11 +25,10 @@ from blockscale.kernels.gluon.product import GluonProduct
 from blockscale.kernels.triton.grouped_product import GroupedTritonProduct
 from blockscale.planning.decision import Offer, OperandForm
 from blockscale.reference import expert_of
-from blockscale.tensor import BlockScaledTensor, as_stored
+from blockscale.tensor import BlockScaledTensor
+from blockscale.testing.exact_groups import NAN, Contiguous, Masked, Weights, nan_scales
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from blockscale.kernels.gluon.grouped_work import AnyGroupedVariant
 
 pytestmark = [
@@ -40,7 +39,6 @@ pytestmark = [
     ),
 ]
 
-NAN = float("nan")
 OFFER = Offer(
     "gluon",
     OperandForm(FP8_128X128_FP32, K_MAJOR),
@@ -92,118 +90,6 @@ def _compiled() -> None:
         list(pool.map(compile_ahead, [*forms, *CHOSEN]))
 
 
-def nan_codes(*shape: int) -> torch.Tensor:
-    """0xFF is NaN in E4M3FN."""
-    return torch.full(shape, 0xFF, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
-
-
-def nan_scales(rows: int, k: int, leading: tuple[int, ...] = ()) -> torch.Tensor:
-    """Stored scales of ``rows`` rows, NaN with their padding."""
-    stored = MN_MAJOR_TMA_ALIGNED.stored(rows, k, FP8_1X128_FP32)
-    count = stored.elements * (leading[0] if leading else 1)
-    return as_stored(torch.full((count,), NAN, device="cuda"), stored, leading)
-
-
-class Weights:
-    """A weight for each group, of small whole numbers with powers of two as scales."""
-
-    def __init__(self, groups: int, n: int, k: int) -> None:
-        self.generator = torch.Generator("cuda").manual_seed(groups + 31 * n + 1009 * k)
-        self.groups, self.n, self.k = groups, n, k
-        self.blocks = -(-k // 128)
-        codes = nan_codes(groups, n, k)
-        for group in range(groups):
-            codes[group] = self.whole(n, k)
-        scales = self.powers(groups, -(-n // 128), self.blocks)
-        self.tensor = BlockScaledTensor(codes, scales, FP8_128X128_FP32, K_MAJOR)
-        self.product = GroupedProduct(self.tensor)
-
-    def whole(self, *shape: int) -> torch.Tensor:
-        found = torch.randint(-4, 5, shape, generator=self.generator, device="cuda")
-        return found.half().to(torch.float8_e4m3fn)
-
-    def powers(self, *shape: int) -> torch.Tensor:
-        return 2.0 ** torch.randint(-3, 4, shape, generator=self.generator, device="cuda")
-
-    def expected(self, group: int, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """The product of some rows in float64."""
-        rows = self.tensor.scales[group].double().repeat_interleave(128, 0)[: self.n]
-        weight = self.tensor.data[group].double() * rows.repeat_interleave(128, 1)[:, : self.k]
-        return codes.double() * scales.double().repeat_interleave(128, 1)[:, : self.k] @ weight.T
-
-
-class Masked:
-    """Slots of rows; what lies beyond a slot's count is NaN, in codes, scales and results."""
-
-    def __init__(self, weights: Weights, counts: Sequence[int], slot_rows: int) -> None:
-        self.weights, self.counts, self.slot_rows = weights, counts, slot_rows
-        codes = nan_codes(weights.groups, slot_rows, weights.k)
-        scales = nan_scales(slot_rows, weights.k, (weights.groups,))
-        for group, count in enumerate(counts):
-            codes[group, :count] = weights.whole(count, weights.k)
-            scales[group, :count] = weights.powers(count, weights.blocks)
-        self.activation = BlockScaledTensor(codes, scales, FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED)
-        self.device_counts = torch.tensor(counts, dtype=torch.int32, device="cuda")
-
-    def run(self, variant: AnyGroupedVariant | None, dtype: torch.dtype) -> torch.Tensor:
-        """The kernel's result; NaN where it wrote nothing, or the product of a NaN."""
-        w = self.weights
-        out = torch.full((w.groups, self.slot_rows, w.n), NAN, device="cuda").to(dtype)
-        w.product.use(variant)
-        w.product.masked(self.activation, self.device_counts, out, max(self.counts))
-        return out
-
-    def wrong(self, out: torch.Tensor) -> list[int]:
-        """Groups whose rows are not the product, or whose slot was written without any."""
-        found = []
-        for group, count in enumerate(self.counts):
-            codes, scales = self.activation.data[group], self.activation.scales[group]
-            expected = self.weights.expected(group, codes[:count], scales[:count]).to(out.dtype)
-            is_right = torch.equal(out[group, :count], expected)
-            if not is_right or (count == 0 and not bool(out[group].isnan().all())):
-                found.append(group)
-        return found
-
-
-class Contiguous:
-    """Groups one after the other in row blocks; padding rows are NaN, and row blocks of -1."""
-
-    def __init__(self, weights: Weights, counts: Sequence[int], alignment: int) -> None:
-        self.weights = weights
-        sizes = torch.tensor([-(-count // alignment) for count in counts])
-        groups = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(sizes)
-        self.groups = torch.cat([groups, torch.full((3,), -1, dtype=torch.int32)]).cuda()
-        rows = self.groups.numel() * alignment
-        codes, scales = nan_codes(rows, weights.k), nan_scales(rows, weights.k)
-        self.parts: list[tuple[int, slice]] = []
-        start = 0
-        for group, count in enumerate(counts):
-            part = slice(start, start + count)
-            codes[part] = weights.whole(count, weights.k)
-            scales[part] = weights.powers(count, weights.blocks)
-            self.parts.append((group, part))
-            start += int(sizes[group]) * alignment
-        self.used = start
-        self.activation = BlockScaledTensor(codes, scales, FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED)
-
-    def run(self, variant: AnyGroupedVariant | None, dtype: torch.dtype) -> torch.Tensor:
-        """The kernel's result; NaN where it wrote nothing, or the product of a NaN."""
-        out = torch.full((self.activation.mn, self.weights.n), NAN, device="cuda").to(dtype)
-        self.weights.product.use(variant)
-        self.weights.product.contiguous(self.activation, self.groups, out)
-        return out
-
-    def wrong(self, out: torch.Tensor) -> list[int]:
-        """Groups whose rows are not the product; -1 if a row block of nobody was written."""
-        found = []
-        for group, part in self.parts:
-            operands = self.activation.data[part], self.activation.scales[part]
-            expected = self.weights.expected(group, *operands).to(out.dtype)
-            if not torch.equal(out[part], expected):
-                found.append(group)
-        return found if bool(out[self.used :].isnan().all()) else [*found, -1]
-
-
 # Each wave's end and just beyond it, empty ones anywhere, one hot expert, nothing at all.
 COUNTS = (
     (0, 1, 64, 65, 0, 128, 129, 0),
@@ -218,7 +104,7 @@ def test_masked_is_exact_whatever_the_counts(
     dtype: torch.dtype, variant: AnyGroupedVariant
 ) -> None:
     for n, k in ((456, 1152), (128, 80)):
-        weights = Weights(8, n, k)
+        weights = Weights(8, n, k, GroupedProduct)
         for counts in COUNTS:
             for slot_rows in (300, 331):
                 case = Masked(weights, counts, slot_rows)
@@ -231,7 +117,7 @@ def test_contiguous_is_exact_whatever_the_groups(
     dtype: torch.dtype, variant: AnyGroupedVariant
 ) -> None:
     for n, k in ((456, 1152), (128, 80)):
-        weights = Weights(8, n, k)
+        weights = Weights(8, n, k, GroupedProduct)
         for counts in (*COUNTS, (1000, 0, 129, 2000, 1, 0, 0, 513)):
             case = Contiguous(weights, counts, 128)
             wrong = case.wrong(case.run(variant, dtype))
@@ -242,7 +128,7 @@ def test_contiguous_is_exact_whatever_the_groups(
 def test_contiguous_rows_in_small_blocks_are_exact(
     dtype: torch.dtype, variant: AnyGroupedVariant
 ) -> None:
-    weights = Weights(8, 456, 1152)
+    weights = Weights(8, 456, 1152, GroupedProduct)
     alignment = getattr(variant, "tokens")  # noqa: B009 - only the kernel for few rows is here
     for counts in (*COUNTS, (1, 2, 3, 0, 0, 9, 17, 1200)):
         case = Contiguous(weights, counts, alignment)
@@ -251,7 +137,7 @@ def test_contiguous_rows_in_small_blocks_are_exact(
 
 
 def test_all_tiles_give_the_bits_of_the_dense_kernel() -> None:
-    weights = Weights(8, 456, 1152)
+    weights = Weights(8, 456, 1152, GroupedProduct)
     values = torch.randn(weights.tensor.data.shape, device="cuda")
     weights.tensor.data.copy_(values.to(torch.float8_e4m3fn))
     counts = (200, 0, 0, 64, 0, 0, 0, 3)
@@ -288,7 +174,7 @@ def test_all_tiles_give_the_bits_of_the_dense_kernel() -> None:
 
 def test_a_captured_graph_serves_every_routing_of_as_many_rows() -> None:
     """The graph reads counts and groups when it runs: nothing of them was kept."""
-    weights = Weights(8, 456, 1152)
+    weights = Weights(8, 456, 1152, GroupedProduct)
     masked = Masked(weights, (300,) * 8, 300)
     rows = Contiguous(weights, (300, 0, 0, 0, 0, 0, 0, 900), 128)
     outs = [masked.run(None, BF16), rows.run(None, BF16)]
@@ -316,7 +202,7 @@ def test_a_captured_graph_serves_every_routing_of_as_many_rows() -> None:
 
 def test_more_than_two_to_the_31_codes_and_results() -> None:
     """256 experts of MiniMax's size (2.4e9 codes), slots with 3.2e9 results."""
-    weights = Weights(256, 3072, 3072)
+    weights = Weights(256, 3072, 3072, GroupedProduct)
     counts = [0] * 256
     counts[0], counts[131], counts[255] = 9, 300, 20
     case = Masked(weights, counts, 4096)
@@ -337,7 +223,7 @@ def test_more_than_two_to_the_31_codes_and_results() -> None:
 
 def test_what_the_rules_choose_is_exact_on_skewed_routing() -> None:
     """128 tokens to 8 of 256 experts, a few of them favourites, in both layouts."""
-    weights = Weights(256, 384, 512)
+    weights = Weights(256, 384, 512, GroupedProduct)
     chances = torch.ones(256, device="cuda")
     chances[:4] = 200.0
     picks = torch.multinomial(chances.expand(128, -1), 8, generator=weights.generator)
@@ -354,7 +240,7 @@ def test_each_backend_serves_both_arrangements(name: str) -> None:
     if name == "deep_gemm":
         pytest.importorskip("deep_gemm", reason="pip install sgl-deep-gemm==0.1.5")
     backend = runnable_backend_named(name)
-    weights = Weights(8, 448, 1152)
+    weights = Weights(8, 448, 1152, GroupedProduct)
     counts = (0, 1, 64, 65, 0, 128, 384, 0)
     rows, slots = Contiguous(weights, counts, 128), Masked(weights, counts, 384)
     contiguous = backend.bind_contiguous(weights.tensor, OFFER)
@@ -372,7 +258,7 @@ def test_each_backend_serves_both_arrangements(name: str) -> None:
 
 @pytest.mark.parametrize("alignment", [16, 64, 128])
 def test_plain_triton_is_exact_in_every_row_block(alignment: int) -> None:
-    weights = Weights(8, 200, 592)
+    weights = Weights(8, 200, 592, GroupedProduct)
     product = GroupedTritonProduct(weights.tensor)
     for counts in (*COUNTS, (1000, 0, 129, 2000, 1, 0, 0, 513)):
         case = Contiguous(weights, counts, alignment)

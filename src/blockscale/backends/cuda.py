@@ -1,6 +1,6 @@
 """Warp-specialised Hopper GEMM in CUDA C++, blockscale's own, compiled by NVRTC when it is needed.
 
-Architectures: SM90. Output: bfloat16, float16, float32; fused bias. Dense layers.
+Architectures: SM90. Output: bfloat16, float16, float32; fused bias. Experts, contiguous.
 Blocks: weights 128x128, activations 1x128, float32 scales, ceil(K / 128) of them.
 Scales lie as Gluon's and DeepGEMM's on SM90. Not proven: it has not run on a GPU yet (ADR 0010).
 """
@@ -20,14 +20,22 @@ from blockscale.formats import (
     BlockShape,
     DType,
 )
-from blockscale.planning.decision import Evidence, Offer, OperandForm, Readiness
+from blockscale.planning.decision import (
+    Arrangement,
+    Evidence,
+    GroupedRows,
+    MRange,
+    Offer,
+    OperandForm,
+    Readiness,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
 
-    from blockscale.backends.base import Multiply
+    from blockscale.backends.base import Multiply, MultiplyContiguous
     from blockscale.planning.decision import Rejection
     from blockscale.planning.device import Device
     from blockscale.planning.request import LinearRequest
@@ -39,6 +47,8 @@ PACKAGE = "cuda-bindings"
 ARCHITECTURES = ((9, 0),)
 # The first NVRTC that knows sm_90a and PTX 8.0.
 FIRST_CUDA = (12, 0)
+# Up to how many tokens an expert row blocks have 64 rows: as Gluon's, an estimate.
+FEW_TOKENS = 8
 
 
 class Cuda:
@@ -61,7 +71,7 @@ class Cuda:
         gates.out_dtypes((DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32))
         gates.multiples(TMA_BYTES // request.out_dtype.bytes, TMA_BYTES, "TMA rows are 16 bytes")
         gates.whole_blocks()
-        gates.dense()
+        gates.no_bias_of_experts()
         if gates.rejections:
             return gates.rejections
         return Offer(
@@ -70,6 +80,7 @@ class Cuda:
             OperandForm(FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED),
             evidence=Evidence.DOCUMENTED,
             readiness=Readiness.RUNNABLE,
+            rows=() if request.experts is None else _rows(request.experts),
         )
 
     def prepare(self, weight: BlockScaledTensor, offer: Offer) -> BlockScaledTensor:
@@ -101,3 +112,18 @@ class Cuda:
         from blockscale.kernels.cuda.product import CudaProduct
 
         return CudaProduct(weight)
+
+    def bind_contiguous(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyContiguous:  # noqa: ARG002 - the protocol's signature
+        """Row blocks of 64 or 128 rows; see ``kernels/cuda/grouped_choice``."""
+        from blockscale.kernels.cuda.grouped_product import CudaGroupedProduct
+
+        return CudaGroupedProduct(weight).contiguous
+
+
+def _rows(experts: int) -> tuple[GroupedRows, ...]:
+    """Low row blocks while experts get few rows each."""
+    last = FEW_TOKENS * experts
+    return (
+        GroupedRows(MRange(0, last), Arrangement.CONTIGUOUS, 64),
+        GroupedRows(MRange(last + 1, None), Arrangement.CONTIGUOUS, 128),
+    )

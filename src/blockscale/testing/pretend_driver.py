@@ -15,7 +15,14 @@ import torch
 
 from blockscale.formats import DType
 from blockscale.kernels.cuda import build, driver, launch
-from blockscale.kernels.cuda.work import Box, Form, Share, Work, aligned_scale_stride
+from blockscale.kernels.cuda.work import (
+    Box,
+    Form,
+    Grouping,
+    Share,
+    Work,
+    aligned_scale_stride,
+)
 from blockscale.testing import cuda_machine
 from blockscale.testing.pretend_launch import Operands, done, strided
 from blockscale.testing.pretend_memory import PretendError
@@ -51,7 +58,8 @@ def packed(form: Form) -> bytes:
 def unpacked(cubin: bytes) -> Form:
     """What ``packed`` packed."""
     fields = json.loads(cubin)
-    return Form(**{**fields, "share": Share(fields["share"]), "out": DType(fields["out"])})
+    kinds = {"share": Share, "out": DType, "grouping": Grouping}
+    return Form(**{**fields, **{name: kind(fields[name]) for name, kind in kinds.items()}})
 
 
 class Map(ctypes.Structure):
@@ -167,25 +175,37 @@ def compute(form: Form, blocks: int, maps: list[Map], problem: launch.Problem) -
     names = ("a", "b", "a_scales", "out")
     _require([one.box for one in maps] == list(form.boxes), f"{form.name}: boxes")
     a, b, a_scales, out = (one.matrix(name) for name, one in zip(names, maps, strict=True))
-    (m, k), n = a.shape, b.shape[0]
-    _require(b.shape[1] == k, "K of both operands")
+    (m, k), n = a.shape, problem.n
+    _require(b.shape[1] == k and n > 0 and b.shape[0] % n == 0, "N and K of both operands")
+    groups = b.shape[0] // n
     _require((problem.m, problem.n) == tuple(out.shape) == (m, n), "M and N")
     _require(tuple(a_scales.shape) == (problem.k_blocks, m), "scales of the activation")
     _require(a_scales.stride(0) == aligned_scale_stride(m), "columns of scales")
-    scale_shape = (-(-n // 128), problem.k_blocks)
-    scale_strides = (problem.b_scale_stride, 1)
+    scale_shape = (groups, -(-n // 128), problem.k_blocks)
+    scale_strides = (scale_shape[1] * problem.b_scale_stride, problem.b_scale_stride, 1)
     b_scales = strided("b_scales", problem.b_scales, torch.float32, scale_shape, scale_strides)
     bias = strided("bias", problem.bias, out.dtype, (n,), None) if problem.bias else None
+    routing = None
+    if form.grouping is Grouping.NOTHING:
+        _require(groups == 1 and not problem.routing, "one weight, and no groups")
+    else:
+        _require(problem.block_rows > 0 and m % problem.block_rows == 0, "whole row blocks")
+        count = (m // problem.block_rows,)
+        routing = strided("routing", problem.routing, torch.int32, count, None)
     codes = torch.float8_e4m3fn
     if blocks > MAX_BLOCKS or m * n * k > MAX_PRODUCTS:
-        operands = (a.view(codes), b.view(codes), a_scales, b_scales[None], out[None], bias)
-        Operands(*operands, None, is_masked=False).multiply()
+        operands = (a.view(codes), b.view(codes), a_scales, b_scales, out[None], bias)
+        found = Operands(*operands, routing, is_masked=False)
+        (found.multiply if routing is None else found.multiply_groups)()
         return
     work = Work(
         form, problem.unit_rows, problem.unit_columns, problem.k_blocks, problem.band, blocks
     )
     operands_a = (a.view(codes), a_scales.T)
-    cuda_machine.multiply(work, operands_a, (b.view(codes), b_scales), out, bias)
+    operands_b = (b.view(codes).view(groups, n, k), b_scales)
+    if routing is None:
+        operands_b = (operands_b[0][0], b_scales[0])
+    cuda_machine.multiply(work, operands_a, operands_b, out, bias if routing is None else routing)
 
 
 DRIVER = Driver()

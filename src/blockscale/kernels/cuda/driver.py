@@ -26,6 +26,8 @@ PROMOTE_NOTHING, PROMOTE_256 = 0, 3
 MAX_DYNAMIC_SHARED_BYTES = 8
 CLUSTER_DIMENSION, PROGRAMMATIC_SERIALIZATION = 4, 6
 TMA_BYTES = 16
+# Descriptors that one product keeps, about 400 bytes each, before it starts again.
+MAX_MAPS = 4096
 
 
 class TensorMap(ctypes.Structure):
@@ -55,6 +57,22 @@ class LaunchConfig(ctypes.Structure):
         ("attributes", ctypes.POINTER(LaunchAttribute)),
         ("attribute_count", ctypes.c_uint),
     )
+
+
+class Maps:
+    """Descriptors: ``encode`` of the same arguments, once."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[object, ...], TensorMap] = {}
+
+    def __call__(self, *key) -> TensorMap:
+        """Raises BackendError if TMA cannot reach it."""
+        found = self._kept.get(key)
+        if found is None:
+            if len(self._kept) >= MAX_MAPS:
+                self._kept.clear()
+            found = self._kept[key] = encode(*key)
+        return found
 
 
 @cache

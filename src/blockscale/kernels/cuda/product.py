@@ -14,14 +14,11 @@ from blockscale.kernels.step import device_index
 from blockscale.tensor import dtype_of
 
 if TYPE_CHECKING:
-    from blockscale.kernels.cuda.driver import TensorMap
     from blockscale.kernels.cuda.work import Work
     from blockscale.tensor import BlockScaledTensor
 
 # Launches that one product keeps ready, about 3 KB each, before it starts again.
 MAX_LAUNCHES = 2048
-# Descriptors that one product keeps, about 400 bytes each, before it starts again.
-MAX_MAPS = 4096
 # Type and promotion into L2: codes come from memory, 128 bytes of a row at a time (perf-log G14).
 CODES = driver.UINT8, driver.PROMOTE_256
 SCALES = driver.FLOAT32, driver.PROMOTE_NOTHING
@@ -53,7 +50,7 @@ class CudaProduct:
         self._device = device_index(weight.data)
         self._processors = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._works: dict[tuple[int, torch.dtype], Work] = {}
-        self._maps: dict[tuple[object, ...], TensorMap] = {}
+        self._maps = driver.Maps()
         self._launches: dict[tuple[object, ...], Launch] = {}
 
     def __call__(
@@ -126,10 +123,10 @@ class CudaProduct:
         columns = aligned_scale_stride(m) * SCALE_BYTES
         row = self._k if m == 1 else stride
         maps = (
-            self._map(codes, (m, self._k), row, a_box, *CODES),
-            self._map(weight, (self._n, self._k), pitch, b_box, *CODES),
-            self._map(scales, (work.k_blocks, m), columns, scale_box, *SCALES),
-            self._map(out, (m, self._n), self._n * dtype.itemsize, out_box, *RESULTS[dtype]),
+            self._maps(codes, (m, self._k), row, a_box, *CODES),
+            self._maps(weight, (self._n, self._k), pitch, b_box, *CODES),
+            self._maps(scales, (work.k_blocks, m), columns, scale_box, *SCALES),
+            self._maps(out, (m, self._n), self._n * dtype.itemsize, out_box, *RESULTS[dtype]),
         )
         problem = Problem(
             self._scales.data_ptr(),
@@ -143,12 +140,3 @@ class CudaProduct:
             work.band,
         )
         return Launch(work, self._device, stream, Arguments(maps, problem), overlap=self._overlap)
-
-    def _map(self, *key) -> TensorMap:
-        """``driver.encode`` of the same arguments, once."""
-        found = self._maps.get(key)
-        if found is None:
-            if len(self._maps) >= MAX_MAPS:
-                self._maps.clear()
-            found = self._maps[key] = driver.encode(*key)
-        return found

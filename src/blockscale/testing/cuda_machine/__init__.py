@@ -43,8 +43,8 @@ class EmulationError(AssertionError):
 class Trial:
     """How one run differs from another.
 
-    ``seed``: of the order of things. ``change``: a piece of ``gemm.cu`` or ``units.cuh`` and what to
-    put in its place, to see that it is noticed.
+    ``seed``: of the order of things. ``change``: a piece of ``gemm.cu`` or ``units.cuh`` and what
+    to put in its place, to see that it is noticed.
     """
 
     seed: int = 0

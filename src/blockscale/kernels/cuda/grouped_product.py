@@ -1,0 +1,133 @@
+"""A stack of weights ready to multiply: the hot call of the ``cuda`` backend for experts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from blockscale.errors import BackendError
+from blockscale.kernels.cuda.driver import Maps
+from blockscale.kernels.cuda.grouped_choice import ALIGNMENTS, choose_contiguous
+from blockscale.kernels.cuda.launch import Arguments, Launch, Problem
+from blockscale.kernels.cuda.product import CODES, MAX_LAUNCHES, RESULTS, SCALES
+from blockscale.kernels.cuda.work import SCALE_BYTES, aligned_scale_stride
+from blockscale.kernels.step import device_index
+from blockscale.tensor import dtype_of
+
+if TYPE_CHECKING:
+    from blockscale.kernels.cuda.work import Work
+    from blockscale.tensor import BlockScaledTensor
+
+
+class CudaGroupedProduct:
+    """out[rows of g] = activation[rows of g] x weight[g]^T, in bfloat16, float16 or float32.
+
+    ``weight``: (groups, n, k) E4M3FN, contiguous, on an SM90 device, one float32 scale a 128x128
+    block, K-major and contiguous. Its storages are read on every call. ``overlap``: launches may
+    start before the kernel ahead of them in the stream has ended; they read nothing before it has.
+
+    Nothing is read back to the host, and nothing is kept between calls but launches: a CUDA graph
+    serves every routing of as many rows, and calls on several streams may run at the same time.
+    Every element is the same chain of operations as in ``CudaProduct``: the same bits.
+
+    Raises BackendError for a weight that is not such a stack.
+    """
+
+    def __init__(self, weight: BlockScaledTensor, *, overlap: bool = True) -> None:
+        is_stack = weight.data.ndim == 3  # noqa: PLR2004 - (groups, n, k)
+        if not (is_stack and weight.data.is_contiguous() and weight.scales.is_contiguous()):
+            msg = f"grouped products read a contiguous (groups, n, k) weight, not {weight!r}"
+            raise BackendError(msg)
+        self._data, self._scales = weight.data, weight.scales
+        self._groups, self._n, self._k = weight.data.shape
+        self._overlap = overlap
+        self._device = device_index(weight.data)
+        self._processors = torch.cuda.get_device_properties(self._device).multi_processor_count
+        self._maps = Maps()
+        self._fixed: Work | None = None
+        self._launches: dict[tuple[object, ...], Launch] = {}
+
+    def contiguous(
+        self, activation: BlockScaledTensor, groups: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Enqueue ``backends.base``'s contiguous product; row blocks of 64 or 128 rows.
+
+        Row blocks of -1 are neither read nor written. Raises BackendError for other row blocks,
+        and where TMA cannot reach an operand.
+        """
+        if out.shape[0] == 0:
+            return
+        if torch.cuda.current_device() != self._device:
+            with torch.cuda.device(self._device):
+                self._enqueue(activation, groups, out)
+            return
+        self._enqueue(activation, groups, out)
+
+    def use(self, work: Work | None) -> None:
+        """Serve every call by this work from now on: for tests and measurements."""
+        self._fixed = work
+        self._launches.clear()
+
+    def work(self, rows: int, blocks: int, out_dtype: torch.dtype) -> Work:
+        """What serves so many rows in so many row blocks. Raises BackendError if nothing does."""
+        alignment = rows // blocks if blocks else 0
+        if alignment not in ALIGNMENTS or blocks * alignment != rows:
+            msg = f"{rows} rows in {blocks} blocks; a row block has one of {ALIGNMENTS} rows"
+            raise BackendError(msg)
+        if self._fixed is not None:
+            return self._fixed
+        return choose_contiguous(
+            (self._groups, blocks, alignment), (self._n, self._k), dtype_of(out_dtype),
+            self._processors,
+        )  # fmt: skip
+
+    def _enqueue(
+        self, activation: BlockScaledTensor, groups: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        codes = activation.data
+        stream = torch._C._cuda_getCurrentRawStream(self._device)  # noqa: SLF001 - as in ``product``
+        key = (
+            stream,
+            out.shape[0],
+            groups.shape[0],
+            out.dtype,
+            out.data_ptr(),
+            codes.data_ptr(),
+            codes.stride(0),
+            activation.scales.data_ptr(),
+            groups.data_ptr(),
+        )
+        launch = self._launches.get(key)
+        if launch is None:
+            if len(self._launches) >= MAX_LAUNCHES:
+                self._launches.clear()
+            launch = self._launches[key] = self._launch(key)
+        launch()
+
+    def _launch(self, key: tuple) -> Launch:
+        stream, rows, blocks, dtype, out, codes, stride, scales, groups = key
+        work = self.work(rows, blocks, dtype)
+        a_box, b_box, scale_box, out_box = work.form.boxes
+        columns = aligned_scale_stride(rows) * SCALE_BYTES
+        flat = (self._groups * self._n, self._k)
+        maps = (
+            self._maps(codes, (rows, self._k), stride, a_box, *CODES),
+            self._maps(self._data.data_ptr(), flat, self._k, b_box, *CODES),
+            self._maps(scales, (work.k_blocks, rows), columns, scale_box, *SCALES),
+            self._maps(out, (rows, self._n), self._n * dtype.itemsize, out_box, *RESULTS[dtype]),
+        )
+        problem = Problem(
+            self._scales.data_ptr(),
+            None,
+            rows,
+            self._n,
+            work.k_blocks,
+            self._scales.stride(-2),
+            work.unit_rows,
+            work.unit_columns,
+            work.band,
+            rows // blocks,
+            groups,
+        )
+        return Launch(work, self._device, stream, Arguments(maps, problem), overlap=self._overlap)
