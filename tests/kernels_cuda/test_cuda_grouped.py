@@ -15,7 +15,10 @@ import torch
 
 from blockscale.formats import DType
 from blockscale.kernels.cpu.build import find_compiler
+from blockscale.kernels.cuda.grouped_choice import ALIGNMENTS, choose_contiguous
 from blockscale.kernels.cuda.work import (
+    OUTPUTS,
+    SHARED_BYTES,
     Form,
     Grouping,
     Share,
@@ -246,3 +249,30 @@ def try_broken(problem: Problem, work: Work, trial: Trial) -> str:
     except EmulationError as error:
         return str(error)
     return "" if problem.is_right(out) else "wrong"
+
+
+SHAPES = [(4096, 7168), (3072, 1536), (136, 80), (8, 16)]
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_the_choice_covers_every_row_block(alignment: int, n: int, k: int) -> None:
+    for groups, blocks in ((1, 1), (4, 3), (8, 256), (256, 400)):
+        rows = groups, blocks, alignment
+        for out in OUTPUTS:
+            work = choose_contiguous(rows, (n, k), out, 132)
+            form = work.form
+            assert form.grouping is Grouping.CONTIGUOUS
+            assert form.share is not Share.WEIGHT
+            # No tile meets more than two row blocks, and those of 256 rows have blocks of 128.
+            assert form.rows <= 2 * alignment
+            assert form.rows == min(form.rows, 128) or alignment == 128
+            assert (work.unit_rows - 1) * form.rows < blocks * alignment
+            assert work.unit_rows * form.rows >= blocks * alignment
+            assert form.shared_bytes <= SHARED_BYTES
+
+
+def test_many_groups_of_few_rows_take_tiles_of_one_row_block() -> None:
+    few = choose_contiguous((256, 320, 128), (3072, 3072), BF16, 132)
+    many = choose_contiguous((4, 256, 128), (4096, 7168), BF16, 132)
+    assert (few.form.rows, many.form.rows) == (128, 256)
