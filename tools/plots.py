@@ -1,14 +1,16 @@
 """Draws the plots of benchmarks/gemm.py's records: roofline and ratio to DeepGEMM, PNG and SVG.
 
     python tools/plots.py [--machine nvidia-h200] [--dtype float16] [--out docs/plots]
+    python tools/plots.py --check        exits with 1 if those of docs/plots are of older records
 
-Reads ``benchmarks/results/<machine>/gemm.jsonl``; of several records of one measurement the last
-counts. Pictures are made, not kept: docs/plots is ignored by git. Needs the extra ``plots``.
+Reads ``benchmarks/results/<machine>/gemm.jsonl``, of the machine that ran last by default; which
+records count is ``benchmarks/gemm_summary.py``'s, so tables and plots are of the same ones. Needs
+the extra ``plots``. ``tools/tables.py`` draws them anew too, where records have changed.
 
 ``roofline``: each measurement over its operations per byte, under the ceilings that the last record
 holds (copy, and FP8 product with one scale a tensor, measured before the kernels). ``ratio``: time
 of DeepGEMM, which writes bfloat16 alone, over the time of each backend, by tokens, one panel for
-each (N, K).
+each (N, K), with the geometric mean of the faster of blockscale's own kernels.
 """
 
 from __future__ import annotations
@@ -21,19 +23,26 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gemm_summary  # noqa: E402 - a program beside these tools, not a package
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BASELINE = "deep_gemm"
-BASELINE_DTYPE = "bfloat16"
+PIXELS_PER_INCH = 110
+PLOTS = ROOT / "docs" / "plots"
+KEPT_DTYPE = "float16"
+BASELINE, BASELINE_DTYPE = gemm_summary.BASELINE
+OWN = gemm_summary.OURS
 CODE_BYTES = 1
 RATIO_TICKS = (0.25, 0.35, 0.5, 0.7, 1, 1.4, 2, 2.8, 4)
-OUT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+OUT_BYTES = gemm_summary.OUT_BYTES
 
 # In the order of the legend. Colours that differ in lightness too (Okabe and Ito).
 STYLES = {
@@ -82,6 +91,7 @@ class Measurement:
     backend: str
     out_dtype: str
     time_us: float
+    ratio: float | None
     ceilings: tuple[float, float]
     where: str
 
@@ -97,29 +107,34 @@ class Measurement:
         return 2 * self.m * self.n * self.k / (codes + self.m * self.n * OUT_BYTES[self.out_dtype])
 
 
+def newest() -> str | None:
+    """The folder of the machine that ran last."""
+    last: dict[str, tuple[str, str]] = {}
+    for path in sorted(RESULTS.glob("*/gemm.jsonl")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        row = json.loads(lines[-1])
+        last[path.parent.name] = (row["date"], row.get("time", ""))
+    return max(last, key=lambda name: last[name], default=None)
+
+
 def read(path: Path) -> list[Measurement]:
-    """The last record of each measurement; candidates that were not chosen are left out."""
-    last: dict[tuple[object, ...], Measurement] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.strip():
-            continue
-        row = json.loads(line)
-        if row["backend"] not in STYLES or row["detail"].startswith("candidate"):
-            continue
-        found = Measurement(
-            row["m"],
-            row["n"],
-            row["k"],
-            row["backend"],
-            row["out_dtype"],
-            row["time_us"],
+    """What counts of a file, the last measured last."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = gemm_summary.counted(json.loads(line) for line in lines if line.strip())
+    rows = [row for row in rows if row["backend"] in STYLES]
+    commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
+    return [
+        Measurement(
+            *point.shape,
+            point.backend,
+            point.out_dtype,
+            point.time_us,
+            point.ratio,
             (row["ceilings"]["copy_gb_s"], row["ceilings"]["fp8_tensor_wise_tflops"]),
-            f"{row['machine']}, {row['date']}",
+            f"{row['machine']}, {row['date']}, source {commits}",
         )
-        key = (found.m, found.n, found.k, found.backend, found.out_dtype)
-        last.pop(key, None)  # So that the last line of the file comes last.
-        last[key] = found
-    return list(last.values())
+        for row, point in zip(rows, gemm_summary.points(rows), strict=True)
+    ]
 
 
 def shown(measurements: Iterable[Measurement], dtype: str) -> list[Measurement]:
@@ -208,6 +223,8 @@ def scatter(axes: Axes, measurements: Sequence[Measurement], name: str) -> None:
             linewidths=0.5,
             edgecolors="white" if own else "none",
             zorder=4 if own else 3,
+            # One picture in the SVG in place of hundreds of grey elements.
+            rasterized=not own,
         )
     axes.set_title(label, color=colour)
 
@@ -251,31 +268,44 @@ def ratio(measurements: Sequence[Measurement], dtype: str) -> Figure:
 
 def panel(axes: Axes, measurements: Sequence[Measurement]) -> None:
     """One (N, K): a line for each backend; above 1 it is faster than DeepGEMM."""
-    base = {found.m: found.time_us for found in measurements if found.backend == BASELINE}
-    axes.axhline(1, color=STYLES[BASELINE][1], linewidth=1.6, label="DeepGEMM (bfloat16)")
+    axes.axhline(1, color=STYLES[BASELINE][1], linewidth=1.6, label=STYLES[BASELINE][0])
     for name in backends(measurements):
         if name == BASELINE:
             continue
         label, colour, marker = STYLES[name]
-        own = {found.m: found.time_us for found in measurements if found.backend == name}
-        tokens = sorted(own.keys() & base.keys())
-        ratios = [base[m] / own[m] for m in tokens]
+        ratios = ratios_of(found for found in measurements if found.backend == name)
         axes.plot(
-            tokens,
-            ratios,
+            sorted(ratios),
+            [ratios[m] for m in sorted(ratios)],
             color=colour,
             marker=marker,
             markersize=4,
-            linewidth=2 if name == "gluon" else 1.3,
+            linewidth=2 if name in OWN else 1.3,
             label=label,
-            zorder=4 if name == "gluon" else 3,
+            zorder=4 if name in OWN else 3,
         )
-        if name == "gluon" and ratios:
-            mean = f"geometric mean {geometric_mean(ratios):.2f}"
-            axes.set_title(mean, loc="right", color=colour, fontsize=9)
+    best = best_ratios(measurements)
+    if best:
+        mean = f"blockscale: {geometric_mean(best.values()):.2f}"
+        axes.set_title(mean, loc="right", color=STYLES[OWN[0]][1], fontsize=9)
     axes.set_xscale("log", base=2)
-    ticks = [m for m in sorted(base) if m in {1, 8, 64, 512, 4096}] or sorted(base)
+    tokens = sorted({found.m for found in measurements})
+    ticks = [m for m in tokens if m in {1, 8, 64, 512, 4096}] or tokens
     axes.set_xticks(ticks, [f"{m}" for m in ticks])
+
+
+def ratios_of(measurements: Iterable[Measurement]) -> dict[int, float]:
+    """Speed relative to DeepGEMM by tokens, where that ran."""
+    return {found.m: found.ratio for found in measurements if found.ratio is not None}
+
+
+def best_ratios(measurements: Sequence[Measurement]) -> dict[int, float]:
+    """The better of the project's own kernels by tokens."""
+    best: dict[int, float] = {}
+    for name in OWN:
+        own = ratios_of(found for found in measurements if found.backend == name)
+        best = {m: max(own.get(m, 0), best.get(m, 0)) for m in own.keys() | best.keys()}
+    return best
 
 
 def headed(figure: Figure, title: str, measurements: Sequence[Measurement]) -> None:
@@ -286,10 +316,15 @@ def headed(figure: Figure, title: str, measurements: Sequence[Measurement]) -> N
     figure.text(
         0.01,
         1 - 0.43 / figure.get_figheight(),
-        f"{measurements[-1].where}; CUDA graphs, operands rotated beyond L2",
+        caption(measurements),
         color=SOFT,
         va="center",
     )
+
+
+def caption(measurements: Sequence[Measurement]) -> str:
+    """Where, when and how they were measured."""
+    return f"{measurements[-1].where}; CUDA graphs, operands rotated beyond L2"
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
@@ -298,10 +333,21 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    figure.savefig(paths[0], dpi=160)
-    figure.savefig(paths[1], metadata={"Date": None})
+    figure.savefig(paths[0], dpi=PIXELS_PER_INCH)
+    figure.savefig(paths[1], dpi=PIXELS_PER_INCH, metadata={"Date": None})
     plt.close(figure)
     return paths
+
+
+def is_current(folder: Path) -> bool:
+    """Whether the plots that are kept say the machine, date and source of the newest records."""
+    machine = newest()
+    if machine is None:
+        return True
+    measurements = shown(read(RESULTS / machine / "gemm.jsonl"), KEPT_DTYPE)
+    files = [folder / f"gemm-{name}-{KEPT_DTYPE}.svg" for name in ("roofline", "ratio")]
+    words = f"<!-- {caption(measurements)} -->"
+    return all(f.is_file() and words in f.read_text(encoding="utf-8") for f in files)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -309,11 +355,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--machine", default="nvidia-h200", help="a folder of benchmarks/results")
-    parser.add_argument("--dtype", choices=list(OUT_BYTES), default="float16", help="of the output")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "plots")
+    parser.add_argument("--machine", help="a folder of benchmarks/results; the last that ran")
+    parser.add_argument(
+        "--dtype", choices=list(OUT_BYTES), default=KEPT_DTYPE, help="of the output"
+    )
+    parser.add_argument("--out", type=Path, default=PLOTS)
+    parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    source = RESULTS / options.machine / "gemm.jsonl"
+    if options.check:
+        print("" if is_current(options.out) else f"{options.out}: out of date")
+        return int(not is_current(options.out))
+    source = RESULTS / (options.machine or newest() or "") / "gemm.jsonl"
     if not source.is_file():
         print(f"{source}: no records; make some with benchmarks/gemm.py --record", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 """Writes the tables of the documents from the records in benchmarks/results.
 
-    python tools/tables.py            rewrites every table between its two markers
-    python tools/tables.py --check    exits with 1 if one is out of date
+    python tools/tables.py            rewrites every table between its two markers, and the plots
+    python tools/tables.py --check    exits with 1 if a table is out of date
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; the functions below are the
 names. Of several records of one thing the last counts.
@@ -19,9 +19,10 @@ from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 
-import gemm_summary  # noqa: E402 - a program beside these tools, not a package
+import gemm_summary  # noqa: E402 - programs beside one another, not a package
+import plots  # noqa: E402 - as above
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -417,6 +418,8 @@ def main() -> int:
             print(f"{document.relative_to(ROOT)}: {'out of date' if check else 'rewritten'}")
             if not check:
                 document.write_text(new, encoding="utf-8")
+    if not check and not plots.is_current(plots.PLOTS):
+        return plots.main([])
     return int(check and stale > 0)
 
 

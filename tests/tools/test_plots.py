@@ -49,7 +49,7 @@ def committed() -> list[dict[str, Any]]:
 
 def test_one_command_draws_every_shape(plots: ModuleType, tmp_path: Path) -> None:
     """PNG and SVG of both; an SVG names its texts in comments."""
-    done = run("--out", str(tmp_path))
+    done = run("--out", str(tmp_path), "--machine", "nvidia-h200")
     assert (done.returncode, done.stderr) == (0, "")
     names = [
         f"gemm-{plot}-float16.{kind}" for plot in ("roofline", "ratio") for kind in ("png", "svg")
@@ -65,7 +65,7 @@ def test_one_command_draws_every_shape(plots: ModuleType, tmp_path: Path) -> Non
     assert all(f"<!-- N = {n}, K = {k} -->" in ratio for n, k in shapes)
     roofline = (tmp_path / "gemm-roofline-float16.svg").read_text(encoding="utf-8")
     bandwidth, peak = shown[-1].ceilings
-    assert f"<!-- FP8 product {peak:,} TFLOP/s -->" in roofline
+    assert f"<!-- FP8 product {peak:,.0f} TFLOP/s -->" in roofline
     assert f"<!-- copy {bandwidth / 1e3:.2f} TB/s -->" in roofline
 
 
@@ -77,7 +77,7 @@ def test_points_lie_where_the_records_say(plots: ModuleType) -> None:
         if not r["detail"].startswith("candidate")
     }
     found = plots.read(RECORDS)
-    assert len(found) == len(rows)
+    assert len(found) == len(rows)  # nothing is hidden
     for point in found:
         row = rows[point.m, point.n, point.k, point.backend, point.out_dtype]
         # Records round times to 0.001 us and rates to 0.1.
@@ -94,7 +94,40 @@ def test_the_last_of_two_records_counts(plots: ModuleType, tmp_path: Path) -> No
     file.write_text("".join(json.dumps(row) + "\n" for row in (first, second, again)))
     found = plots.read(file)
     assert [point.time_us for point in found] == [second["time_us"], 1.5]
-    assert found[-1].where.endswith("2030-01-01")
+    assert found[-1].where.endswith(f"2030-01-01, source {first['commit']}")
+
+
+def test_the_kept_plots_are_of_the_newest_records(plots: ModuleType, tmp_path: Path) -> None:
+    """Of the machine that ran last; others say so."""
+    machine = plots.newest()
+    assert json.loads((plots.RESULTS / machine / "gemm.jsonl").read_text().splitlines()[-1])[
+        "date"
+    ] == max(
+        json.loads(path.read_text().splitlines()[-1])["date"]
+        for path in plots.RESULTS.glob("*/gemm.jsonl")
+    )
+    assert plots.is_current(ROOT / "docs" / "plots"), "run python tools/tables.py"
+    for kind in ("png", "svg"):
+        for plot in ("roofline", "ratio"):
+            assert (ROOT / "docs" / "plots" / f"gemm-{plot}-float16.{kind}").is_file()
+    for plot in ("roofline", "ratio"):
+        (tmp_path / f"gemm-{plot}-float16.svg").write_text("<!-- older -->")
+    assert not plots.is_current(tmp_path)
+    assert run("--check", "--out", str(tmp_path)).returncode == 1
+    assert run("--check").returncode == 0
+
+
+def test_ratios_are_those_of_the_records(plots: ModuleType) -> None:
+    """Every measured shape of a backend has one, beside DeepGEMM's time in turns with it."""
+    times = {
+        (r["m"], r["n"], r["k"]): r["time_us"] for r in committed() if r["backend"] == "deep_gemm"
+    }
+    for point in plots.shown(plots.read(RECORDS), "float16"):
+        assert point.ratio == times[point.m, point.n, point.k] / point.time_us
+    shape = [p for p in plots.shown(plots.read(RECORDS), "float16") if (p.n, p.k) == (576, 7168)]
+    best = plots.best_ratios(shape)
+    assert set(best) == {p.m for p in shape}
+    assert best[1] == max(p.ratio for p in shape if p.m == 1 and p.backend in plots.OWN)
 
 
 def test_deep_gemm_is_compared_as_bfloat16(plots: ModuleType) -> None:
