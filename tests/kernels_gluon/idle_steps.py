@@ -54,7 +54,44 @@ def main() -> None:
         before = idle.launches
         assert layer(torch.zeros(2, 0, K, dtype=torch.bfloat16)).shape == (2, 0, N)
         assert idle.launches == before, "no tokens, no launch"
+    run_cuda(idle, device)
     sys.stdout.write(f"{compared}\n")
+
+
+def run_cuda(idle: idle_gpu.IdleDriver, device: Device) -> None:
+    """A layer of the ``cuda`` backend: what its product reads is what its quantizer wrote."""
+    from blockscale.kernels.cuda import build, launch, product
+    from blockscale.kernels.triton.quantize import rows_quantizer
+
+    build.nvrtc = lambda: None
+    launch.compile_form = lambda form: form.name.encode()
+    keys, original = [], product.CudaProduct._launch
+
+    def noted(self: product.CudaProduct, key: tuple[Any, ...]) -> launch.Launch:
+        keys.append(key)
+        return original(self, key)
+
+    product.CudaProduct._launch = noted
+    device = replace(device, packages=(*device.packages, ("cuda-bindings", "13.0.0")))
+    dtype = DType.BFLOAT16
+    request = LinearRequest("layer", N, K, FP8_128X128_FP32, dtype, dtype, has_bias=True)
+    plan = plan_linear(request, device, PlanPolicy(backends=("cuda",)), BACKENDS)
+    bias = torch.zeros(N, dtype=torch.bfloat16)
+    layer = BlockScaledLinear(plan, quantize(torch.randn(N, K), FP8_128X128_FP32), bias)
+    form = plan.choices[0].offer.activation
+    quantizer = rows_quantizer(form.format, form.layout, torch.bfloat16, K, 0)
+    for m in TOKENS:
+        x, results, made = torch.zeros(m, K, dtype=torch.bfloat16), [], len(keys)
+        before = idle.launches
+        arguments = recorded(quantizer.launcher(0), lambda x=x, to=results: to.append(layer(x)))
+        assert idle.launches == before + 1, "one product, beside the quantizer that was noted"
+        (_, tokens, out_dtype, out, codes, stride, scales, added), *more = keys[made:]
+        assert not more
+        assert (tokens, out_dtype, stride) == (m, torch.bfloat16, K)
+        assert (out, added) == (results[0].data_ptr(), layer.bias.data_ptr())
+        assert {x.data_ptr(), codes, scales} <= set(arguments)
+        code_bytes, scale_bytes = quantizer.sizes(m)
+        assert scales == codes + Scratch.of(code_bytes, scale_bytes, 0).scales
 
 
 def compare(offer: Any, weight: BlockScaledTensor, x: torch.Tensor, bias: torch.Tensor) -> int:

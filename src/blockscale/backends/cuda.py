@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockscale.backends.gates import Gates
-from blockscale.backends.own_kernels import TMA_BYTES, check_tma_weight
+from blockscale.backends.own_kernels import TMA_BYTES, check_tma_weight, own_steps
 from blockscale.errors import BackendError
 from blockscale.formats import (
     FP8_1X128_FP32,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from blockscale.backends.base import Multiply, MultiplyContiguous
+    from blockscale.kernels.step import Steps
     from blockscale.planning.decision import Rejection
     from blockscale.planning.device import Device
     from blockscale.planning.request import LinearRequest
@@ -102,10 +103,20 @@ class Cuda:
         try:
             from blockscale.kernels.triton.quantize import quantize_rows
         except ImportError as error:
-            msg = f"quantizing activations needs Triton (pip install triton): {error}"
-            raise BackendError(msg) from error
+            raise _needs_triton(error) from error
         assert offer.activation is not None
         return quantize_rows(activation, offer.activation.format, offer.activation.layout)
+
+    def bind_steps(
+        self, weight: BlockScaledTensor, offer: Offer, dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> Steps:
+        """Both kernels launched one after the other, over one allocation."""
+        from blockscale.kernels.cuda.product import CudaProduct
+
+        try:
+            return own_steps(weight, offer, dtypes, CudaProduct(weight))
+        except ImportError as error:
+            raise _needs_triton(error) from error
 
     def bind(self, weight: BlockScaledTensor, offer: Offer) -> Multiply:  # noqa: ARG002 - the protocol's signature
         """Which form serves a token count is looked up once for each; see ``kernels/cuda``."""
@@ -127,3 +138,8 @@ def _rows(experts: int) -> tuple[GroupedRows, ...]:
         GroupedRows(MRange(0, last), Arrangement.CONTIGUOUS, 64),
         GroupedRows(MRange(last + 1, None), Arrangement.CONTIGUOUS, 128),
     )
+
+
+def _needs_triton(error: ImportError) -> BackendError:
+    msg = f"quantizing activations needs Triton (pip install triton): {error}"
+    return BackendError(msg)

@@ -15,10 +15,13 @@ from blockscale.tensor import dtype_of
 
 if TYPE_CHECKING:
     from blockscale.kernels.cuda.work import Work
+    from blockscale.kernels.step import ProductStart, Scratch
     from blockscale.tensor import BlockScaledTensor
 
 # Launches that one product keeps ready, about 3 KB each, before it starts again.
 MAX_LAUNCHES = 2048
+# Launches that one token count of a layer keeps ready: an allocator repeats its addresses.
+MAX_PLACES = 64
 # Type and promotion into L2: codes come from memory, 128 bytes of a row at a time (perf-log G14).
 CODES = driver.UINT8, driver.PROMOTE_256
 SCALES = driver.FLOAT32, driver.PROMOTE_NOTHING
@@ -89,6 +92,27 @@ class CudaProduct:
         """Serve ``m`` tokens by this work from now on: for tests and measurements."""
         self._works[m, out_dtype] = work
         self._launches.clear()
+
+    def workspace_bytes(self, m: int, out_dtype: torch.dtype) -> int:  # noqa: ARG002 - as ``step.StepProduct``
+        """None."""
+        return 0
+
+    def start_for(self, m: int, out_dtype: torch.dtype, scratch: Scratch) -> ProductStart:
+        """The launch for m tokens as ``step.StepProduct`` has it."""
+        scales, k = scratch.scales, self._k
+        known: dict[tuple[int, int, int, int | None], Launch] = {}
+
+        def start(stream: int, base: int, out: int, bias: int | None) -> None:
+            key = (stream, base, out, bias)
+            launch = known.get(key)
+            if launch is None:
+                if len(known) >= MAX_PLACES:
+                    known.clear()
+                whole = (stream, m, out_dtype, out, base, k, base + scales, bias or 0)
+                launch = known[key] = self._launch(whole)
+            launch()
+
+        return start
 
     def _enqueue(
         self,
