@@ -37,6 +37,7 @@ FLOAT32_GOAL = 0.95
 DECODE_GOAL, DECODE_TOKENS, DECODE_BYTES = 0.80, 16, 29_000_000
 OUT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 STORES = "stores"
+VERDICTS = {True: "reached", False: "missed"}
 # Details of what was timed beside a backend's own choice.
 EXPERIMENTS = ("overlap", "alternate", "loads", "candidate")
 
@@ -260,10 +261,7 @@ def decode(found: Sequence[Point]) -> Table:
     groups = variants(found)
     names = [v for v in groups if v[0] not in OURS or (BEST, v[1]) not in groups]
     names = [v for v in names if v[1] != "float32" and v[0] != "bf16_matmul"]
-    chosen = {
-        v: [p for p in groups[v] if p.m <= DECODE_TOKENS and p.n * p.k >= DECODE_BYTES]
-        for v in names
-    }
+    chosen = {v: [p for p in groups[v] if _is_large_decode(p)] for v in names}
     shapes = sorted(
         {(p.n, p.k) for group in chosen.values() for p in group}, key=lambda s: s[0] * s[1]
     )
@@ -305,71 +303,104 @@ def slowest(found: Sequence[Point], count: int = 8) -> Table:
     return ["M x N x K", "of DeepGEMM", "time", "floor set by", "of the floor", "tile"], body
 
 
-def against_plain_triton(found: Sequence[Point]) -> str:
-    """Whether any shape in float16 is slower than plain Triton: issue 4 wants none."""
-    plain = {p.shape: p.time_us for p in found if (p.backend, p.out_dtype) == PLAIN}
-    lines: list[str] = []
-    for (backend, out_dtype), group in variants(found).items():
-        if out_dtype != PLAIN[1] or backend not in (*OURS, BEST, PLANNED):
-            continue
-        ratios = {p: plain[p.shape] / p.time_us for p in group if p.shape in plain}
-        if not ratios:
-            continue
-        slower = [p for p, ratio in ratios.items() if ratio < 1]
-        worst = min(ratios, key=lambda p: ratios[p])
-        lines.append(
-            f"{backend}: {geometric_mean(ratios.values()):.2f} of plain Triton in float16, slower "
-            f"on {len(slower)} of {len(ratios)} shapes, least {ratios[worst]:.2f} at {worst.words}"
-        )
-    return "\n".join(lines)
+def goals(found: Sequence[Point]) -> Table:
+    """Each goal of issue 4, and what the faster of our kernels and the planner's choice reach.
 
-
-def reached(found: Sequence[Point]) -> str:
-    """A line for each goal of issue 4: reached or missed, and by what."""
-    lines: list[str] = []
+    Where only one of our kernels ran, it is the faster.
+    """
     groups = variants(found)
+    names = [name for name in (BEST, PLANNED) if any(key[0] == name for key in groups)] or [OURS[0]]
+    body: list[list[str]] = []
     for out_dtype in ("bfloat16", "float16"):
-        group = groups.get((BEST, out_dtype)) or groups.get((OURS[0], out_dtype), [])
-        for where, (mean, worst) in zip(RANGES, GOALS, strict=True):
-            ratios = [p.ratio for p in within(group, where) if p.ratio is not None]
-            if ratios:
-                is_reached = geometric_mean(ratios) >= mean and min(ratios) >= worst
-                lines.append(
-                    f"M {where[0]}-{where[1]} {out_dtype}: {geometric_mean(ratios):.3f} "
-                    f"({min(ratios):.3f}) of {len(ratios)} shapes, goal {mean:.2f} ({worst:.2f}): "
-                    f"{'reached' if is_reached else 'missed'}"
-                )
-    group = groups.get((BEST, "float32")) or groups.get((OURS[0], "float32"), [])
-    free = [p for p in group if p.floor.bound != STORES and p.ratio is not None]
+        for where, goal in zip(RANGES, GOALS, strict=True):
+            parts = [within(groups.get((name, out_dtype), []), where) for name in names]
+            if any(parts):
+                region = f"M {where[0]}-{where[1]}, {out_dtype}"
+                wanted = f"{goal[0]:.2f} ({goal[1]:.2f}) of DeepGEMM"
+                body.append([region, wanted, *(_judged(part, goal) for part in parts)])
+    for of, wanted, judge in _OTHER_GOALS:
+        cells = [judge(groups, name) for name in names]
+        if any(cells):
+            body.append([of, wanted, *(cell or "not run" for cell in cells)])
+    return ["of", "goal", *names], body
+
+
+def _judged(part: Sequence[Point], goal: tuple[float, float]) -> str:
+    ratios = [point.ratio for point in part if point.ratio is not None]
+    if not ratios:
+        return "not run"
+    is_reached = geometric_mean(ratios) >= goal[0] and min(ratios) >= goal[1]
+    return f"{mean_and_worst(part)}: {VERDICTS[is_reached]}"
+
+
+Groups = dict[tuple[str, str], list[Point]]
+
+
+def _float32_goal(groups: Groups, name: str) -> str:
+    free = [p for p in groups.get((name, "float32"), []) if p.floor.bound != STORES]
     under = [p for p in free if p.ratio is not None and p.ratio < FLOAT32_GOAL]
-    if free:
-        lines.append(
-            f"float32 where stores do not bind: {len(under)} of {len(free)} shapes below "
-            f"{FLOAT32_GOAL}, mean (worst) {mean_and_worst(free)}"
-        )
-    group = groups.get((BEST, "float16")) or groups.get((OURS[0], "float16"), [])
-    large = [p for p in group if p.m <= DECODE_TOKENS and p.n * p.k >= DECODE_BYTES]
-    if large:
-        low = [p for p in large if p.share_of_copy < DECODE_GOAL]
-        least = min(large, key=lambda p: p.share_of_copy)
-        lines.append(
-            f"decode of 29 MB and more: {len(low)} of {len(large)} shapes below "
-            f"{DECODE_GOAL:.0%} of the copy bandwidth, least {least.share_of_copy:.0%} at "
-            f"{least.words}"
-        )
-    return "\n".join(lines)
+    if not any(p.ratio is not None for p in free):
+        return ""
+    words = f"{mean_and_worst(free)}, {len(under)} of {len(free)} below"
+    return f"{words}: {VERDICTS[not under]}"
 
 
-TABLES: tuple[Callable[[Sequence[Point]], Table], ...] = (regions, float32, bounds, decode, slowest)
+def _decode_goal(groups: Groups, name: str) -> str:
+    large = [p for p in groups.get((name, "float16"), []) if _is_large_decode(p)]
+    if not large:
+        return ""
+    low = [p for p in large if p.share_of_copy < DECODE_GOAL]
+    least = min(large, key=lambda p: p.share_of_copy)
+    words = f"{least.share_of_copy:.0%} at {least.words}, {len(low)} of {len(large)} below"
+    return f"{words}: {VERDICTS[not low]}"
+
+
+def _plain_goal(groups: Groups, name: str) -> str:
+    plain = {p.shape: p.time_us for p in groups.get(PLAIN, [])}
+    own = [p for p in groups.get((name, PLAIN[1]), []) if p.shape in plain]
+    if not own:
+        return ""
+    worst = min(own, key=lambda p: plain[p.shape] / p.time_us)
+    slower = [p for p in own if p.time_us > plain[p.shape]]
+    least = plain[worst.shape] / worst.time_us
+    words = f"{least:.2f} at {worst.words}, {len(slower)} of {len(own)} slower"
+    return f"{words}: {VERDICTS[not slower]}"
+
+
+def _is_large_decode(point: Point) -> bool:
+    return point.m <= DECODE_TOKENS and point.n * point.k >= DECODE_BYTES
+
+
+_OTHER_GOALS: tuple[tuple[str, str, Callable[[Groups, str], str]], ...] = (
+    (
+        "all M, float32 where stores do not bind",
+        f"{FLOAT32_GOAL} of DeepGEMM on every shape",
+        _float32_goal,
+    ),
+    (
+        f"M 1-{DECODE_TOKENS}, float16, weights of 29 MB and more",
+        f"{DECODE_GOAL:.0%} of the copy bandwidth on every shape",
+        _decode_goal,
+    ),
+    ("all M, float16", "1.00 of plain Triton in float16 on every shape", _plain_goal),
+)
+
+
+TABLES: tuple[Callable[[Sequence[Point]], Table], ...] = (
+    regions,
+    goals,
+    float32,
+    bounds,
+    decode,
+    slowest,
+)
 
 
 def summary(records: Iterable[dict[str, Any]]) -> str:
     """Everything above as text."""
     found = points(records)
     parts = [_aligned(*table(found)) for table in TABLES]
-    return "\n\n".join(
-        part for part in (*parts, against_plain_triton(found), reached(found)) if part
-    )
+    return "\n\n".join(part for part in parts if part)
 
 
 def _aligned(header: list[str], body: list[list[str]]) -> str:

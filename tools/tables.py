@@ -245,7 +245,7 @@ def tensor_parallel() -> str:
     found = newest("tensor_parallel")
     last = {(r["dtype"], r["phase"], r["m"]): r for r in found}
     return rows(
-        "dtype | phase | tokens | one GPU | all ranks | speed-up | logits differ by | "
+        "dtype | phase | tokens | one GPU | all ranks | speed-up | logits differ by | shaken | "
         "first layer in float32",
         [
             [
@@ -256,6 +256,7 @@ def tensor_parallel() -> str:
                 f"{r['cut_us']:.0f} us ({r['ranks']} ranks)",
                 f"{r['speedup']:.2f}x",
                 f"{r['relative_error']:.1e}",
+                f"{r['shaken_error']:.1e}" if "shaken_error" in r else "not run",
                 f"{r['float32_error']:.1e}",
             ]
             for (dtype, phase, tokens), r in last.items()
@@ -267,13 +268,13 @@ def of_gemm(table: Callable[[Sequence[gemm_summary.Point]], gemm_summary.Table])
     """A table of ``benchmarks/gemm_summary.py``."""
     counted = gemm_summary.counted(newest("gemm"))
     header, body = table(gemm_summary.points(counted))
-    return rows(" | ".join(header), [[*row] for row in body]) + sources(counted)
-
-
-def sources(found: list[dict[str, Any]]) -> str:
-    """The caption of records of several passes, which may be of several sources."""
-    commits = list(dict.fromkeys(str(record["commit"]) for record in found))
-    return f"\n{where(found[-1])}, source {', '.join(commits)}.\n"
+    if not body:
+        return "No record is committed yet.\n"
+    # Passes may be of several sources.
+    commits = ", ".join(dict.fromkeys(str(record["commit"]) for record in counted))
+    shapes = len({(record["m"], record["n"], record["k"]) for record in counted})
+    below = f"{where(counted[-1])}, source {commits}, {shapes} shapes"
+    return f"{rows(' | '.join(header), [[*row] for row in body])}\n{below}.\n"
 
 
 def gemm() -> str:
@@ -308,9 +309,7 @@ def gemm_slowest() -> str:
 
 def gemm_goals() -> str:
     """The goals of issue 4, reached or missed."""
-    found = gemm_summary.points(newest("gemm"))
-    text = f"{gemm_summary.reached(found)}\n{gemm_summary.against_plain_triton(found)}"
-    return "".join(f"- {line}\n" for line in text.splitlines()) or "Not run.\n"
+    return of_gemm(gemm_summary.goals)
 
 
 def grouped() -> str:
@@ -354,14 +353,25 @@ def quantize() -> str:
 
 
 def call_overhead() -> str:
-    """Host time of a planned layer and of its two kernels called directly."""
-    last = {r["backend"]: r for r in records("call_overhead")}
-    columns = ("layer_us", "direct_us", "quantize_us", "multiply_us", "empty_us")
-    return rows(
-        "backend | planned layer | both kernels directly | quantizer alone | GEMM alone | "
-        "empty result",
-        [[f"`{name}`", *(f"{r[column]:.0f} us" for column in columns)] for name, r in last.items()],
-    )
+    """Host time of a planned layer, and of what it consists of."""
+    found = newest("call_overhead")
+    last = {r["backend"]: r for r in found}
+    columns = {
+        "planned layer": "layer_us",
+        "both kernels launched, arguments ready": "bare_us",
+        "the same with allocations": "allocated_us",
+        "quantizer and product called one by one": "direct_us",
+        "quantizer alone": "quantize_us",
+        "product alone": "multiply_us",
+    }
+    body: list[list[object]] = [
+        [
+            f"`{name}`",
+            *(f"{r[column]:.0f} us" if column in r else "not run" for column in columns.values()),
+        ]
+        for name, r in last.items()
+    ]
+    return rows(" | ".join(["backend", *columns]), body) + caption(found)
 
 
 def gate_facts() -> str:

@@ -91,9 +91,11 @@ def test_a_layer_of_experts(tables: ModuleType, tmp_path: Path) -> None:
 def test_a_model_over_ranks(tables: ModuleType, tmp_path: Path) -> None:
     kept(tmp_path, {**PARALLEL, **OLD}, PARALLEL, {**PARALLEL, "m": 64, "phase": "prefill"})
     table = tables.tensor_parallel()
-    first = ["float16", "decode", "16", "900 us", "600 us (2 ranks)", "1.50x", "2.0e-02", "1.0e-06"]
-    assert cells(table)[0] == first
+    times = ["float16", "decode", "16", "900 us", "600 us (2 ranks)", "1.50x"]
+    assert cells(table)[0] == [*times, "2.0e-02", "not run", "1.0e-06"]
     assert len(cells(table)) == 2
+    kept(tmp_path, {**PARALLEL, "shaken_error": 0.03})
+    assert cells(tables.tensor_parallel())[0] == [*times, "2.0e-02", "3.0e-02", "1.0e-06"]
     assert "Some GPU" in table
 
 
@@ -105,6 +107,18 @@ def test_a_whole_model(tables: ModuleType, tmp_path: Path) -> None:
     row = ["float16", "decode, batch 8", "2,667", "4,000", "1.50x", "kernel not to be had"]
     assert cells(table) == [row]
     assert "Some GPU" in table
+
+
+def test_host_time(tables: ModuleType, tmp_path: Path) -> None:
+    """Rungs that a record lacks were not run."""
+    record = {"benchmark": "call_overhead", "backend": "gluon", "layer_us": 16.2, "direct_us": 23.7}
+    record |= {"quantize_us": 16.0, "multiply_us": 7.1}
+    kept(tmp_path, {**record, **OLD, "backend": "triton"}, record)
+    assert cells(tables.call_overhead()) == [
+        ["`gluon`", "16 us", "not run", "not run", "24 us", "16 us", "7 us"]
+    ]
+    kept(tmp_path, {**record, "bare_us": 6.5, "allocated_us": 11.6})
+    assert cells(tables.call_overhead())[0][2:4] == ["6 us", "12 us"]
 
 
 GROUPED = {
