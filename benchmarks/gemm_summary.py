@@ -203,13 +203,18 @@ def regions(found: Sequence[Point]) -> Table:
 
 
 def short_regions(found: Sequence[Point]) -> Table:
-    """``regions`` of what the planner takes of ours, else Gluon's, and of what others write."""
+    """Of ``regions``: what the planner takes of ours, else Gluon's; in float16 what it replaces."""
     header, body = regions(found)
-    planned = any(row[0] == PLANNED for row in body)
-    names = ("goal", PLANNED if planned else f"`{OURS[0]}`", "`torch_scaled_mm`", "`triton`")
-    return header, [
-        row for row in body if row[0] in (*names, "`bf16_matmul`") and row[1] != "float32"
-    ]
+    own = PLANNED if any(row[0] == PLANNED for row in body) else f"`{OURS[0]}`"
+    wanted = {
+        ("goal", "16 bits"),
+        (own, "float16"),
+        (own, "bfloat16"),
+        ("`torch_scaled_mm`", "float16"),
+        ("`triton`", "float16"),
+        ("`bf16_matmul`", "bfloat16"),
+    }
+    return header, [row for row in body if (row[0], row[1]) in wanted]
 
 
 def float32(found: Sequence[Point]) -> Table:

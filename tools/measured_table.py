@@ -3,20 +3,23 @@
     python tools/measured_table.py nvidia-h200
 
 Reads ``benchmarks/results/<machine>/gemm.jsonl`` and writes ``src/blockscale/probe/tables/
-<machine>.json``, which ``blockscale.probe.measured`` loads on a GPU of that name. Experiments and
-backends that planning does not know are left out.
+<machine>.json``, which ``blockscale.probe.measured`` loads on a GPU of that name. Which records
+count is ``benchmarks/gemm_summary.py``'s; backends that planning does not know are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from blockscale.backends.registry import BACKENDS
 
 ROOT = Path(__file__).resolve().parent.parent
-EXPERIMENTS = ("overlap", "alternate", "loads", "candidate")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gemm_summary  # noqa: E402 - a program beside these tools, not a package
 
 
 def main() -> None:
@@ -29,8 +32,8 @@ def main() -> None:
     known = {backend.name for backend in BACKENDS}
     times = {
         (r["backend"], r["n"], r["k"], r["out_dtype"], r["m"]): r["time_us"]
-        for r in records
-        if r["backend"] in known and not r["detail"].startswith(EXPERIMENTS)
+        for r in gemm_summary.counted(records)
+        if r["backend"] in known
     }
     last = records[-1]
     document = {
