@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from blockscale.kernels.cuda.choice import forms
-from blockscale.kernels.cuda.work import Form, Share, make_form, make_work
+from blockscale.kernels.cuda.work import Form, Share, forms_to_compare, make_form, make_work
 from blockscale.tensor import dtype_of
 from blockscale.testing.exact_problem import ExactProblem, wide
 
@@ -35,8 +35,12 @@ def problem_of(m: int, n: int, k: int) -> ExactProblem:
 def all_forms(dtype: torch.dtype) -> list[Form]:
     """What the choice can ask for, and other ways to store."""
     out = dtype_of(dtype)
-    others = [] if dtype is torch.float32 else [make_form(256, 128, out, stores=(128, 1))]
-    return [*forms(out), *others]
+    others = [
+        form
+        for rows, columns in ((256, 128), (256, 112), (128, 192), (128, 144), (128, 128), (64, 96))
+        for form in forms_to_compare(rows, columns, out)
+    ]
+    return list(dict.fromkeys([*forms(out), *others]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -21,7 +21,15 @@ pytest.importorskip("triton", reason="pip install triton==3.6.0: its tools read 
 from blockscale.formats import DType
 from blockscale.kernels.cuda.build import HERE, OPTIONS, SOURCE, compile_form
 from blockscale.kernels.cuda.choice import forms
-from blockscale.kernels.cuda.work import OUTPUTS, Form, Share, make_form
+from blockscale.kernels.cuda.work import (
+    OUTPUTS,
+    Form,
+    Share,
+    Stores,
+    When,
+    forms_to_compare,
+    make_form,
+)
 from blockscale.testing import sass
 
 HAS_NVRTC = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
@@ -45,8 +53,19 @@ FEW_FORMS = [
     make_form(256, 128, DType.BFLOAT16, share=Share.ACTIVATION),
     make_form(128, 112, DType.FLOAT16),
     make_form(128, 192, DType.FLOAT32, share=Share.WEIGHT),
+    make_form(256, 128, DType.FLOAT16, stores=Stores(128, 3, 8, When.LATE)),
 ]
-MANY_FORMS = [form for out in OUTPUTS for form in forms(out) if form not in FEW_FORMS]
+LATE_FORMS = [
+    form
+    for out in OUTPUTS
+    for rows, columns in ((256, 128), (256, 112), (128, 192), (128, 144), (128, 128), (64, 96))
+    for form in forms_to_compare(rows, columns, out)
+]
+MANY_FORMS = [
+    form
+    for form in dict.fromkeys([*(form for out in OUTPUTS for form in forms(out)), *LATE_FORMS])
+    if form not in FEW_FORMS
+]
 SOME_AND_MANY = [
     *FEW_FORMS,
     *(pytest.param(form, marks=pytest.mark.machine) for form in MANY_FORMS),
@@ -119,4 +138,4 @@ def test_each_part_keeps_to_its_registers(form: Form) -> None:
 def test_no_header_of_the_toolkit_is_needed() -> None:
     for path in (SOURCE, *HERE.glob("*.cuh")):
         included = re.findall(r"#include (\S+)", path.read_text(encoding="utf-8"))
-        assert set(included) <= {"<primitives.cuh>", "<wgmma.cuh>", "<units.cuh>"}
+        assert set(included) <= {f"<{path.name}>" for path in HERE.glob("*.cuh")}

@@ -19,6 +19,8 @@ from blockscale.kernels.cuda.work import (
     SHARED_BYTES,
     Form,
     Share,
+    Stores,
+    When,
     Work,
     aligned_scale_stride,
     make_form,
@@ -37,6 +39,7 @@ FEW_FORMS = [
     make_form(256, 128, BF16, share=Share.ACTIVATION),
     make_form(128, 192, FP32, share=Share.WEIGHT),
     make_form(64, 112, FP16, beside=2),
+    make_form(256, 112, FP16, stores=Stores(128, 2, 8, When.LATE)),
 ]
 MANY_FORMS = [
     make_form(rows, columns, out, share=share, beside=2 if rows == 64 else 1)
@@ -59,8 +62,17 @@ MANY_FORMS = [
         (64, 32, FP32, Share.NOTHING),
     )
 ] + [
-    make_form(256, 128, BF16, stores=(128, 1)),
-    make_form(256, 128, BF16, stores=(128, 4)),
+    make_form(256, 128, BF16, stores=Stores(128, 1)),
+    make_form(256, 128, BF16, stores=Stores(128, 4)),
+    make_form(256, 128, BF16, stores=Stores(128, 4, 16, When.LATE)),
+    make_form(256, 128, FP16, stores=Stores(128, 3, 8, When.LATE), share=Share.WEIGHT),
+    make_form(256, 128, FP32, stores=Stores(128, 3, 8, When.LATE)),
+    make_form(128, 192, FP16, stores=Stores(128, 3, 16, When.LATE), share=Share.ACTIVATION),
+    make_form(128, 144, BF16, stores=Stores(128, 3, 16, When.LATE)),
+    make_form(128, 144, FP32, stores=Stores(128, 2, 16, When.LATE)),
+    make_form(128, 160, FP16, stores=Stores(128, 1, 16)),
+    make_form(64, 96, BF16, stores=Stores(128, 2, 16, When.LATE), beside=2),
+    make_form(64, 48, FP16, stores=Stores(64, 2, 8, When.LATE)),
 ]
 machine = pytest.mark.machine
 SOME_AND_MANY = [*FEW_FORMS, *(pytest.param(form, marks=machine) for form in MANY_FORMS)]
@@ -191,8 +203,8 @@ def test_any_values_give_the_documented_chains_bits_in_any_order(form: Form) -> 
 BROKEN = {
     "a slot is given back while the tensor cores read it": (
         FEW_FORMS[0],
-        "            end_wave(wave);\n            if (number == WAVES - 1) give_back(ring);\n",
-        "            if (number == WAVES - 1) give_back(ring);\n            end_wave(wave);\n",
+        "        end_wave(wave);\n        if (number == WAVES - 1) give_back(ring);\n",
+        "        if (number == WAVES - 1) give_back(ring);\n        end_wave(wave);\n",
         "fills a slot that is being read",
     ),
     "stores are not fenced": (
@@ -203,7 +215,7 @@ BROKEN = {
     ),
     "a slot is read before it is full": (
         FEW_FORMS[2],
-        "        if (!is_full) barrier_wait(ring.full(), ring.parity);\n",
+        "    if (!is_full) barrier_wait(ring.full(), ring.parity);\n",
         "",
         "what TMA is writing|fills a slot",
     ),
@@ -260,6 +272,18 @@ BROKEN = {
         "    fence_barrier_init();\n",
         "",
         "before fence_barrier_init",
+    ),
+    "a late tile is forgotten": (
+        FEW_FORMS[3],
+        "        place = next;\n        is_written = false;\n",
+        "        place = next;\n        is_written = true;\n",
+        "wrong",
+    ),
+    "a tile is written where the next one belongs": (
+        FEW_FORMS[3],
+        "if (WHEN == When::LATE && !is_written) write(number);",
+        "place = next; if (WHEN == When::LATE && !is_written) write(number);",
+        "wrong",
     ),
     "scales are put into a slot that is in use": (
         FEW_FORMS[2],

@@ -48,7 +48,7 @@ def estimate(work: Work, m: int, n: int) -> Estimate:
     form = work.form
     k = work.k_blocks * K_BLOCK
     memory = (n * k + m * k + m * n * form.out.bytes) / MEMORY
-    boxes = form.columns * form.out.bytes / form.box_bytes
+    boxes = ceil(form.columns * form.out.bytes / form.stores.box_bytes)
     columns = form.columns * form.out.bytes / 2
     write = WRITE_CLOCKS + columns * WRITE_COLUMN_CLOCKS + boxes * WRITE_BOX_CLOCKS
     body = rounds(work) * (work.k_blocks * _block(work, m) + form.waves * write)

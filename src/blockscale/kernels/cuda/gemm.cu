@@ -19,6 +19,7 @@ enum class Share { NOTHING, ACTIVATION, WEIGHT };
 enum class Output { BFLOAT16, FLOAT16, FLOAT32 };
 // Whose rows they are: units.cuh.
 enum class Grouping { NOTHING, CONTIGUOUS };
+enum class When { AT_ONCE, LATE };
 
 constexpr int ROWS = FORM_ROWS, COLUMNS = FORM_COLUMNS;
 // Slots of the ring.
@@ -27,8 +28,10 @@ constexpr int STAGES = FORM_STAGES;
 constexpr Share SHARE = static_cast<Share>(FORM_SHARE);
 constexpr Output OUTPUT = static_cast<Output>(FORM_OUTPUT);
 constexpr Grouping GROUPING = static_cast<Grouping>(FORM_GROUPING);
-// Bytes of a row in one store; buffers of each warp for stores.
-constexpr int BOX_BYTES = FORM_BOX_BYTES, BUFFERS = FORM_BUFFERS;
+// One store: rows, and bytes of each; buffers of each warp for stores.
+constexpr int BOX_ROWS = FORM_BOX_ROWS, BOX_BYTES = FORM_BOX_BYTES, BUFFERS = FORM_BUFFERS;
+// When a tile is written: at its end, or while the next one's first waves run.
+constexpr When WHEN = static_cast<When>(FORM_WHEN);
 // Blocks that share a multiprocessor.
 constexpr int BESIDE = FORM_BESIDE;
 
@@ -57,9 +60,9 @@ constexpr int SCALE_ROWS = SEGMENTS > 1 ? 2 : 1;
 
 constexpr int ELEMENT = OUTPUT == Output::FLOAT32 ? 4 : 2;
 constexpr int BOX_COLUMNS = BOX_BYTES / ELEMENT;
-constexpr int BOXES = COLUMNS / BOX_COLUMNS;
-constexpr int BOX_SIZE = WARP_ROWS * BOX_BYTES;
-constexpr int MATRIX_ROW = 16;  // bytes of a row of an 8x8 matrix, and of a swizzled unit
+// Boxes of a row. The last one ends with the tile: it may write again what the one before wrote.
+constexpr int BOXES = (COLUMNS + BOX_COLUMNS - 1) / BOX_COLUMNS;
+constexpr int BOX_SIZE = BOX_ROWS * BOX_BYTES;
 
 // Registers of a thread: 168 x 384 and 128 x 512 are all there are.
 constexpr bool MOVES_REGISTERS = CONSUMERS == 2 || BESIDE == 2;
@@ -69,7 +72,9 @@ constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 208;
 static_assert(OWN_ROWS % WAVE_ROWS == 0 && WAVES <= 2, "one or two waves a consumer");
 static_assert(COLUMNS % 16 == 0, "a pair of matrices is 16 columns wide");
 static_assert(COLUMNS <= 144 || SEGMENT >= COLUMNS - 128, "a tile meets two scale blocks at most");
-static_assert(COLUMNS % BOX_COLUMNS == 0, "whole boxes");
+static_assert(BOX_COLUMNS <= COLUMNS, "a box lies inside of its tile");
+static_assert(BOX_ROWS == WARP_ROWS || (BOX_ROWS == WARP_ROWS / 2 && BOX_COLUMNS % 32 == 0),
+              "four matrices are 16 rows of 16 columns, or 8 rows of 32");
 
 // Bytes of one slot.
 constexpr u32 A_BYTES = ROWS * K_BLOCK, B_BYTES = COLUMNS * K_BLOCK, A_SCALE_BYTES = ROWS * 4;
@@ -290,30 +295,43 @@ DEVICE void give_back(const Ring& ring) {
     }
 }
 
-// All K blocks of one tile. Scales are read while a wave runs, and the next slot is looked at: what
-// stands between two waves is the FFMAs and the arrival that gives the slot back.
-DEVICE void accumulate(float (&results)[WAVES][SUMS], float (&wave)[SUMS], Ring& ring, int k_blocks,
-                       int consumer, u32 own_scales, int own_columns) {
-    const u32 a_slots = matrix_descriptor(ring.memory + A_SLOTS + consumer * OWN_ROWS * K_BLOCK);
-    const u32 b_slots = matrix_descriptor(ring.memory + B_SLOTS);
-    bool is_full = false;
-    for (int block = 0; block < k_blocks; block++) {
-        if (!is_full) barrier_wait(ring.full(), ring.parity);
-        const u32 a = a_slots + ring.slot * (A_BYTES / DESCRIPTOR_UNIT);
-        const u32 b = b_slots + ring.slot * (B_BYTES / DESCRIPTOR_UNIT);
-        Ring next = ring;
-        next.advance();
-        Scales scales;
-        UNROLL for (int number = 0; number < WAVES; number++) {
-            start_wave(wave, a + number * (WAVE_ROWS * K_BLOCK / DESCRIPTOR_UNIT), b);
-            if (number == 0) scales = read_scales(ring, own_scales);
-            if (number == WAVES - 1) is_full = barrier_test(next.full(), next.parity);
-            end_wave(wave);
-            if (number == WAVES - 1) give_back(ring);
-            promote(results[number], wave, scales, number, own_columns);
-        }
-        ring = next;
+// What a consumer's warp reads its operands by.
+struct Own {
+    u32 a_slots;
+    u32 b_slots;
+    u32 scales;
+};
+
+DEVICE Own own_operands(const Ring& ring, int consumer, int warp_row) {
+    return {matrix_descriptor(ring.memory + A_SLOTS + consumer * OWN_ROWS * K_BLOCK),
+            matrix_descriptor(ring.memory + B_SLOTS),
+            ring.memory + A_SCALE_SLOTS + 4 * (warp_row + lane_index() / 4)};
+}
+
+// One K block. Scales are read while a wave runs, and the next slot is looked at: what stands
+// between two waves is the FFMAs and the arrival that gives the slot back. `meanwhile` is called
+// while each wave runs, with its number. `is_full`: whether the slot is known to be, then the next.
+// `own_columns`: as `promote`'s; read after the first `meanwhile`.
+template <class Meanwhile>
+DEVICE void multiply_block(float (&results)[WAVES][SUMS], float (&wave)[SUMS], Ring& ring,
+                           bool& is_full, const Own& own, const int& own_columns,
+                           Meanwhile meanwhile) {
+    if (!is_full) barrier_wait(ring.full(), ring.parity);
+    const u32 a = own.a_slots + ring.slot * (A_BYTES / DESCRIPTOR_UNIT);
+    const u32 b = own.b_slots + ring.slot * (B_BYTES / DESCRIPTOR_UNIT);
+    Ring next = ring;
+    next.advance();
+    Scales scales;
+    UNROLL for (int number = 0; number < WAVES; number++) {
+        start_wave(wave, a + number * (WAVE_ROWS * K_BLOCK / DESCRIPTOR_UNIT), b);
+        if (number == 0) scales = read_scales(ring, own.scales);
+        meanwhile(number);
+        if (number == WAVES - 1) is_full = barrier_test(next.full(), next.parity);
+        end_wave(wave);
+        if (number == WAVES - 1) give_back(ring);
+        promote(results[number], wave, scales, number, own_columns);
     }
+    ring = next;
 }
 
 // Gives back the slots of a tile that has no rows for this consumer.
@@ -325,112 +343,50 @@ DEVICE void skip(Ring& ring, int k_blocks) {
     }
 }
 
-// ---- results
+#include <results.cuh>
 
-// Two results rounded to the output's type.
-DEVICE u32 rounded(float low, float high) {
-    return OUTPUT == Output::FLOAT16 ? to_float16(low, high) : to_bfloat16(low, high);
-}
-
-// Adds the bias to one wave's results, in float32.
-DEVICE void add_bias(float (&sums)[SUMS], const Problem& problem, int column) {
-    UNROLL for (int i = 0; i < SUMS; i += 4) {
-        const int own = column + i * 2 + lane_index() % 4 * 2;
-        float left = 0, right = 0;
-        if (own < problem.n) {
-            if (OUTPUT == Output::FLOAT32) {
-                left = load_global(static_cast<const float*>(problem.bias) + own);
-                right = load_global(static_cast<const float*>(problem.bias) + own + 1);
-            } else {
-                const u32 both = load_global(static_cast<const u32*>(problem.bias) + own / 2);
-                left = OUTPUT == Output::FLOAT16 ? from_float16(both) : from_bits(both << 16);
-                right = OUTPUT == Output::FLOAT16 ? from_float16(both >> 16) : from_bits(both & 0xffff0000);
-            }
-        }
-        sums[i] += left;
-        sums[i + 1] += right;
-        sums[i + 2] += left;
-        sums[i + 3] += right;
-    }
-}
-
-// Where 16 bytes of a box lie in shared memory: TMA's swizzle of rows of BOX_BYTES.
-DEVICE u32 swizzled(int row, int unit) {
-    const u32 offset = row * BOX_BYTES + unit * MATRIX_ROW;
-    return offset ^ ((offset >> 7 & (BOX_BYTES / MATRIX_ROW - 1)) * MATRIX_ROW);
-}
-
-// Puts one box of a warp's 16 rows into its buffer.
-DEVICE void stage_box(u32 buffer, const float (&sums)[SUMS], int box) {
-    const int lane = lane_index();
-    constexpr int box_sums = BOX_COLUMNS / 2;
-    if constexpr (OUTPUT == Output::FLOAT32) {
-        UNROLL for (int i = 0; i < box_sums; i += 4) {
-            const int at = box * box_sums + i;
-            const int unit = i / 2 + lane % 4 / 2;
-            const u32 half = lane % 2 * 8;
-            store_shared_pair(buffer + swizzled(lane / 4, unit) + half, sums[at], sums[at + 1]);
-            store_shared_pair(buffer + swizzled(lane / 4 + 8, unit) + half, sums[at + 2],
-                              sums[at + 3]);
-        }
-    } else {
-        // Lanes 0 to 15 give the rows of the left matrices, the others those of the right ones.
-        UNROLL for (int i = 0; i < box_sums; i += 8) {
-            const int at = box * box_sums + i;
-            store_matrices(buffer + swizzled(lane % 16, i / 4 + lane / 16),
-                           rounded(sums[at], sums[at + 1]), rounded(sums[at + 2], sums[at + 3]),
-                           rounded(sums[at + 4], sums[at + 5]), rounded(sums[at + 6], sums[at + 7]));
-        }
-    }
-}
-
-// Starts the stores of one wave: a warp stages its 16 rows box by box, no other warp takes part.
-DEVICE void write_wave(const float (&sums)[SUMS], const TensorMap& out, const Problem& problem,
-                       Place place, u32 staging, u32& buffer) {
-    const bool is_inside = place.row < problem.m;
-    UNROLL for (int box = 0; box < BOXES; box++) {
-        const u32 target = staging + buffer * BOX_SIZE;
-        if (lane_index() == 0) tma_store_wait_read<BUFFERS - 1>();
-        sync_warp();
-        stage_box(target, sums, box);
-        fence_for_tma();
-        sync_warp();
-        if (lane_index() == 0) {
-            const int column = place.column + box * BOX_COLUMNS;
-            if (is_inside && column < problem.n) tma_store(out, target, column, place.row);
-            tma_store_commit();
-        }
-        buffer = buffer + 1 == BUFFERS ? 0 : buffer + 1;
-    }
-}
-
+// A tile's results: written at its end, or each wave's while the next tile's first one runs. So the
+// tensor cores work while a consumer rounds, stages and waits for a buffer.
 DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& problem,
                     int unit_rows) {
     const int consumer = warp / WARPS;
     // The warp's first row in a wave of its tile.
     const int warp_row = consumer * OWN_ROWS + warp % WARPS * WARP_ROWS;
-    const u32 own_scales = ring.memory + A_SCALE_SLOTS + 4 * (warp_row + lane_index() / 4);
-    const u32 staging = ring.memory + STAGING + warp * (BUFFERS * BOX_SIZE);
-    u32 buffer = 0;
-    float wave[SUMS];
+    const Own own = own_operands(ring, consumer, warp_row);
+    Staging staging{ring.memory + STAGING + warp * (BUFFERS * BOX_SIZE)};
+    float wave[SUMS], results[WAVES][SUMS];
     UNROLL for (int i = 0; i < SUMS; i++) wave[i] = 0;
+    Place place{};
+    int own_columns = 0;
+    bool is_written = true;
+    const auto write = [&](int number) {
+        if (problem.bias) add_bias(results[number], problem, place.column);
+        const Place first{place.row + warp_row + number * WAVE_ROWS, place.column, place.group};
+        write_wave(results[number], out, problem, first, staging);
+    };
     for (Units<Walker::WARP> units(problem, unit_rows); units.are_left(); units.advance()) {
         if (!units.has_rows_for(consumer)) {
             skip(ring, problem.k_blocks);
             continue;
         }
-        const Place place = units.place();
-        float results[WAVES][SUMS];
-        UNROLL for (int number = 0; number < WAVES; number++)
+        bool is_full = false;
+        Place next{};
+        multiply_block(results, wave, ring, is_full, own, own_columns, [&](int number) {
+            if (number == 0) {
+                next = units.place();
+                own_columns = SCALE_BLOCK - next.column % SCALE_BLOCK;
+            }
+            if (WHEN == When::LATE && !is_written) write(number);
             UNROLL for (int i = 0; i < SUMS; i++) results[number][i] = 0;
-        accumulate(results, wave, ring, problem.k_blocks, consumer, own_scales,
-                   SCALE_BLOCK - place.column % SCALE_BLOCK);
-        UNROLL for (int number = 0; number < WAVES; number++) {
-            if (problem.bias) add_bias(results[number], problem, place.column);
-            const Place own{place.row + warp_row + number * WAVE_ROWS, place.column, place.group};
-            write_wave(results[number], out, problem, own, staging, buffer);
-        }
+        });
+        for (int block = 1; block < problem.k_blocks; block++)
+            multiply_block(results, wave, ring, is_full, own, own_columns, [](int) {});
+        place = next;
+        is_written = false;
+        if (WHEN == When::AT_ONCE) UNROLL for (int number = 0; number < WAVES; number++) write(number);
     }
+    if (WHEN == When::LATE && !is_written)
+        UNROLL for (int number = 0; number < WAVES; number++) write(number);
     if (lane_index() == 0) tma_store_wait_all();
     sync_warp();
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from math import ceil
 
@@ -13,7 +13,7 @@ SHARED_BYTES = 232_448
 HALF_SHARED_BYTES = 115_200
 # Full and empty barriers of a slot, and its two weight scales.
 SLOT_EXTRA_BYTES = 24
-MAX_STAGES = 12
+LEAST_STAGES, MAX_STAGES = 3, 12
 
 K_BLOCK = 128
 SCALE_BLOCK = 128
@@ -47,6 +47,13 @@ class Grouping(IntEnum):
     CONTIGUOUS = 1
 
 
+class When(IntEnum):
+    """When a tile's results are written: at its end, or while the next one's first waves run."""
+
+    AT_ONCE = 0
+    LATE = 1
+
+
 @dataclass(frozen=True, slots=True)
 class Box:
     """What one TMA copy moves: rows x columns of elements; ``swizzle`` in bytes, 0 for none."""
@@ -58,12 +65,37 @@ class Box:
 
 
 @dataclass(frozen=True, slots=True)
+class Stores:
+    """How a warp writes its 16 rows of a wave.
+
+    ``box_bytes``: of a row in one store, at most a tile's row; where they do not divide it, the
+    last store writes some columns again. ``buffers``: of each warp. ``box_rows``: of one store.
+    """
+
+    box_bytes: int
+    buffers: int
+    box_rows: int = WARP_ROWS
+    when: When = When.AT_ONCE
+
+    @property
+    def shared_bytes(self) -> int:
+        """One warp's buffers."""
+        return self.buffers * self.box_rows * self.box_bytes
+
+    @property
+    def name(self) -> str:
+        """``b128r8x3``: bytes and rows, if not 16, of a box, and buffers."""
+        rows = "" if self.box_rows == WARP_ROWS else f"r{self.box_rows}"
+        return f"b{self.box_bytes}{rows}x{self.buffers}"
+
+
+@dataclass(frozen=True, slots=True)
 class Form:
     """One compiled form of the kernel.
 
-    ``rows`` x ``columns``: a tile. ``stages``: slots of the ring. ``box_bytes``: of a row in one
-    store. ``buffers``: of each warp for stores. ``beside``: blocks that share a multiprocessor.
-    ``grouping``: of groups, a tile of 256 rows is for row blocks of 128, others for any multiple.
+    ``rows`` x ``columns``: a tile. ``stages``: slots of the ring. ``beside``: blocks that share a
+    multiprocessor. ``grouping``: of groups, a tile of 256 rows is for row blocks of 128, others for
+    any multiple.
     """
 
     rows: int
@@ -71,8 +103,7 @@ class Form:
     stages: int
     share: Share
     out: DType
-    box_bytes: int
-    buffers: int
+    stores: Stores
     beside: int
     grouping: Grouping = Grouping.NOTHING
 
@@ -99,7 +130,7 @@ class Form:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        staging = self.consumers * WARPS * self.buffers * WARP_ROWS * self.box_bytes
+        staging = self.consumers * WARPS * self.stores.shared_bytes
         return self.stages * slot_bytes(self.rows, self.columns) + staging
 
     @property
@@ -111,8 +142,10 @@ class Form:
             "FORM_STAGES": self.stages,
             "FORM_SHARE": int(self.share),
             "FORM_OUTPUT": OUTPUTS.index(self.out),
-            "FORM_BOX_BYTES": self.box_bytes,
-            "FORM_BUFFERS": self.buffers,
+            "FORM_BOX_ROWS": self.stores.box_rows,
+            "FORM_BOX_BYTES": self.stores.box_bytes,
+            "FORM_BUFFERS": self.stores.buffers,
+            "FORM_WHEN": int(self.stores.when),
             "FORM_BESIDE": self.beside,
             "FORM_GROUPING": int(self.grouping),
         }
@@ -122,22 +155,23 @@ class Form:
         """Of the activation's codes, the weight's codes, the activation's scales, the result."""
         a_rows = self.rows // (2 if self.share is Share.ACTIVATION else 1)
         b_rows = self.columns // (2 if self.share is Share.WEIGHT else 1)
-        element = self.out.bytes
+        element, stores = self.out.bytes, self.stores
         return (
             Box(a_rows, K_BLOCK, 1, ROW_BYTES),
             Box(b_rows, K_BLOCK, 1, ROW_BYTES),
             Box(1, self.rows, SCALE_BYTES, 0),
-            Box(WARP_ROWS, self.box_bytes // element, element, self.box_bytes),
+            Box(stores.box_rows, stores.box_bytes // element, element, stores.box_bytes),
         )
 
     @property
     def name(self) -> str:
-        """``256x128s4+ab64x3``: tile, slots, what is shared, box and buffers, ``x2`` beside."""
+        """``256x128s4+ab64x3``: tile, slots, what is shared, stores, ``x2`` beside, ``-late``."""
         shared = ("", "+a", "+b")[self.share]
         beside = f"x{self.beside}" if self.beside > 1 else ""
-        stores = f"b{self.box_bytes}x{self.buffers}"
+        late = "-late" if self.stores.when is When.LATE else ""
         grouping = "" if self.grouping is Grouping.NOTHING else f"{self.grouping.name.lower()}-"
-        return f"{grouping}{self.rows}x{self.columns}s{self.stages}{shared}{stores}{beside}"
+        tile = f"{self.rows}x{self.columns}s{self.stages}"
+        return f"{grouping}{tile}{shared}{self.stores.name}{beside}{late}"
 
 
 def slot_bytes(rows: int, columns: int) -> int:
@@ -152,26 +186,40 @@ def widest_box(columns: int, element_bytes: int) -> int:
 
 def make_form(
     rows: int, columns: int, out: DType, *, share: Share = Share.NOTHING, beside: int = 1,
-    stores: tuple[int, int] | None = None,
+    stores: Stores | None = None,
 ) -> Form:  # fmt: skip
-    """The form with the deepest ring that fits beside its buffers.
-
-    ``stores``: bytes of a row in one store and buffers of each warp, where not the usual ones.
-    """
-    box_bytes, buffers = stores or usual_stores(rows, columns, out)
+    """The form with the deepest ring that fits beside its buffers; ``stores`` if not the usual."""
+    stores = stores or usual_stores(rows, columns, out)
     consumers = min(2, rows // WAVE_ROWS)
-    staging = consumers * WARPS * buffers * WARP_ROWS * box_bytes
+    staging = consumers * WARPS * stores.shared_bytes
     room = (SHARED_BYTES if beside == 1 else HALF_SHARED_BYTES) - staging
     stages = min(MAX_STAGES, room // slot_bytes(rows, columns))
-    return Form(rows, columns, stages, share, out, box_bytes, buffers, beside)
+    return Form(rows, columns, stages, share, out, stores, beside)
 
 
-def usual_stores(rows: int, columns: int, out: DType) -> tuple[int, int]:
+def usual_stores(rows: int, columns: int, out: DType) -> Stores:
     """4 KB for each warp; for a tile of 256x128 3 KB, which leaves room for a fourth slot."""
     widest = widest_box(columns, out.bytes)
     if rows * columns == 256 * 128:
-        return 64, 3
-    return widest, min(8, 4096 // (WARP_ROWS * widest))
+        return Stores(64, 3)
+    return Stores(widest, min(8, 4096 // (WARP_ROWS * widest)))
+
+
+def forms_to_compare(rows: int, columns: int, out: DType) -> tuple[Form, ...]:
+    """A tile with the ways to write it that are worth comparing, the usual one first.
+
+    Late: the usual boxes; the widest boxes for one wave, for all waves, or in 3 KB a warp.
+    """
+    usual = usual_stores(rows, columns, out)
+    row_bytes = columns * out.bytes
+    box = next(width for width in (128, 64, 32) if row_bytes >= width)
+    boxes = ceil(row_bytes / box)
+    waves = max(1, rows // (2 * WAVE_ROWS))
+    ways = [usual, Stores(box, waves * boxes), replace(usual, when=When.LATE)]
+    ways += [Stores(box, count, when=When.LATE) for count in (boxes, waves * boxes)]
+    ways += [Stores(box, 3, 8, When.LATE)] * (box // out.bytes % 32 == 0)
+    found = [make_form(rows, columns, out, stores=stores) for stores in dict.fromkeys(ways)]
+    return tuple(form for form in found if form.stages >= LEAST_STAGES)
 
 
 @dataclass(frozen=True, slots=True)

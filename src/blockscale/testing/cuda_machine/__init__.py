@@ -31,7 +31,7 @@ KERNELS = Path(__file__).parents[2] / "kernels" / "cuda"
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unused")
 TIME_LIMIT_S = 300
 # What is compiled as it is; the machine has its own of the other files.
-SOURCES = ("gemm.cu", "units.cuh")
+SOURCES = ("gemm.cu", "units.cuh", "results.cuh")
 CACHE = Path(tempfile.gettempdir()) / "blockscale-cuda-machine"
 
 
@@ -43,8 +43,8 @@ class EmulationError(AssertionError):
 class Trial:
     """How one run differs from another.
 
-    ``seed``: of the order of things. ``change``: a piece of ``gemm.cu`` or ``units.cuh`` and what
-    to put in its place, to see that it is noticed.
+    ``seed``: of the order of things. ``change``: a piece of ``gemm.cu`` or what it includes, and
+    what to put in its place, to see that it is noticed.
     """
 
     seed: int = 0
