@@ -25,6 +25,7 @@ def test_a_sweep_after_another_asks_what_was_chosen_untimed_then_the_baseline(
     benchmark: Any,
     tmp_path: Path,
 ) -> None:
+    pytest.importorskip("triton", reason="pip install triton: the sweep imports its kernels")
     sweep = benchmark("gluon_sweep")
     known = tmp_path / "sweep.jsonl"
     works = sweep.candidates(320, 7000, 4608, 2, 132)
