@@ -30,7 +30,8 @@ import torch
 
 from blockscale.formats import DType
 from blockscale.kernels.cuda.build import compile_all
-from blockscale.kernels.cuda.choice import candidates, clocks, forms
+from blockscale.kernels.cuda.choice import candidates, forms
+from blockscale.kernels.cuda.corrections import clocks
 from blockscale.kernels.cuda.product import CudaProduct
 from blockscale.kernels.gluon.product import GluonProduct
 from gluon_sweep import TOKENS as EVERY_M
@@ -88,9 +89,11 @@ def main() -> int:
 
 def near(m: int, n: int, k: int, processors: int, far: float) -> list[Work]:
     """Candidates, the model's best first, none that it holds for ``far`` times as slow."""
-    found = sorted(candidates(m, n, k, OUT, processors), key=lambda work: clocks(work, m, n))
-    limit = far * clocks(found[0], m, n)
-    return [work for work in found if clocks(work, m, n) <= limit]
+    found = sorted(
+        candidates(m, n, k, OUT, processors), key=lambda work: clocks(work, m, n, processors)
+    )
+    limit = far * clocks(found[0], m, n, processors)
+    return [work for work in found if clocks(work, m, n, processors) <= limit]
 
 
 def drawn(seed: int) -> Iterator[tuple[int, int, int]]:
@@ -119,7 +122,8 @@ def measure(m: int, n: int, k: int, candidates: list[Work]) -> dict[str, Any]:
     replay_in_turns(graphs, WARM_UP_ROUNDS, REPLAYS)
     taken = replay_in_turns(graphs, ROUNDS, REPLAYS)
     times = {name: round(statistics.median(t) / len(weights), 3) for name, t in taken.items()}
-    model = {work.name: round(clocks(work, m, n)) for work in candidates}
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    model = {work.name: round(clocks(work, m, n, processors)) for work in candidates}
     return {"m": m, "n": n, "k": k, "times": times, "clocks": model}
 
 

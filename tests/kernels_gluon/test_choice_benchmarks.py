@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from blockscale.kernels.corrected import table_of
+
 ROOT = Path(__file__).resolve().parents[2]
 H100 = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3"
 
@@ -39,11 +41,13 @@ def test_a_sweep_after_another_asks_what_was_chosen_untimed_then_the_baseline(
     assert all(m in range(17, 513) for _, tokens in others for m in tokens)
 
 
-def test_the_table_that_ships_is_what_the_fit_writes(benchmark: Any) -> None:
+@pytest.mark.parametrize("kernels", ["gluon", "cuda"])
+def test_the_table_that_ships_is_what_the_fit_writes(benchmark: Any, kernels: str) -> None:
     """The same winners from the committed sweep, and factors for every form."""
-    fit = benchmark("gluon_fit")
-    shapes = fit.read(H100 / "gluon_sweep.jsonl")
-    table = fit.corrections.shipped()
+    fit = benchmark("choice_fit")
+    family = getattr(benchmark(f"{kernels}_fit"), kernels.upper())
+    shapes = fit.read(family, H100 / f"{kernels}_sweep.jsonl")
+    table = table_of(f"blockscale.kernels.{kernels}")
     assert fit.winners(shapes, table) == table.winners
 
 

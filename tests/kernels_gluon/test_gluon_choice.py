@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from blockscale.kernels.corrected import bucket
 from blockscale.kernels.gluon.choice import (
     DENSE_TILES,
     FEW_M,
@@ -19,7 +20,7 @@ from blockscale.kernels.gluon.choice import (
     choose,
     variants,
 )
-from blockscale.kernels.gluon.corrections import bucket, clocks, form, shipped, winner, winner_name
+from blockscale.kernels.gluon.corrections import clocks, form, shipped, winner, winner_name
 from blockscale.kernels.gluon.work import (
     HALF_SHARED_BYTES,
     K_BLOCK,

@@ -1,7 +1,9 @@
-"""Which form of ``gemm.cu`` serves (M, N, K): a pure function, an analytic model in clocks.
+"""Which form of ``gemm.cu`` serves (M, N, K): a pure function.
 
-As ``kernels.gluon.choice``, it compares candidates and does not predict microseconds.
-``benchmarks/cuda_sweep.py`` times the candidates, which is what the model is fitted to.
+As for Gluon (``kernels.gluon.choice``): candidates are compared by ``costs``, an analytic model,
+corrected by what a sweep measured (``corrections``); an (N, K) that was in the sweep takes what was
+fastest there. ``benchmarks/cuda_sweep.py`` times the candidates, ``benchmarks/cuda_fit.py`` makes
+the table. Needs neither torch nor a compiler.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from blockscale.kernels.cuda.costs import estimate
+from blockscale.kernels.cuda.corrections import clocks, winner
 from blockscale.kernels.cuda.work import (
     MAX_COLUMNS,
     WAVE_ROWS,
@@ -33,8 +35,6 @@ TILES = {
 MAX_LOW_M, MIN_HIGH_M = 512, 33
 # Two blocks share a multiprocessor where each has at least so many slots.
 LEAST_STAGES = 4
-# The model is trusted this far.
-FAR = 1.3
 
 
 @lru_cache(maxsize=8192)
@@ -43,20 +43,15 @@ def choose(m: int, n: int, k: int, out: DType, processors: int) -> Work:
 
     ``processors``: the device's multiprocessors.
     """
-    return min(candidates(m, n, k, out, processors), key=lambda work: clocks(work, m, n))
+    found = candidates(m, n, k, out, processors)
+    known = winner(found, m, (n, k), out.bytes, processors)
+    return known or min(found, key=lambda work: clocks(work, m, n, processors))
 
 
 def candidates(m: int, n: int, k: int, out: DType, processors: int) -> tuple[Work, ...]:
     """Everything that ``choose`` compares."""
     found = [make_work(form, m, n, k, processors) for form in forms(out) if _is_for(form, m)]
     return tuple(work for work in found if _shares_something(work))
-
-
-def promising(m: int, n: int, k: int, out: DType, processors: int) -> list[Work]:
-    """The candidates that the model does not hold for far slower than its choice, best first."""
-    found = sorted(candidates(m, n, k, out, processors), key=lambda work: clocks(work, m, n))
-    limit = FAR * clocks(found[0], m, n)
-    return [work for work in found if clocks(work, m, n) <= limit]
 
 
 @lru_cache(maxsize=8)
@@ -83,10 +78,5 @@ def _shares_something(work: Work) -> bool:
     form = work.form
     if form.share is Share.NOTHING:
         return True
-    return work.units > 1 and (work.unit_columns if form.share is Share.ACTIVATION
-                               else work.unit_rows) > 1  # fmt: skip
-
-
-def clocks(work: Work, m: int, n: int) -> float:
-    """The model's time of one launch."""
-    return estimate(work, m, n).clocks
+    beside = work.unit_columns if form.share is Share.ACTIVATION else work.unit_rows
+    return work.units > 1 and beside > 1 and work.blocks > 1

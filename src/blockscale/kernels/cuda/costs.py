@@ -11,36 +11,32 @@ The constants are rounded from a search on an H100's sweep; what they leave is c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil
 
+from blockscale.kernels.corrected import Estimate, together
 from blockscale.kernels.cuda.work import K_BLOCK, Share, Work
 
 # Bytes a clock.
-L2_OF_ONE, L2_OF_ALL, MEMORY = 64.0, 7300.0, 1550.0
+L2_OF_ONE, L2_OF_ALL, MEMORY = 80.0, 7300.0, 1300.0
 # From asking for a K block to having it.
 LATENCY = 1000.0
 # As in ``kernels.gluon.costs``: of a row that TMA fills with zeros.
-OUTSIDE_ROW_CLOCKS = 8.0
+OUTSIDE_ROW_CLOCKS = 5.0
 # Limits that are near one another hinder one another: sums of this power.
-BLOCK_POWER, MEMORY_POWER = 5.5, 2.2
-# From the launch to the first wave, beside the first slot's copy; more for clusters.
-START, CLUSTER_START = 5500.0, 400.0
-FIRST_SLOT_RATE = 48.0
-# A K block's hand-over between the blocks of a cluster.
-CLUSTER_BLOCK_CLOCKS = 45.0
+BLOCK_POWER, MEMORY_POWER = 6.0, 1.7
+# From the launch to the first wave, beside the first slot's copy: where a block has a
+# multiprocessor to itself, where two share one (the next launch's blocks then find room beside this
+# one's last), and more for clusters.
+START, BESIDE_START, CLUSTER_START = 6500.0, 5200.0, 700.0
+# From one unit to the next.
+ROUND_CLOCKS = 100.0
+FIRST_SLOT_RATE = 54.0
+# A K block's hand-over between the blocks of a cluster, and how much later its copy arrives.
+CLUSTER_BLOCK_CLOCKS, CLUSTER_LATENCY = 55.0, 500.0
 # From a wave's end to the next one's start, beside its FFMAs.
-WAVE_CLOCKS = 35.0
+WAVE_CLOCKS = 30.0
 # Rounding and staging one wave: at all, a column, a box.
-WRITE_CLOCKS, WRITE_COLUMN_CLOCKS, WRITE_BOX_CLOCKS = 150.0, 0.5, 200.0
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """``clocks`` of one launch, and what memory alone would take."""
-
-    clocks: float
-    memory: float
+WRITE_CLOCKS, WRITE_COLUMN_CLOCKS, WRITE_BOX_CLOCKS = 150.0, 0.5, 280.0
 
 
 def estimate(work: Work, m: int, n: int) -> Estimate:
@@ -49,10 +45,11 @@ def estimate(work: Work, m: int, n: int) -> Estimate:
     k = work.k_blocks * K_BLOCK
     memory = (n * k + m * k + m * n * form.out.bytes) / MEMORY
     boxes = ceil(form.columns * form.out.bytes / form.stores.box_bytes)
-    columns = form.columns * form.out.bytes / 2
-    write = WRITE_CLOCKS + columns * WRITE_COLUMN_CLOCKS + boxes * WRITE_BOX_CLOCKS
-    body = rounds(work) * (work.k_blocks * _block(work, m) + form.waves * write)
-    start = START + (form.cluster - 1) * CLUSTER_START
+    write = WRITE_CLOCKS + form.columns * WRITE_COLUMN_CLOCKS + boxes * WRITE_BOX_CLOCKS
+    unit = work.k_blocks * _block(work, m) + form.waves * write + ROUND_CLOCKS
+    body = rounds(work) * unit
+    start = START if form.beside == 1 else BESIDE_START
+    start += (form.cluster - 1) * CLUSTER_START
     first_slot = (form.rows + form.columns) * K_BLOCK / FIRST_SLOT_RATE
     return Estimate(start + first_slot + together(MEMORY_POWER, body, memory), memory)
 
@@ -73,11 +70,6 @@ def row_tiles(work: Work, m: int) -> int:
     return ceil(m / work.form.rows)
 
 
-def together(power: float, *limits: float) -> float:
-    """A little more than the largest of ``limits``; more where several are near it."""
-    return float(sum(limit**power for limit in limits) ** (1 / power))
-
-
 def _block(work: Work, m: int) -> float:
     """One K block of one tile: the slowest of tensor cores, a consumer's chain, L2 and latency."""
     form = work.form
@@ -93,7 +85,7 @@ def _block(work: Work, m: int) -> float:
         tensor,
         form.beside * arriving / L2_OF_ONE,
         work.blocks * asked / L2_OF_ALL,
-        (LATENCY + chain) / form.stages,
+        (LATENCY + (form.cluster - 1) * CLUSTER_LATENCY + chain) / form.stages,
     )
     tiles = row_tiles(work, m)
     outside = tiles * form.rows - m

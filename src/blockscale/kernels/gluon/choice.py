@@ -12,7 +12,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from blockscale.kernels.gluon.corrections import bucket, clocks, winner
+from blockscale.kernels.corrected import bucket
+from blockscale.kernels.gluon.corrections import clocks, winner
 from blockscale.kernels.gluon.work import (
     WAVE_ROWS,
     DenseWork,

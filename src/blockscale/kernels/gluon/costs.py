@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from math import ceil, gcd
 from typing import TYPE_CHECKING
 
+from blockscale.kernels.corrected import Estimate, together
 from blockscale.kernels.gluon.work import (
     BAND,
     FLOAT_BYTES,
@@ -82,14 +83,6 @@ FIRST_SLOT_RATE = 50.0
 BOTH_CONSUMERS = 0.65
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """``clocks`` of one launch, and what memory alone would take."""
-
-    clocks: float
-    memory: float
-
-
 def estimate(work: Work, m: int, n: int, out_bytes: int, processors: int) -> Estimate:
     """The model's time of one launch."""
     k = work.k_blocks * K_BLOCK
@@ -120,11 +113,6 @@ def outside_rows(work: Work, m: int) -> int:
     if isinstance(work, SmallWork):
         return work.token_tiles * work.variant.tokens - m
     return work.row_tiles * work.variant.rows - m
-
-
-def together(power: float, *limits: float) -> float:
-    """A little more than the largest of ``limits``; more where several are near it."""
-    return float(sum(limit**power for limit in limits) ** (1 / power))
 
 
 def _block(

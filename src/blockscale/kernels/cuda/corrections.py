@@ -1,0 +1,93 @@
+"""What measurements say beyond the model: its error by form, and the fastest form of known shapes.
+
+``tables/cuda.json``, written by ``benchmarks/cuda_fit.py`` from the sweep that it names, is a table
+as ``kernels.corrected`` describes. A work has two of its forms: a tile, and what is shared.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import exp, log2
+from typing import TYPE_CHECKING
+
+from blockscale.kernels.corrected import Table, bounded, table_of
+from blockscale.kernels.cuda.costs import estimate, outside_share, rounds, row_tiles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from blockscale.kernels.cuda.work import Work
+
+
+@lru_cache(maxsize=1)
+def shipped() -> Table:
+    """The table that ships."""
+    return table_of("blockscale.kernels.cuda")
+
+
+def clocks(work: Work, m: int, n: int, processors: int) -> float:
+    """The corrected time of one launch."""
+    found = estimate(work, m, n)
+    table = shipped()
+    own = bounded(quantities(work, m, found.memory / found.clocks, processors), table.ranges)
+    return found.clocks * exp(table.error(forms_of(work), terms(own)))
+
+
+def quantities(work: Work, m: int, memory_share: float, processors: int) -> tuple[float, ...]:
+    """What the model's error may depend on; most are logarithms, so that halves and doubles count.
+
+    In order: blocks that run together, K blocks, the share of memory in the time, the share of rows
+    beyond M, M, tiles of rows, rounds, the last round's empty places.
+    """
+    turns = rounds(work)
+    return (
+        log2(work.blocks / processors),
+        log2(work.k_blocks),
+        memory_share,
+        outside_share(work, m),
+        log2(m),
+        log2(row_tiles(work, m)),
+        log2(turns),
+        min(1.0, turns * work.blocks / (work.units * work.form.cluster) - 1),
+    )
+
+
+def terms(own: tuple[float, ...]) -> tuple[float, ...]:
+    """What factors belong to: one, the quantities, and the products of some."""
+    together, blocks, memory, outside = own[:4]
+    return (
+        1.0,
+        *own,
+        blocks * blocks,
+        memory * memory,
+        together * blocks,
+        together * memory,
+        blocks * memory,
+        outside * memory,
+    )
+
+
+def forms_of(work: Work) -> tuple[str, ...]:
+    """Tile, with ``x2`` where two blocks share a multiprocessor, and what a cluster shares."""
+    return tile(work), ("alone", "shared activation", "shared weight")[work.form.share]
+
+
+def tile(work: Work) -> str:
+    """``64x32x2``: a tile, and how many blocks share a multiprocessor, whatever the dtype."""
+    form = work.form
+    return f"{form.rows}x{form.columns}" + (f"x{form.beside}" if form.beside > 1 else "")
+
+
+def winner(
+    works: Iterable[Work], m: int, shape: tuple[int, int], out_bytes: int, processors: int
+) -> Work | None:
+    """Which of ``works`` was measured to be the fastest; None where nothing was measured."""
+    name = shipped().winner(m, shape, out_bytes, processors)
+    if name is None:
+        return None
+    return next((work for work in works if winner_name(work) == name), None)
+
+
+def winner_name(work: Work) -> str:
+    """``128x192+a``: how a winner is written."""
+    return tile(work) + ("", "+a", "+b")[work.form.share]
