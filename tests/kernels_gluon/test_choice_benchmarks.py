@@ -86,5 +86,5 @@ def test_estimates_are_labelled_and_keep_what_did_not_change(benchmark: Any) -> 
     estimate = benchmark("gluon_estimate")
     found = list(estimate.estimates(H100))
     assert len(found) == 108
-    assert {one.source for one in found} == {"same", "sweep", "model"}
+    assert {"same"} <= {one.source for one in found} <= {"same", "sweep", "model"}
     assert all(one.then == one.now for one in found if one.source == "same")
