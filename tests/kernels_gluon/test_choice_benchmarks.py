@@ -86,5 +86,24 @@ def test_estimates_are_labelled_and_keep_what_did_not_change(benchmark: Any) -> 
     estimate = benchmark("gluon_estimate")
     found = list(estimate.estimates(H100))
     assert len(found) == 108
-    assert {"same"} <= {one.source for one in found} <= {"same", "sweep", "model"}
+    assert {one.source for one in found} <= {"same", "sweep", "model"}
     assert all(one.then == one.now for one in found if one.source == "same")
+
+
+def test_an_estimate_takes_the_sweep_before_the_model(benchmark: Any) -> None:
+    estimate = benchmark("gluon_estimate")
+    key = (320, 7000, 4608)
+    now = estimate.choose(*key, 2, 132)
+    works = [work for work in estimate.candidates(*key, 2, 132) if work.name != now.name]
+
+    def made(timed: str, times: dict[str, float]) -> Any:
+        lines = {"deep_gemm": {"time_us": 30.0}, "gluon": {"time_us": 20.0, "detail": timed}}
+        return estimate.estimate(key, lines, times)
+
+    assert (made(now.name, {}).source, made(now.name, {}).now) == ("same", 1.5)
+    swept = made(works[0].name, {works[0].name: 22.0, now.name: 11.0})
+    assert (swept.source, swept.now, swept.best) == ("sweep", 3.0, 3.0)
+    modelled = made(works[0].name, {})
+    clocks = [estimate.clocks(work, *key[:2], 2, 132) for work in (works[0], now)]
+    assert (modelled.source, modelled.now) == ("model", 1.5 * clocks[0] / clocks[1])
+    assert made("a work that is gone", {}).source == "unknown"
