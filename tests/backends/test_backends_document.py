@@ -127,7 +127,11 @@ def test_layouts(backend: PlannableBackend) -> None:
 @pytest.mark.parametrize("backend", BACKENDS, ids=IDS)
 def test_standing(backend: PlannableBackend) -> None:
     row = FORMS[backend.name]
-    words = {"run": Readiness.RUNNABLE, "plan only": Readiness.PLAN_ONLY}
+    words = {
+        "run": Readiness.RUNNABLE,
+        "run once proven": Readiness.ONCE_PROVEN,
+        "plan only": Readiness.PLAN_ONLY,
+    }
     for architecture, offer in offers(backend).items():
         evidence, *dispute = _said_of(architecture, row["believed because"]).split(", ")
         assert offer.evidence is Evidence(evidence)
@@ -135,7 +139,7 @@ def test_standing(backend: PlannableBackend) -> None:
         assert disputed == (dispute == ["disputed"])
         said = words[_said_of(architecture, row["blockscale can"])]
         assert offer.readiness is said, "the last column is out of date"
-        if said is Readiness.RUNNABLE:
+        if said is not Readiness.PLAN_ONLY:
             assert hasattr(backend, "bind")
 
 

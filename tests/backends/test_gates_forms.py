@@ -46,7 +46,7 @@ FORMS = [
     ("deep_gemm", ("sm_100", "sm_103"), WPK, APK),
     ("flashinfer_trtllm", ("sm_100", "sm_103"), WKM, AKM),
     ("flashinfer_cutlass", ("sm_100", "sm_103", "sm_120", "sm_121"), WKM, AKM),
-    ("flashinfer_sm90", ("sm_90",), WF32, None),
+    ("flashinfer_sm90", ("sm_90",), WF32, AF32T),
     ("gluon", ("sm_90",), WF32, AF32T),
     ("cuda", ("sm_90",), WF32, AF32T),
     ("sgl_cutlass", ("sm_120", "sm_121"), WCT, AF32CP),

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from blockscale.backends.gates import Gates
 from blockscale.backends.registry import BACKENDS, backend_named
 from blockscale.formats import (
     FP8_1X128_FP32,
@@ -89,7 +90,6 @@ GATES = [
     ("flashinfer_trtllm", "sm_100", {"experts": 8}, Obstacle.GROUPING),
     ("flashinfer_cutlass", "sm_120", {"out_dtype": FP32}, Obstacle.OUT_DTYPE),
     ("flashinfer_cutlass", "sm_120", {"n": 2112}, Obstacle.ALIGNMENT),
-    ("flashinfer_sm90", "sm_90", {"activation_dtype": FP16}, Obstacle.ACTIVATION_DTYPE),
     ("flashinfer_sm90", "sm_90", {"n": 100}, Obstacle.ALIGNMENT),
     ("gluon", "sm_90", {"k": 4100}, Obstacle.ALIGNMENT),
     ("gluon", "sm_90", {"format": MXFP8}, Obstacle.BLOCK_SHAPE),
@@ -170,6 +170,17 @@ class _Picky:
         )
 
 
+class _QuantizesInside:
+    """An invented backend: its kernel reads float activations of one type."""
+
+    name = "quantizes_inside"
+
+    def evaluate(self, asked: LinearRequest, device: Device) -> list[Rejection]:
+        gates = Gates(self.name, asked, device)
+        gates.activation_dtypes((BF16,), "it quantizes inside")
+        return gates.rejections
+
+
 def test_every_obstacle_occurs() -> None:
     """No member of the enum is dead: each is found in some plan."""
     h200 = Device.named("sm_90")
@@ -181,7 +192,6 @@ def test_every_obstacle_occurs() -> None:
     exact, lossy = PlanPolicy(), PlanPolicy(exactness=Exactness.ALLOW_LOSSY)
     seen = [
         *collected(request(out_dtype=FP16, k=100), h200, exact),
-        *collected(request(activation_dtype=FP16), h200, exact),
         *collected(request(), bare, exact),
         *collected(request(), old, exact),
         *collected(request(experts=8, format=MXFP8), h200, exact),
@@ -195,6 +205,8 @@ def test_every_obstacle_occurs() -> None:
         *collected(request(), rtx_pro.with_packages(("sgl-kernel", "0.3.0")), exact),
     ]
     seen += plan_linear(request(), h200, PlanPolicy(), [_Picky(), BY_NAME["triton"]]).rejected
+    half = request(activation_dtype=FP16)
+    seen += plan_linear(half, h200, PlanPolicy(), [_QuantizesInside(), BY_NAME["triton"]]).rejected
     seen += plan_linear(
         request(), h200, PlanPolicy(determinism=Determinism.REQUIRED), [_Picky()]
     ).rejected

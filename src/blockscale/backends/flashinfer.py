@@ -1,34 +1,47 @@
-"""FlashInfer's block-scaled FP8 GEMMs: three kernels that share a package and nothing else.
+"""FlashInfer's Blackwell GEMM, ``gemm_fp8_nt_groupwise``: two kernels behind one function.
 
-Architectures: SM90 (swap-AB, small M), SM100/SM103 (TRT-LLM), SM100/SM103/SM12x (CUTLASS).
+Architectures: SM100/SM103 (TRT-LLM), SM100/SM103/SM12x (CUTLASS).
 Blocks: weights 128x128, activations 1x128, float32 scales. Output: bfloat16, CUTLASS also float16.
-CUTLASS and TRT-LLM read both operands' scales as (K blocks, MN); SM90 reads them as stored.
+Both read both operands' scales as (K blocks, MN). Written by its documentation (0.7.2), never run
+here: blockscale runs it only on a machine where the probe has proven it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
+from blockscale.backends.flashinfer_package import (
+    PACKAGE,
+    check_form,
+    contiguous,
+    provider,
+    readiness_once_proven,
+    run_once,
+)
 from blockscale.backends.gates import Gates, bias_notes, dispute_notes
 from blockscale.formats import (
     FP8_1X128_FP32,
     FP8_128X128_FP32,
     K_BY_MN,
-    K_MAJOR,
     BlockShape,
     DType,
+    round_up,
 )
-from blockscale.planning.decision import MRange, Obstacle, Offer, OperandForm
+from blockscale.planning.decision import Obstacle, Offer, OperandForm
 from blockscale.planning.device import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+
+    from blockscale.backends.base import Multiply
     from blockscale.planning.decision import Rejection
     from blockscale.planning.device import Device
     from blockscale.planning.request import LinearRequest
+    from blockscale.tensor import BlockScaledTensor
 
-PACKAGE = "flashinfer-python"
 BLOCKS = (BlockShape(128, 128),)
 
 # gemm_base.py, @supported_compute_capability of gemm_fp8_nt_groupwise (0.7.2).
@@ -40,9 +53,8 @@ CUTLASS_MISSING = {(11, 0): "only its cutile backend lists sm_110"}
 # _gemm_fp8_nt_groupwise requirement function (0.7.2).
 TRTLLM_MIN_K = 256
 
-# The swap-AB half of fp8_blockscale_gemm_sm90; above it a slower kernel answers the same call
-# (SGLang #32843: 1.42x slower at M 32-64), and M = 0 crashes.
-SM90_M_RANGE = MRange(1, 31)
+# "The m should be padded to a multiple of 4 before calling this function" (0.7.2).
+M_MULTIPLE = 4
 
 _BLOCKWISE_FORMS = (OperandForm(FP8_128X128_FP32, K_BY_MN), OperandForm(FP8_1X128_FP32, K_BY_MN))
 
@@ -53,15 +65,74 @@ _TRTLLM_DISPUTE = (
 _CUTLASS_DISPUTE = (
     "documentation and kernel once disagreed about scale order (facts/sglang.md 6, item 17)"
 )
-_SM90_DISPUTE = (
-    "its own activation quantization was less accurate on some checkpoints (SGLang #32843)"
-)
 
 
-class FlashInferTrtllm:
+_PADDED = "M is padded to a multiple of four, which costs copies where it is none"
+
+
+class _Groupwise:
+    """The run half of both kernels."""
+
+    _call: ClassVar[dict[str, str | None]]
+
+    def prepare(self, weight: BlockScaledTensor, offer: Offer) -> BlockScaledTensor:
+        """The weight in contiguous memory, after one product with zeros, for which it compiles.
+
+        Raises BackendError if FlashInfer cannot be imported or does not build.
+        """
+        check_form(weight, offer.weight)
+        weight = contiguous(weight)
+        run_once(self.bind(weight, offer), weight, offer, (M_MULTIPLE,))
+        return weight
+
+    def quantize_activation(self, activation: torch.Tensor, offer: Offer) -> BlockScaledTensor:
+        """By one Triton kernel, straight into the layout that the kernel reads."""
+        from blockscale.kernels.triton.quantize import quantize_rows
+
+        assert offer.activation is not None
+        return quantize_rows(activation, offer.activation.format, offer.activation.layout)
+
+    def bind(self, weight: BlockScaledTensor, offer: Offer) -> Multiply:  # noqa: ARG002 - the protocol's signature
+        """One call; a bias is added by a second kernel, after rounding."""
+        import torch
+
+        gemm = partial(provider().gemm_fp8_nt_groupwise, **self._call)
+
+        def multiply(
+            activation: BlockScaledTensor, out: torch.Tensor, bias: torch.Tensor | None
+        ) -> None:
+            m = out.shape[0]
+            rows = round_up(m, M_MULTIPLE)
+            codes, scales = activation.data, activation.scales
+            target = out
+            if rows != m:
+                codes, scales = _padded(codes, scales, rows - m)
+                target = torch.empty((rows, out.shape[1]), dtype=out.dtype, device=out.device)
+            gemm(codes, weight.data, scales, weight.scales, out=target)
+            if rows != m:
+                out.copy_(target[:m])
+            if bias is not None:
+                out.add_(bias)
+
+        return multiply
+
+
+def _padded(
+    codes: torch.Tensor, scales: torch.Tensor, rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """So many rows more: of zero codes, with scales that are zero too."""
+    import torch
+    from torch.nn.functional import pad
+
+    longer = pad(codes.view(torch.uint8), (0, 0, 0, rows)).view(codes.dtype)
+    return longer, pad(scales, (0, rows))
+
+
+class FlashInferTrtllm(_Groupwise):
     """``gemm_fp8_nt_groupwise(backend="trtllm")``."""
 
     name = "flashinfer_trtllm"
+    _call: ClassVar[dict[str, str | None]] = {"backend": "trtllm", "scale_major_mode": None}
 
     def evaluate(self, request: LinearRequest, device: Device) -> Offer | Sequence[Rejection]:
         """An offer, or every reason against one."""
@@ -91,14 +162,20 @@ class FlashInferTrtllm:
             self.name,
             weight,
             activation,
-            notes=(*dispute_notes(gates, _TRTLLM_DISPUTE), *bias_notes(request)),
+            readiness=readiness_once_proven(request, device, self.name),
+            notes=(
+                *dispute_notes(gates, _TRTLLM_DISPUTE),
+                _PADDED,
+                *bias_notes(request),
+            ),
         )
 
 
-class FlashInferCutlass:
+class FlashInferCutlass(_Groupwise):
     """``gemm_fp8_nt_groupwise(backend="cutlass")``."""
 
     name = "flashinfer_cutlass"
+    _call: ClassVar[dict[str, str | None]] = {"backend": "cutlass", "scale_major_mode": "MN"}
 
     def evaluate(self, request: LinearRequest, device: Device) -> Offer | Sequence[Rejection]:
         """An offer, or every reason against one."""
@@ -118,37 +195,10 @@ class FlashInferCutlass:
             self.name,
             weight,
             activation,
+            readiness=readiness_once_proven(request, device, self.name),
             notes=(
                 *dispute_notes(gates, _CUTLASS_DISPUTE),
-                "M is padded to a multiple of four",
+                _PADDED,
                 *bias_notes(request),
             ),
-        )
-
-
-class FlashInferSm90:
-    """``fp8_blockscale_gemm_sm90``, used for small M only; it quantizes activations itself."""
-
-    name = "flashinfer_sm90"
-
-    def evaluate(self, request: LinearRequest, device: Device) -> Offer | Sequence[Rejection]:
-        """An offer for few tokens, or every reason against one."""
-        gates = Gates(self.name, request, device)
-        gates.architectures(((9, 0),))
-        gates.package(PACKAGE)
-        gates.cuda_at_least(12, 8)
-        gates.blocks(BLOCKS)
-        gates.activation_dtypes((DType.BFLOAT16,), "it quantizes inside")
-        gates.out_dtypes((DType.BFLOAT16,))
-        gates.multiples(64, 128)
-        gates.whole_blocks()
-        gates.dense()
-        if gates.rejections:
-            return gates.rejections
-        return Offer(
-            self.name,
-            OperandForm(FP8_128X128_FP32, K_MAJOR),
-            None,
-            SM90_M_RANGE,
-            notes=(*dispute_notes(gates, _SM90_DISPUTE), *bias_notes(request)),
         )

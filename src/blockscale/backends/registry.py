@@ -16,7 +16,8 @@ from blockscale.backends.cpu import Cpu
 from blockscale.backends.cuda import Cuda
 from blockscale.backends.deep_gemm import DeepGemm
 from blockscale.backends.external import ExternalBackend, external_backends
-from blockscale.backends.flashinfer import FlashInferCutlass, FlashInferSm90, FlashInferTrtllm
+from blockscale.backends.flashinfer import FlashInferCutlass, FlashInferTrtllm
+from blockscale.backends.flashinfer_sm90 import FlashInferSm90
 from blockscale.backends.gluon import Gluon
 from blockscale.backends.reference import Reference
 from blockscale.backends.sgl_cutlass import SglCutlass

@@ -75,6 +75,8 @@ class Readiness(Enum):
     """Whether blockscale itself can run the offer today."""
 
     RUNNABLE = "runnable"
+    ONCE_PROVEN = "once_proven"
+    """Written by the provider's documentation alone: it runs where the probe has proven it."""
     PLAN_ONLY = "plan_only"
     """The gates and layouts are known, blockscale has no ``run`` for it yet."""
 

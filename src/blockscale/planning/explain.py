@@ -103,6 +103,8 @@ def offer_words(offer: Offer) -> str:
     words = [_EVIDENCE[offer.evidence]]
     if offer.readiness is Readiness.PLAN_ONLY:
         words.append("blockscale cannot run it yet")
+    if offer.readiness is Readiness.ONCE_PROVEN:
+        words.append("runs only where doctor --probe has proven it")
     if not offer.is_deterministic:
         words.append("sums depend on timing")
     return ", ".join(words)

@@ -109,22 +109,28 @@ def _second_copies(layers: Iterable[LinearPlan]) -> list[Finding]:
     ]
 
 
+_NOT_RUNNABLE = {
+    Readiness.PLAN_ONLY: "but blockscale cannot run it yet",
+    Readiness.ONCE_PROVEN: "and runs only where doctor --probe has proven it",
+}
+
+
 def _plan_only(layers: Iterable[LinearPlan]) -> list[Finding]:
-    counts: dict[str, int] = defaultdict(int)
+    counts: dict[tuple[str, Readiness], int] = defaultdict(int)
     for plan in layers:
-        for backend in dict.fromkeys(
-            choice.offer.backend
+        for backend, readiness in dict.fromkeys(
+            (choice.offer.backend, choice.offer.readiness)
             for choice in plan.choices
-            if choice.offer.readiness is Readiness.PLAN_ONLY
+            if choice.offer.readiness in _NOT_RUNNABLE
         ):
-            counts[backend] += 1
+            counts[backend, readiness] += 1
     return [
         Finding(
             Severity.NOTE,
-            "plan_only",
-            f"{backend} is planned for {layer_count(count)}, but blockscale cannot run it yet",
+            readiness.value,
+            f"{backend} is planned for {layer_count(count)}, {_NOT_RUNNABLE[readiness]}",
         )
-        for backend, count in counts.items()
+        for (backend, readiness), count in counts.items()
     ]
 
 

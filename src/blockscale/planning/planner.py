@@ -245,6 +245,9 @@ def answer_of(
     if answer.readiness is Readiness.PLAN_ONLY and device.packages is not None:
         reason = "its gates are known, but blockscale cannot run it yet"
         rejections.append(Rejection(backend.name, Obstacle.NO_RUN, reason))
+    if answer.readiness is Readiness.ONCE_PROVEN and device.packages is not None:
+        reason = "runs only where it was proven, which it was not here (blockscale doctor --probe)"
+        rejections.append(Rejection(backend.name, Obstacle.NOT_PROVEN, reason))
     if rejections:
         return rejections
     if proof is not None and proof.verdict is Verdict.PROVEN:
