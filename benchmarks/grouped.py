@@ -7,8 +7,7 @@
 DeepGEMM's own cases (its tests/generators.py): contiguous (groups, rows each) and masked (groups,
 rows each, slots of 4096), counts drawn from 0.7 to 1.3 of the second; and MiniMax-M2.5's experts:
 8 of 256 for each token, 4096 tokens contiguous, 1 to 128 masked, and those also in low row blocks,
-which gluon alone reads (relative to DeepGEMM's masked time). ``cuda`` has rows of 128 to a row
-block, contiguous, alone. Everything is compiled first, by
+which gluon alone reads (relative to DeepGEMM's masked time). Everything is compiled first, by
 several processes. Copies that together are several times the L2 cache are
 worked through by one CUDA graph each; graphs are replayed in turns. A result that is not near the
 float64 product of the dequantized operands is reported and not timed. Activations are quantized.
@@ -45,7 +44,7 @@ from blockscale.formats import (
     MN_MAJOR_TMA_ALIGNED,
     DType,
 )
-from blockscale.kernels.cuda.grouped_choice import promising_contiguous
+from blockscale.kernels.cuda.grouped_choice import promising_contiguous, promising_masked
 from blockscale.kernels.cuda.grouped_product import CudaGroupedProduct
 from blockscale.kernels.gluon.grouped_choice import (
     choose_contiguous,
@@ -278,17 +277,17 @@ def everything(case: Case, copies: list[Copy], options: argparse.Namespace) -> I
 
 def is_for(backend: str, case: Case) -> bool:
     """Whether the backend has this layout."""
-    if backend == "cuda":
-        return case.layout == "contiguous" and case.alignment == ALIGNMENT
-    return backend != "deep_gemm" or case.alignment == ALIGNMENT
+    return backend not in {"cuda", "deep_gemm"} or case.alignment == ALIGNMENT
 
 
 def chosen(backend: str, case: Case, copy: Copy, dtype: str) -> str:
     """The tile that the backend takes; gluon the same one in both output dtypes."""
     blocks = copy.routing.numel()
     if backend == "cuda":
-        rows = copy.activation.data.shape[0]
-        return CudaGroupedProduct(copy.weight).work(rows, blocks, DTYPES[dtype]).name
+        product, rows = CudaGroupedProduct(copy.weight), copy.activation.data.shape[-2]
+        if case.layout == "masked":
+            return product.masked_work(rows, case.likely, DTYPES[dtype]).name
+        return product.contiguous_work(rows, blocks, DTYPES[dtype]).name
     if backend != "gluon":
         return ""
     if case.layout == "masked":
@@ -305,9 +304,14 @@ def tried(
         yield from (("gluon", variant) for variant in tried_of_gluon(case))
     if "cuda" in backends and is_for("cuda", case):
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-        rows = (case.groups, copy.routing.numel(), case.alignment)
-        shape, out = (case.n, case.k), DType.BFLOAT16
-        yield from (("cuda", w) for w in promising_contiguous(rows, shape, out, processors)[:MOST])
+        given = (case.n, case.k), DType.BFLOAT16, processors
+        if case.layout == "masked":
+            works = promising_masked((case.groups, case.slot, case.likely), *given)
+        else:
+            works = promising_contiguous(
+                (case.groups, copy.routing.numel(), case.alignment), *given
+            )
+        yield from (("cuda", work) for work in works[:MOST])
 
 
 def tried_of_gluon(case: Case) -> Iterator[AnyGroupedVariant]:
@@ -364,8 +368,8 @@ def call(
     if backend == "cuda":
         of_cuda = CudaGroupedProduct(copy.weight)
         of_cuda.use(variant)
-        return partial(of_cuda.contiguous, copy.activation, copy.routing, out)
-    if backend == "gluon":
+        contiguous, masked = of_cuda.contiguous, of_cuda.masked
+    elif backend == "gluon":
         product = GroupedProduct(copy.weight)
         product.use(variant)
         contiguous, masked = product.contiguous, product.masked

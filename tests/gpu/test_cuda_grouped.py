@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from blockscale.formats import DType
-from blockscale.kernels.cuda.grouped_choice import contiguous_works
+from blockscale.kernels.cuda.grouped_choice import contiguous_works, masked_works
 from blockscale.kernels.cuda.grouped_product import CudaGroupedProduct
 from blockscale.kernels.cuda.work import Share
-from blockscale.testing.exact_groups import NAN, Contiguous, Weights
+from blockscale.testing.exact_groups import NAN, Contiguous, Masked, Weights
 
 if TYPE_CHECKING:
     from blockscale.kernels.cuda.work import Work
@@ -75,6 +75,41 @@ def test_contiguous_is_exact_whatever_the_groups(
                 assert not wrong, (n, k, counts, processors, wrong)
 
 
+# Each wave's end and just beyond it, empty ones anywhere, one hot expert, nothing at all.
+SLOT_COUNTS = (
+    (0, 1, 64, 65, 0, 128, 129, 0),
+    (192, 193, 256, 257, 300, 0, 7, 16),
+    (0, 0, 0, 0, 0, 300, 0, 0),
+    (0,) * 8,
+)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_masked_is_exact_whatever_the_counts(form: tuple[int, int, Share, torch.dtype]) -> None:
+    rows, columns, share, dtype = form
+    for n, k in ((456, 1152), (392, 80)):
+        weights = Weights(8, n, k, CudaGroupedProduct)
+        for counts in SLOT_COUNTS:
+            for slot_rows, processors in ((300, 132), (331, 6)):
+                case = Masked(weights, counts, slot_rows)
+                works = masked_works((8, slot_rows, 99), (n, k), DTYPES[dtype], processors)
+                work = next(
+                    one
+                    for one in works
+                    if (one.form.rows, one.form.columns, one.form.share) == (rows, columns, share)
+                )
+                wrong = case.wrong(case.run(work, dtype))
+                assert not wrong, (n, k, counts, slot_rows, wrong)
+
+
+def test_the_choice_for_slots_is_exact() -> None:
+    weights = Weights(8, 456, 1152, CudaGroupedProduct)
+    for counts in SLOT_COUNTS:
+        for dtype in DTYPES:
+            case = Masked(weights, counts, 300)
+            assert not case.wrong(case.run(None, dtype))
+
+
 @pytest.mark.parametrize("alignment", [64, 128])
 def test_the_choice_is_exact(alignment: int) -> None:
     weights = Weights(8, 456, 1152, CudaGroupedProduct)
@@ -101,10 +136,18 @@ def test_every_tile_gives_the_same_bits() -> None:
 def test_a_captured_graph_serves_every_routing_of_as_many_rows() -> None:
     weights = Weights(8, 456, 1152, CudaGroupedProduct)
     case = Contiguous(weights, (300, 0, 0, 0, 0, 0, 0, 900), 128)
-    out = case.run(None, BF16)
+    masked = Masked(weights, (300,) * 8, 300)
+    out, slots = case.run(None, BF16), masked.run(None, BF16)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         weights.product.contiguous(case.activation, case.groups, out)
+        weights.product.masked(masked.activation, masked.device_counts, slots, 300)
+    for counts in ((0, 300, 1, 0, 0, 17, 0, 129), (0,) * 8):
+        masked.counts = counts
+        masked.device_counts.copy_(torch.tensor(counts))
+        slots.fill_(NAN)
+        graph.replay()
+        assert not masked.wrong(slots)
     out.fill_(NAN)
     graph.replay()
     assert not case.wrong(out)

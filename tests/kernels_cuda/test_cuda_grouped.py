@@ -15,7 +15,12 @@ import torch
 
 from blockscale.formats import DType
 from blockscale.kernels.cpu.build import find_compiler
-from blockscale.kernels.cuda.grouped_choice import ALIGNMENTS, choose_contiguous
+from blockscale.kernels.cuda.grouped_choice import (
+    ALIGNMENTS,
+    choose_contiguous,
+    make_masked_work,
+    masked_form,
+)
 from blockscale.kernels.cuda.work import (
     OUTPUTS,
     SHARED_BYTES,
@@ -170,6 +175,121 @@ def test_any_number_of_blocks_at_once_in_any_order(groups: tuple[int, ...]) -> N
         for form in (WIDE, LOW):
             work = make_work(form, problem.m, n, k, processors, band=1 + seed % 2)
             assert problem.is_right(problem.run(work, Trial(seed)))
+
+
+def masked(rows: int, columns: int, out: DType, *, share: Share = Share.NOTHING) -> Form:
+    return masked_form(make_form(rows, columns, out, share=share))
+
+
+MASKED_FORMS = [
+    masked(256, 128, BF16),
+    masked(128, 96, FP32, share=Share.ACTIVATION),
+    *(
+        pytest.param(form, marks=machine)
+        for form in (
+            masked(256, 112, FP16, share=Share.ACTIVATION),
+            masked(128, 192, BF16),
+            masked_form(make_form(64, 128, BF16, beside=2)),
+            masked(64, 64, FP32),
+        )
+    ),
+]
+# Each wave's end and just beyond it, none, all of a slot; beyond what a slot can have.
+COUNTS = ((0, 1, 64, 65, 0), (128, 129, 300, 0, 0), (0, 0, 0, 0, 0), (-3, 0, 17, 1000, 257))
+
+
+class Slots:
+    """A slot of rows for each group; those that do not count are NaN."""
+
+    def __init__(self, counts: Sequence[int], slot: int, n: int, k: int) -> None:
+        self.slot, self.n, self.k = slot, n, k
+        self.given = torch.tensor(counts, dtype=torch.int32)
+        self.counts = [min(max(count, 0), slot) for count in counts]
+        flat = Problem([*range(N_GROUPS)], slot, n, k)
+        self.flat = flat
+        self.codes = flat.a[: flat.m].view(N_GROUPS, slot, k)
+        stride = aligned_scale_stride(slot)
+        self.scales = torch.full((N_GROUPS, flat.blocks, stride), NAN)
+        for group, count in enumerate(self.counts):
+            self.codes[group, count:] = torch.tensor(NAN).to(torch.float8_e4m3fn)
+            rows = slice(group * slot, group * slot + count)
+            self.scales[group, :, :count] = flat.a_scales[rows].T
+
+    def run(self, work: Work, trial: Trial = FIRST) -> torch.Tensor:
+        """The kernel's result; fails if it wrote outside, NaN where it wrote nothing."""
+        guard, size = 64, N_GROUPS * self.slot * self.n
+        memory = torch.full((size + 2 * guard,), NAN).to(torch_dtype(work.form.out))
+        out = memory[guard : guard + size].view(N_GROUPS, self.slot, self.n)
+        a, b = (self.codes, self.scales), (self.flat.b, self.flat.b_scales)
+        cuda_machine.multiply(work, a, b, out, self.given, trial)
+        assert memory[:guard].isnan().all()
+        assert memory[guard + size :].isnan().all()
+        return out
+
+    def is_right(self, out: torch.Tensor) -> bool:
+        expected = self.flat.expected.to(out.dtype).view(out.shape)
+        return all(
+            torch.equal(out[group, :count], expected[group, :count])
+            and bool(out[group, count:].isnan().all())
+            for group, count in enumerate(self.counts)
+        )
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("form", MASKED_FORMS, ids=name_of)
+def test_any_counts_give_the_float64_product_bit_for_bit(
+    form: Form, counts: tuple[int, ...]
+) -> None:
+    """Rows of a slot that do not count stay NaN; slots end within a store's 16 rows."""
+    n, k = 136, 128 * (form.stages // 2) + 16
+    for slot, processors in ((300, 2), (331, 3)):
+        problem = Slots(counts, slot, n, k)
+        work = make_masked_work(form, (N_GROUPS, slot), (n, k), processors)
+        assert problem.is_right(problem.run(work, Trial(slot)))
+
+
+# A piece of the kernel, what takes its place, and what is noticed.
+MASKED_BROKEN = {
+    "stores reach the next slot": (
+        "tma_store_in_slot(out, source, place.column, place.row, place.slot);",
+        "tma_store(out, source, place.column, place.slot * 331 + place.row);",
+        "stores a box with nothing|wrong",
+    ),
+    "rows that do not count are written": (
+        "place.row < place.end",
+        "true",
+        "nothing in it|wrong",
+    ),
+    "the table is read before it is written": (
+        "    sync_block();\n    return uniform",
+        "    return uniform",
+        "wrong|what TMA|nothing can go on|outside|slot|negative|ends",
+    ),
+    "counts are not kept within the slot": (
+        "return count < 0 ? 0 : smaller(count, problem.m);",
+        "return count;",
+        "wrong|nothing in it|negative",
+    ),
+}
+
+
+@machine
+@pytest.mark.parametrize("name", MASKED_BROKEN)
+def test_the_machine_notices_a_broken_masked_kernel(name: str) -> None:
+    piece, instead, words = MASKED_BROKEN[name]
+    problem = Slots((331, 330, 17, 1000, -5), 331, 136, 272)
+    work = make_masked_work(masked(128, 96, BF16), (N_GROUPS, 331), (136, 272), 2)
+    found = []
+    for seed in range(10):
+        try:
+            out = problem.run(work, Trial(seed, (piece, instead)))
+        except EmulationError as error:
+            found.append(str(error))
+        else:
+            found.append("" if problem.is_right(out) else "wrong")
+        if found[-1]:
+            break
+    assert re.search(words, found[-1] or "right")
 
 
 # A piece of the kernel, what takes its place, and what is noticed.

@@ -1,6 +1,6 @@
 """Warp-specialised Hopper GEMM in CUDA C++, blockscale's own, compiled by NVRTC when it is needed.
 
-Architectures: SM90. Output: bfloat16, float16, float32; fused bias. Experts, contiguous.
+Architectures: SM90. Output: bfloat16, float16, float32; fused bias. Experts in both arrangements.
 Blocks: weights 128x128, activations 1x128, float32 scales, ceil(K / 128) of them.
 Scales lie as Gluon's and DeepGEMM's on SM90. Not proven: it has not run on a GPU yet (ADR 0010).
 """
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from blockscale.backends.base import Multiply, MultiplyContiguous
+    from blockscale.backends.base import Multiply, MultiplyContiguous, MultiplyMasked
+    from blockscale.kernels.cuda.grouped_product import CudaGroupedProduct
     from blockscale.kernels.step import Steps
     from blockscale.planning.decision import Rejection
     from blockscale.planning.device import Device
@@ -126,9 +127,17 @@ class Cuda:
 
     def bind_contiguous(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyContiguous:  # noqa: ARG002 - the protocol's signature
         """Row blocks of 64 or 128 rows; see ``kernels/cuda/grouped_choice``."""
-        from blockscale.kernels.cuda.grouped_product import CudaGroupedProduct
+        return _grouped_product(weight).contiguous
 
-        return CudaGroupedProduct(weight).contiguous
+    def bind_masked(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyMasked:  # noqa: ARG002 - the protocol's signature
+        """Slots of any height; as it stands, for many rows of each."""
+        return _grouped_product(weight).masked
+
+
+def _grouped_product(weight: BlockScaledTensor) -> CudaGroupedProduct:
+    from blockscale.kernels.cuda.grouped_product import CudaGroupedProduct
+
+    return CudaGroupedProduct(weight)
 
 
 def _rows(experts: int) -> tuple[GroupedRows, ...]:

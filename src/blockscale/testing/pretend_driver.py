@@ -75,7 +75,9 @@ class Map(ctypes.Structure):
         ("element_type", ctypes.c_uint32),
         ("swizzle", ctypes.c_uint32),
         ("promotion", ctypes.c_uint32),
-        ("padding", ctypes.c_ubyte * 76),
+        # 0 for a matrix.
+        ("slots", ctypes.c_uint32),
+        ("padding", ctypes.c_ubyte * 72),
     )
 
     @property
@@ -91,8 +93,10 @@ class Map(ctypes.Structure):
 
     def matrix(self, name: str) -> torch.Tensor:
         """What it describes. Raises PretendError if it is not all there."""
-        strides = (self.pitch // self.dtype.itemsize, 1)
-        return strided(name, self.address, self.dtype, (self.rows, self.columns), strides)
+        shape, strides = (self.rows, self.columns), (self.pitch // self.dtype.itemsize, 1)
+        if self.slots:
+            shape, strides = (self.slots, *shape), (self.rows * strides[0], *strides)
+        return strided(name, self.address, self.dtype, shape, strides)
 
 
 def _require(holds: object, otherwise: str) -> None:
@@ -133,7 +137,11 @@ class Driver:
     def cuTensorMapEncodeTiled(self, place: Any, element_type: int, *given: Any) -> int:  # noqa: ANN401, N802 - as above
         """Write down what is to be encoded, having looked at it."""
         rank, address, sizes, pitches, box, steps, interleave, swizzle, promotion, fill = given
-        _require((rank, interleave, fill, *steps) == (2, 0, 0, 1, 1), "an unusual descriptor")
+        _require((interleave, fill, *steps) == (0, 0, *[1] * rank), "an unusual descriptor")
+        # Of two axes, or of three.
+        slots = [*sizes[2:]]
+        is_stack = not slots or (pitches[1], box[2]) == (sizes[1] * pitches[0], 1)
+        _require(is_stack, "slots one behind the other")
         size = ELEMENTS[element_type].itemsize
         _require(place.value % driver.MAP_ALIGNMENT == 0, "a descriptor is aligned")
         _require(address.value % driver.TMA_BYTES == 0, "TMA: address")
@@ -145,7 +153,7 @@ class Driver:
         _require(all(sizes), "TMA: an empty matrix")
         found = Map(
             address.value, sizes[1], sizes[0], pitches[0], box[1], box[0], element_type, swizzle,
-            promotion,
+            promotion, slots[0] if slots else 0,
         )  # fmt: skip
         ctypes.memmove(place.value, ctypes.addressof(found), ctypes.sizeof(found))
         return 0
@@ -175,11 +183,14 @@ def compute(form: Form, blocks: int, maps: list[Map], problem: launch.Problem) -
     names = ("a", "b", "a_scales", "out")
     _require([one.box for one in maps] == list(form.boxes), f"{form.name}: boxes")
     a, b, a_scales, out = (one.matrix(name) for name, one in zip(names, maps, strict=True))
-    (m, k), n = a.shape, problem.n
+    m, n, k = problem.m, problem.n, a.shape[1]
     _require(b.shape[1] == k and n > 0 and b.shape[0] % n == 0, "N and K of both operands")
     groups = b.shape[0] // n
-    _require((problem.m, problem.n) == tuple(out.shape) == (m, n), "M and N")
-    _require(tuple(a_scales.shape) == (problem.k_blocks, m), "scales of the activation")
+    is_masked = form.grouping is Grouping.MASKED
+    slots = groups if is_masked else 1
+    _require(a.shape[0] == slots * m, "rows of the activation")
+    _require(tuple(out.shape) == ((slots, m, n) if is_masked else (m, n)), "M and N")
+    _require(tuple(a_scales.shape) == (slots * problem.k_blocks, m), "scales of the activation")
     _require(a_scales.stride(0) == aligned_scale_stride(m), "columns of scales")
     scale_shape = (groups, -(-n // 128), problem.k_blocks)
     scale_strides = (scale_shape[1] * problem.b_scale_stride, problem.b_scale_stride, 1)
@@ -188,20 +199,24 @@ def compute(form: Form, blocks: int, maps: list[Map], problem: launch.Problem) -
     routing = None
     if form.grouping is Grouping.NOTHING:
         _require(groups == 1 and not problem.routing, "one weight, and no groups")
+    elif is_masked:
+        _require(problem.groups == groups, "as many groups as weights")
+        routing = strided("routing", problem.routing, torch.int32, (groups,), None)
     else:
         _require(problem.block_rows > 0 and m % problem.block_rows == 0, "whole row blocks")
         count = (m // problem.block_rows,)
         routing = strided("routing", problem.routing, torch.int32, count, None)
     codes = torch.float8_e4m3fn
-    if blocks > MAX_BLOCKS or m * n * k > MAX_PRODUCTS:
-        operands = (a.view(codes), b.view(codes), a_scales, b_scales, out[None], bias)
-        found = Operands(*operands, routing, is_masked=False)
+    if blocks > MAX_BLOCKS or slots * m * n * k > MAX_PRODUCTS:
+        stack = out if is_masked else out[None]
+        operands = (a.view(codes), b.view(codes), a_scales, b_scales, stack, bias)
+        found = Operands(*operands, routing, is_masked=is_masked)
         (found.multiply if routing is None else found.multiply_groups)()
         return
     work = Work(
         form, problem.unit_rows, problem.unit_columns, problem.k_blocks, problem.band, blocks
     )
-    operands_a = (a.view(codes), a_scales.T)
+    operands_a = (a.view(codes).view(slots, m, k) if is_masked else a.view(codes), a_scales)
     operands_b = (b.view(codes).view(groups, n, k), b_scales)
     if routing is None:
         operands_b = (operands_b[0][0], b_scales[0])

@@ -110,13 +110,16 @@ def load_function(cubin: bytes, name: str, shared_bytes: int) -> ctypes.c_void_p
 
 
 def encode(
-    address: int, shape: tuple[int, int], pitch: int, box: Box, element_type: int, promotion: int
+    address: int, shape: tuple[int, ...], pitch: int, box: Box, element_type: int, promotion: int
 ) -> TensorMap:
     """The descriptor of a (rows, columns) matrix with ``pitch`` bytes from one row to the next.
 
+    ``shape`` may be (slots, rows, columns): matrices one behind the other.
+
     Raises BackendError if TMA cannot reach it.
     """
-    rows, columns = shape
+    *slots, rows, columns = shape
+    rank = len(shape)
     if address % TMA_BYTES or (rows > 1 and pitch % TMA_BYTES):
         msg = (
             f"TMA reads rows that start on {TMA_BYTES} bytes; a {rows}x{columns} operand lies "
@@ -127,16 +130,16 @@ def encode(
     pitch = -(-pitch // TMA_BYTES) * TMA_BYTES
     room = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
     start = -(-ctypes.addressof(room) // MAP_ALIGNMENT) * MAP_ALIGNMENT
-    longs, ints = ctypes.c_uint64 * 2, ctypes.c_uint32 * 2
+    longs, ints = ctypes.c_uint64 * rank, ctypes.c_uint32 * rank
     status = driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(start),
         element_type,
-        2,
+        rank,
         ctypes.c_void_p(address),
-        longs(columns, rows),
-        longs(pitch, 0),
-        ints(box.columns, box.rows),
-        ints(1, 1),
+        longs(columns, rows, *slots),
+        longs(pitch, pitch * rows),
+        ints(box.columns, box.rows, *(1 for _ in slots)),
+        ints(*(1 for _ in shape)),
         0,  # not interleaved
         SWIZZLES[box.swizzle],
         promotion,

@@ -18,7 +18,7 @@
 enum class Share { NOTHING, ACTIVATION, WEIGHT };
 enum class Output { BFLOAT16, FLOAT16, FLOAT32 };
 // Whose rows they are: units.cuh.
-enum class Grouping { NOTHING, CONTIGUOUS };
+enum class Grouping { NOTHING, CONTIGUOUS, MASKED };
 enum class When { AT_ONCE, LATE };
 
 constexpr int ROWS = FORM_ROWS, COLUMNS = FORM_COLUMNS;
@@ -90,7 +90,10 @@ constexpr u32 A_SCALE_SLOTS = STAGING + STAGING_BYTES;
 constexpr u32 B_SCALE_SLOTS = A_SCALE_SLOTS + STAGES * A_SCALE_BYTES;
 constexpr u32 FULL = B_SCALE_SLOTS + STAGES * B_SCALE_BYTES;
 constexpr u32 EMPTY = FULL + STAGES * BARRIER_BYTES;
-constexpr u32 SHARED_BYTES = EMPTY + STAGES * BARRIER_BYTES;
+// For each group, the tiles of its rows and of those of all groups before it.
+constexpr u32 GROUP_ENDS = EMPTY + STAGES * BARRIER_BYTES;
+constexpr int MOST_GROUPS = GROUPING == Grouping::MASKED ? 512 : 0;
+constexpr u32 SHARED_BYTES = GROUP_ENDS + MOST_GROUPS * 4;
 
 static_assert(SHARED_BYTES <= 232448, "what a block may have on SM90");
 
@@ -108,8 +111,10 @@ struct Problem {
     int unit_columns;
     // Units go down columns in bands of so many rows of units.
     int band;
-    // Of groups: rows of a row block, and the group of each row block.
+    // Contiguous: rows of a row block, and the group of each of them. Masked: how many groups, and
+    // the rows of each that count; m is a slot's rows.
     int block_rows;
+    int groups;
     const int* routing;
 };
 
@@ -154,11 +159,12 @@ DEVICE void copy_weight(const Ring& ring, const TensorMap& b, int block, int b_r
 }
 
 DEVICE void copy_activation(const Ring& ring, const TensorMap& a, const TensorMap& a_scales,
-                            int block, int row) {
+                            const Problem& problem, int block, const Place& place) {
+    const int row = place.slot * problem.m + place.row;
     const u32 target = ring.memory + A_SLOTS + ring.slot * A_BYTES;
     copy_rows<ROWS, SHARE == Share::ACTIVATION>(target, a, block * K_BLOCK, row, ring.full());
     const u32 scales = ring.memory + A_SCALE_SLOTS + ring.slot * A_SCALE_BYTES;
-    tma_load(scales, a_scales, row, block, ring.full());
+    tma_load(scales, a_scales, place.row, place.slot * problem.k_blocks + block, ring.full());
 }
 
 // One thread. The first slots' weights are copied before the kernel ahead has ended: they are no
@@ -188,7 +194,7 @@ DEVICE void copy_operands(Ring ring, const TensorMap& a, const TensorMap& b,
                 barrier_wait(ring.empty(), ring.parity ^ 1);
                 copy_weight(ring, b, block, b_row);
             }
-            copy_activation(ring, a, a_scales, block, place.row);
+            copy_activation(ring, a, a_scales, problem, block, place);
             ring.advance();
         }
     }
@@ -361,7 +367,8 @@ DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& pr
     bool is_written = true;
     const auto write = [&](int number) {
         if (problem.bias) add_bias(results[number], problem, place.column);
-        const Place first{place.row + warp_row + number * WAVE_ROWS, place.column, place.group};
+        Place first = place;
+        first.row += warp_row + number * WAVE_ROWS;
         write_wave(results[number], out, problem, first, staging);
     };
     for (Units<Walker::WARP> units(problem, unit_rows); units.are_left(); units.advance()) {
@@ -412,8 +419,7 @@ block_fp8_gemm(CONSTANT TensorMap a, CONSTANT TensorMap b, CONSTANT TensorMap a_
     } else {
         sync_block();
     }
-    if (GROUPING != Grouping::NOTHING) wait_for_kernel_ahead();
-    const int unit_rows = count_unit_rows(problem);
+    const int unit_rows = count_unit_rows(problem, ring.memory, warp);
     if (warp < CONSUMERS * WARPS) {
         if constexpr (MOVES_REGISTERS) take_registers<CONSUMER_REGISTERS>();
         consume(ring, warp, out, problem, unit_rows);

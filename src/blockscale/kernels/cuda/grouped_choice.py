@@ -1,8 +1,9 @@
-"""Which grouped form of ``gemm.cu`` serves some rows: a pure function of what the host knows.
+"""Which grouped form of ``gemm.cu`` serves some rows: pure functions of what the host knows.
 
-Which rows belong to which group lies on the GPU; the host knows how many row blocks there are at
-most, and how many groups. Whatever is chosen is right for any routing, only not as fast. The model
-is the dense kernel's (``costs``), on the rows that tiles are likely to compute.
+Which rows belong to which group lies on the GPU; the host knows how many groups there are, how many
+row blocks there are at most, and of slots how many rows are likely to count. Whatever is chosen is
+right for any routing, only not as fast. The model is the dense kernel's (``costs``), on the rows
+that tiles are likely to compute.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from functools import lru_cache
 from math import ceil
 from typing import TYPE_CHECKING
 
-from blockscale.kernels.cuda.costs import estimate
+from blockscale.kernels.cuda.costs import MEMORY, MEMORY_POWER, estimate, together
 from blockscale.kernels.cuda.work import (
+    HALF_SHARED_BYTES,
     MAX_COLUMNS,
+    SHARED_BYTES,
+    WAVE_ROWS,
     Grouping,
     Share,
     Work,
@@ -32,6 +36,8 @@ ALIGNMENTS = (64, 128)
 TILES = {64: (64, 96, 128, 192), 128: (96, 112, 128, 144, 160, 192), 256: (112, 128)}
 # A tile of two row blocks is for row blocks of this many rows.
 WIDE_BLOCK = 128
+# Two blocks share a multiprocessor where each has more slots than these.
+LEAST_STAGES = 4
 # The model is trusted this far.
 FAR = 1.2
 
@@ -67,10 +73,11 @@ def promising_contiguous(
     rows: tuple[int, int, int], shape: tuple[int, int], out: DType, processors: int
 ) -> list[Work]:
     """What the model does not hold for far slower than its choice, best first: for a sweep."""
-    found = {
-        work: contiguous_clocks(work, rows, shape[0])
-        for work in contiguous_works(rows, shape, out, processors)
-    }
+    works = contiguous_works(rows, shape, out, processors)
+    return _promising({work: contiguous_clocks(work, rows, shape[0]) for work in works})
+
+
+def _promising(found: dict[Work, float]) -> list[Work]:
     least = min(found.values())
     return [work for work in sorted(found, key=found.__getitem__) if found[work] <= FAR * least]
 
@@ -85,6 +92,79 @@ def contiguous_forms(out: DType) -> tuple[Form, ...]:
         for share in (Share.NOTHING, Share.ACTIVATION)
         if columns <= MAX_COLUMNS[height]
     )
+
+
+@lru_cache(maxsize=8192)
+def choose_masked(
+    rows: tuple[int, int, int], shape: tuple[int, int], out: DType, processors: int
+) -> Work:
+    """What serves the ``rows``: slots, rows of a slot, and how many of them are likely to count."""
+    found = masked_works(rows, shape, out, processors)
+    return min(found, key=lambda work: masked_clocks(work, rows, shape))
+
+
+def masked_works(
+    rows: tuple[int, int, int], shape: tuple[int, int], out: DType, processors: int
+) -> list[Work]:
+    """Everything that ``choose_masked`` compares."""
+    found = [make_masked_work(form, rows[:2], shape, processors) for form in masked_forms(out)]
+    return [w for w in found if w.form.share is Share.NOTHING or w.unit_columns > 1]
+
+
+def promising_masked(
+    rows: tuple[int, int, int], shape: tuple[int, int], out: DType, processors: int
+) -> list[Work]:
+    """As ``promising_contiguous``."""
+    works = masked_works(rows, shape, out, processors)
+    return _promising({work: masked_clocks(work, rows, shape) for work in works})
+
+
+@lru_cache(maxsize=8)
+def masked_forms(out: DType) -> tuple[Form, ...]:
+    """Every form that could serve slots."""
+    found = [masked_form(form) for form in contiguous_forms(out)]
+    beside = [make_form(WAVE_ROWS, columns, out, beside=2) for columns in TILES[WAVE_ROWS]]
+    found += [masked_form(form) for form in beside if form.stages > LEAST_STAGES]
+    return tuple(found)
+
+
+def masked_clocks(work: Work, rows: tuple[int, int, int], shape: tuple[int, int]) -> float:
+    """The model's time, for slots that all have about the likely rows.
+
+    Whether a count's last tile is needed depends on the count: half a tile more is the mean.
+    """
+    slots, slot_rows, likely = rows
+    likely = max(1, min(likely, slot_rows))
+    tall = work.form.rows
+    tiles = ceil(likely / tall) if likely <= tall / 2 else (likely + tall / 2) / tall
+    unit_rows = max(1, round(slots * tiles))
+    most = work.blocks // work.form.cluster
+    blocks = min(most, unit_rows * work.unit_columns) * work.form.cluster
+    grown = replace(work, unit_rows=unit_rows, blocks=blocks)
+    n, k = shape
+    # The model counts one weight's bytes; here each slot has its own.
+    found = estimate(grown, unit_rows * tall, n)
+    return together(MEMORY_POWER, found.clocks, slots * n * k / MEMORY)
+
+
+def masked_form(form: Form) -> Form:
+    """The same for slots: its table of groups may cost a slot of the ring."""
+    found = replace(form, grouping=Grouping.MASKED)
+    room = SHARED_BYTES if form.beside == 1 else HALF_SHARED_BYTES
+    if found.shared_bytes > room:
+        found = replace(found, stages=found.stages - 1)
+    return found
+
+
+def make_masked_work(
+    form: Form, slots: tuple[int, int], shape: tuple[int, int], processors: int
+) -> Work:
+    """``slots``: how many, and rows of each; the device finds which of their tiles there are."""
+    one = make_work(form, slots[1], *shape, processors)
+    unit_rows = slots[0] * one.unit_rows
+    clusters = processors * form.beside // form.cluster
+    blocks = min(clusters, unit_rows * one.unit_columns) * form.cluster
+    return replace(one, unit_rows=unit_rows, blocks=blocks)
 
 
 def contiguous_clocks(work: Work, rows: tuple[int, int, int], n: int) -> float:

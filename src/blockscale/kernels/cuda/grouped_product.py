@@ -8,10 +8,14 @@ import torch
 
 from blockscale.errors import BackendError
 from blockscale.kernels.cuda.driver import Maps
-from blockscale.kernels.cuda.grouped_choice import ALIGNMENTS, choose_contiguous
+from blockscale.kernels.cuda.grouped_choice import (
+    ALIGNMENTS,
+    choose_contiguous,
+    choose_masked,
+)
 from blockscale.kernels.cuda.launch import Arguments, Launch, Problem
 from blockscale.kernels.cuda.product import CODES, MAX_LAUNCHES, RESULTS, SCALES
-from blockscale.kernels.cuda.work import SCALE_BYTES, aligned_scale_stride
+from blockscale.kernels.cuda.work import MAX_GROUPS, SCALE_BYTES, aligned_scale_stride
 from blockscale.kernels.step import device_index
 from blockscale.tensor import dtype_of
 
@@ -56,47 +60,84 @@ class CudaGroupedProduct:
         Row blocks of -1 are neither read nor written. Raises BackendError for other row blocks,
         and where TMA cannot reach an operand.
         """
-        if out.shape[0] == 0:
-            return
-        if torch.cuda.current_device() != self._device:
-            with torch.cuda.device(self._device):
-                self._enqueue(activation, groups, out)
-            return
-        self._enqueue(activation, groups, out)
+        if out.shape[0]:
+            self._call(activation, groups, out, 0)
+
+    def masked(
+        self,
+        activation: BlockScaledTensor,
+        counts: torch.Tensor,
+        out: torch.Tensor,
+        expected_rows: int,
+    ) -> None:
+        """Enqueue ``backends.base``'s masked product, for slots of any number of rows.
+
+        Of a slot's rows that do not count, at most those of the last 16 are written. Counts
+        below 0 or beyond the slot are taken for 0 and the slot. Raises BackendError where TMA
+        cannot reach an operand, or for more than ``MAX_GROUPS`` groups.
+        """
+        if out.shape[1]:
+            self._call(activation, counts, out, expected_rows)
 
     def use(self, work: Work | None) -> None:
         """Serve every call by this work from now on: for tests and measurements."""
         self._fixed = work
         self._launches.clear()
 
-    def work(self, rows: int, blocks: int, out_dtype: torch.dtype) -> Work:
+    def contiguous_work(self, rows: int, blocks: int, out_dtype: torch.dtype) -> Work:
         """What serves so many rows in so many row blocks. Raises BackendError if nothing does."""
         alignment = rows // blocks if blocks else 0
         if alignment not in ALIGNMENTS or blocks * alignment != rows:
             msg = f"{rows} rows in {blocks} blocks; a row block has one of {ALIGNMENTS} rows"
             raise BackendError(msg)
-        if self._fixed is not None:
-            return self._fixed
-        return choose_contiguous(
-            (self._groups, blocks, alignment), (self._n, self._k), dtype_of(out_dtype),
-            self._processors,
-        )  # fmt: skip
+        given = (self._groups, blocks, alignment)
+        return self._fixed or choose_contiguous(
+            given, (self._n, self._k), dtype_of(out_dtype), self._processors
+        )
+
+    def masked_work(self, slot_rows: int, expected_rows: int, out_dtype: torch.dtype) -> Work:
+        """What serves slots of so many rows. Raises BackendError if nothing does."""
+        if self._groups > MAX_GROUPS:
+            msg = f"gemm.cu serves up to {MAX_GROUPS} slots, not {self._groups}"
+            raise BackendError(msg)
+        given = (self._groups, slot_rows, expected_rows)
+        return self._fixed or choose_masked(
+            given, (self._n, self._k), dtype_of(out_dtype), self._processors
+        )
+
+    def _call(
+        self,
+        activation: BlockScaledTensor,
+        routing: torch.Tensor,
+        out: torch.Tensor,
+        expected_rows: int,
+    ) -> None:
+        if torch.cuda.current_device() != self._device:
+            with torch.cuda.device(self._device):
+                self._enqueue(activation, routing, out, expected_rows)
+            return
+        self._enqueue(activation, routing, out, expected_rows)
 
     def _enqueue(
-        self, activation: BlockScaledTensor, groups: torch.Tensor, out: torch.Tensor
+        self,
+        activation: BlockScaledTensor,
+        routing: torch.Tensor,
+        out: torch.Tensor,
+        expected_rows: int,
     ) -> None:
         codes = activation.data
         stream = torch._C._cuda_getCurrentRawStream(self._device)  # noqa: SLF001 - as in ``product``
         key = (
             stream,
-            out.shape[0],
-            groups.shape[0],
+            out.shape,
+            routing.shape[0],
             out.dtype,
             out.data_ptr(),
             codes.data_ptr(),
-            codes.stride(0),
+            codes.stride(-2),
             activation.scales.data_ptr(),
-            groups.data_ptr(),
+            routing.data_ptr(),
+            expected_rows,
         )
         launch = self._launches.get(key)
         if launch is None:
@@ -106,16 +147,22 @@ class CudaGroupedProduct:
         launch()
 
     def _launch(self, key: tuple) -> Launch:
-        stream, rows, blocks, dtype, out, codes, stride, scales, groups = key
-        work = self.work(rows, blocks, dtype)
+        stream, shape, length, dtype, out, codes, stride, scales, routing, expected_rows = key
+        *slots, rows, _ = shape
+        if slots:
+            work = self.masked_work(rows, expected_rows, dtype)
+        else:
+            work = self.contiguous_work(rows, length, dtype)
         a_box, b_box, scale_box, out_box = work.form.boxes
+        count = slots[0] if slots else 1
         columns = aligned_scale_stride(rows) * SCALE_BYTES
         flat = (self._groups * self._n, self._k)
+        pitch = self._n * dtype.itemsize
         maps = (
-            self._maps(codes, (rows, self._k), stride, a_box, *CODES),
+            self._maps(codes, (count * rows, self._k), stride, a_box, *CODES),
             self._maps(self._data.data_ptr(), flat, self._k, b_box, *CODES),
-            self._maps(scales, (work.k_blocks, rows), columns, scale_box, *SCALES),
-            self._maps(out, (rows, self._n), self._n * dtype.itemsize, out_box, *RESULTS[dtype]),
+            self._maps(scales, (count * work.k_blocks, rows), columns, scale_box, *SCALES),
+            self._maps(out, (*slots, rows, self._n), pitch, out_box, *RESULTS[dtype]),
         )
         problem = Problem(
             self._scales.data_ptr(),
@@ -127,7 +174,8 @@ class CudaGroupedProduct:
             work.unit_rows,
             work.unit_columns,
             work.band,
-            rows // blocks,
-            groups,
+            0 if slots else rows // length,
+            self._groups,
+            routing,
         )
         return Launch(work, self._device, stream, Arguments(maps, problem), overlap=self._overlap)

@@ -32,6 +32,15 @@ DEVICE int uniform(int value) { return __shfl_sync(0xffffffff, value, 0); }
 // The largest of a warp's values. All lanes of a warp.
 DEVICE int warp_maximum(int value) { return __reduce_max_sync(0xffffffff, value); }
 
+// The sum of a lane's value and of those of all lanes before it. All lanes of a warp.
+DEVICE int warp_prefix_sum(int value) {
+    UNROLL for (int distance = 1; distance < WARP; distance *= 2) {
+        const int before = __shfl_up_sync(0xffffffff, value, distance);
+        if (lane_index() >= distance) value += before;
+    }
+    return value;
+}
+
 DEVICE int block_index() { return blockIdx.x; }
 
 DEVICE int grid_size() { return gridDim.x; }
@@ -140,6 +149,15 @@ DEVICE void tma_store(const TensorMap& map, u32 source, int column, int row) {
                  : "memory");
 }
 
+// The same to (column, row, slot) of an array of three axes: nothing outside of the slot is written.
+DEVICE void tma_store_in_slot(const TensorMap& map, u32 source, int column, int row, int slot) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
+            &map),
+        "r"(source), "r"(column), "r"(row), "r"(slot)
+        : "memory");
+}
+
 DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Until all but the last PENDING groups of this thread have been read from shared memory.
@@ -176,6 +194,16 @@ DEVICE float load_shared(u32 address) {
     float value;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
     return value;
+}
+
+DEVICE int load_shared_integer(u32 address) {
+    int value;
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+    return value;
+}
+
+DEVICE void store_shared(u32 address, int value) {
+    asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
 DEVICE void store_shared_pair(u32 address, float first, float second) {

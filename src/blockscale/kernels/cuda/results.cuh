@@ -83,7 +83,9 @@ DEVICE void write_wave(const float (&sums)[SUMS], const TensorMap& out, const Pr
     UNROLL for (int half = 0; half < WARP_ROWS / BOX_ROWS; half++) {
         UNROLL for (int box = 0; box < BOXES; box++) {
             const int inside = smaller(box * BOX_COLUMNS, COLUMNS - BOX_COLUMNS);
-            const Place place{first.row + half * BOX_ROWS, first.column + inside, first.group};
+            Place place = first;
+            place.row += half * BOX_ROWS;
+            place.column += inside;
             if (lane_index() == 0) tma_store_wait_read<BUFFERS - 1>();
             sync_warp();
             if constexpr (OUTPUT == Output::FLOAT32)
@@ -93,8 +95,8 @@ DEVICE void write_wave(const float (&sums)[SUMS], const TensorMap& out, const Pr
             fence_for_tma();
             sync_warp();
             if (lane_index() == 0) {
-                if (place.row < problem.m && place.column < problem.n)
-                    tma_store(out, staging.buffer(), place.column, place.row);
+                if (place.row < place.end && place.column < problem.n)
+                    store_box(out, staging.buffer(), place);
                 tma_store_commit();
             }
             staging.advance();

@@ -6,11 +6,14 @@
 // Included by gemm.cu, behind the form's constants and Problem.
 #pragma once
 
-// First row and column of a block's tile, and the group whose weight it takes.
+// A block's tile: its first row and column, the group whose weight it takes, the slot whose rows, and
+// the first row that is not to be written.
 struct Place {
     int row;
     int column;
     int group;
+    int slot;
+    int end;
 };
 
 DEVICE int smaller(int a, int b) { return a < b ? a : b; }
@@ -26,7 +29,7 @@ DEVICE Place place_of(const Problem& problem, int unit_rows, int unit) {
     const int rank = block_index() % CLUSTER;
     if (SHARE == Share::ACTIVATION) column = 2 * column + rank;
     if (SHARE == Share::WEIGHT) row = 2 * row + rank;
-    return {row * ROWS, column * COLUMNS, 0};
+    return {row * ROWS, column * COLUMNS, 0, 0, problem.m};
 }
 
 // Who walks: one thread, or all lanes of a warp, for whom what they read is then uniform.
@@ -48,6 +51,15 @@ struct UnitsOf<Grouping::NOTHING, WALKER> {
     DEVICE bool has_rows_for(int) const { return true; }
 };
 
+// Starts the store of a box, as far as it lies in the output or in the slot.
+DEVICE void store_box(const TensorMap& out, u32 source, const Place& place) {
+    if (GROUPING == Grouping::MASKED) {
+        tma_store_in_slot(out, source, place.column, place.row, place.slot);
+    } else {
+        tma_store(out, source, place.column, place.row);
+    }
+}
+
 // ---- contiguous: row block b belongs to group routing[b], or to none (-1)
 
 // Parts of a tile that may belong to different groups, each the rows of one consumer.
@@ -58,8 +70,7 @@ static_assert(GROUPING == Grouping::NOTHING || SHARE != Share::WEIGHT,
               "two tiles of rows may belong to two groups");
 
 // Rows of units up to the last row block that belongs to a group. All lanes of a warp.
-DEVICE int count_unit_rows(const Problem& problem) {
-    if (GROUPING == Grouping::NOTHING) return problem.unit_rows;
+DEVICE int count_used_rows(const Problem& problem) {
     int last = 0;
     for (int end = problem.m / problem.block_rows; end > 0 && last == 0; end -= WARP) {
         const int block = end - 1 - lane_index();
@@ -123,5 +134,78 @@ struct UnitsOf<Grouping::CONTIGUOUS, WALKER> {
     }
 };
 
+// ---- masked: group g has routing[g] rows at the start of its slot of m rows
+
+DEVICE int rows_of_group(const Problem& problem, int group) {
+    const int count = load_global(problem.routing + group);
+    return count < 0 ? 0 : smaller(count, problem.m);
+}
+
+// Writes GROUP_ENDS; how many tiles of rows there are. One warp.
+DEVICE int count_tiles(const Problem& problem, u32 ends) {
+    int before = 0;
+    for (int first = 0; first < problem.groups; first += WARP) {
+        const int group = first + lane_index();
+        int tiles = 0;
+        if (group < problem.groups) tiles = (rows_of_group(problem, group) + ROWS - 1) / ROWS;
+        const int end = before + warp_prefix_sum(tiles);
+        if (group < problem.groups) store_shared(ends + 4 * group, end);
+        before = warp_maximum(end);
+    }
+    return before;
+}
+
+template <Walker WALKER>
+struct UnitsOf<Grouping::MASKED, WALKER> {
+    const Problem& problem;
+    u32 ends;
+    int units;
+    int unit = block_index() / CLUSTER;
+
+    DEVICE UnitsOf(const Problem& given, int tiles)
+        : problem(given), ends(shared_memory() + GROUP_ENDS), units(tiles * given.unit_columns) {}
+    DEVICE bool are_left() const { return unit < units; }
+    DEVICE void advance() { unit += grid_size() / CLUSTER; }
+    // The first group that ends behind this unit's tile has it.
+    DEVICE Place place() const {
+        const int tile = unit / problem.unit_columns;
+        int group = 0, last = problem.groups - 1;
+        while (group < last) {
+            const int middle = (group + last) / 2;
+            if (read(ends + 4 * middle) > tile) {
+                last = middle;
+            } else {
+                group = middle + 1;
+            }
+        }
+        const int start = group > 0 ? read(ends + 4 * (group - 1)) : 0;
+        const int tiles = read(ends + 4 * group) - start;
+        Place found = place_of(problem, tiles, unit - start * problem.unit_columns);
+        found.group = found.slot = group;
+        found.end = same(rows_of_group(problem, group));
+        return found;
+    }
+    DEVICE bool has_rows_for(int consumer) const {
+        if (CONSUMERS == 1) return true;
+        const Place found = place();
+        return found.row + consumer * OWN_ROWS < found.end;
+    }
+
+  private:
+    DEVICE int read(u32 address) const { return same(load_shared_integer(address)); }
+    DEVICE int same(int value) const { return WALKER == Walker::WARP ? uniform(value) : value; }
+};
+
 template <Walker WALKER>
 using Units = UnitsOf<GROUPING, WALKER>;
+
+// What every walker starts from; all threads of the block. Whatever is read of groups, the kernel
+// ahead may have written.
+DEVICE int count_unit_rows(const Problem& problem, u32 memory, int warp) {
+    if (GROUPING == Grouping::NOTHING) return problem.unit_rows;
+    wait_for_kernel_ahead();
+    if (GROUPING == Grouping::CONTIGUOUS) return count_used_rows(problem);
+    if (warp == 0) count_tiles(problem, memory + GROUP_ENDS);
+    sync_block();
+    return uniform(load_shared_integer(memory + GROUP_ENDS + 4 * (problem.groups - 1)));
+}

@@ -14,6 +14,8 @@ HALF_SHARED_BYTES = 115_200
 # Full and empty barriers of a slot, and its two weight scales.
 SLOT_EXTRA_BYTES = 24
 LEAST_STAGES, MAX_STAGES = 3, 12
+# Masked groups that one launch may have, and what shared memory holds of each.
+MAX_GROUPS, GROUP_BYTES = 512, 4
 
 K_BLOCK = 128
 SCALE_BLOCK = 128
@@ -45,6 +47,7 @@ class Grouping(IntEnum):
 
     NOTHING = 0
     CONTIGUOUS = 1
+    MASKED = 2
 
 
 class When(IntEnum):
@@ -94,8 +97,8 @@ class Form:
     """One compiled form of the kernel.
 
     ``rows`` x ``columns``: a tile. ``stages``: slots of the ring. ``beside``: blocks that share a
-    multiprocessor. ``grouping``: of groups, a tile of 256 rows is for row blocks of 128, others for
-    any multiple.
+    multiprocessor. ``grouping``: contiguous, a tile of 256 rows is for row blocks of 128, others
+    for any multiple.
     """
 
     rows: int
@@ -131,7 +134,8 @@ class Form:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         staging = self.consumers * WARPS * self.stores.shared_bytes
-        return self.stages * slot_bytes(self.rows, self.columns) + staging
+        table = MAX_GROUPS * GROUP_BYTES if self.grouping is Grouping.MASKED else 0
+        return self.stages * slot_bytes(self.rows, self.columns) + staging + table
 
     @property
     def macros(self) -> dict[str, int]:

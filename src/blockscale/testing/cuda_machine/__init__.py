@@ -65,6 +65,7 @@ class _Map(ctypes.Structure):
         ("element", ctypes.c_int),
         ("swizzle", ctypes.c_int),
         ("is_weight", ctypes.c_bool),
+        ("slots", ctypes.c_long),
     )
 
 
@@ -128,20 +129,22 @@ def multiply(
 ) -> None:
     """Run ``work`` on the pretend Hopper. Raises EmulationError for what the hardware forbids.
 
-    ``a``, ``b``: codes and scales as ``CudaProduct.multiply`` takes them, or as
-    ``CudaGroupedProduct.contiguous``; ``out`` has the form's dtype. ``extra``: the bias, or of
-    groups the group of each row block.
+    ``a``, ``b``: codes and scales as ``CudaProduct.multiply`` takes them, or as the methods of
+    ``CudaGroupedProduct``; ``out`` has the form's dtype. ``extra``: the bias, or of groups what the
+    device is told of their rows.
     """
     (codes, scales), (weight, weight_scales) = a, b
-    (m, k), n = codes.shape, weight.shape[-2]
-    assert out.dtype == torch_dtype(work.form.out)
-    grouped = work.form.grouping is not Grouping.NOTHING
+    form = work.form
+    (m, k), n = codes.shape[-2:], weight.shape[-2]
+    slots = codes.shape[0] if form.grouping is Grouping.MASKED else 1
+    assert out.dtype == torch_dtype(form.out)
+    grouped = form.grouping is not Grouping.NOTHING
     bias, routing = (None, extra) if grouped else (extra, None)
-    loaded = library(work.form, trial.change)
+    loaded = library(form, trial.change)
     # The activation comes when the kernel ahead ends; until then its place holds NaN.
     arriving = torch.full_like(codes.contiguous().view(torch.uint8), 0xFF)
     final = codes.contiguous()
-    a_box, b_box, scale_box, out_box = work.form.boxes
+    a_box, b_box, scale_box, out_box = form.boxes
     problem = Problem(
         weight_scales.data_ptr(),
         0 if bias is None else bias.data_ptr(),
@@ -153,13 +156,15 @@ def multiply(
         work.unit_columns,
         work.band,
         0 if routing is None else m // routing.numel(),
+        slots,
         0 if routing is None else routing.data_ptr(),
     )
+    scale_rows = slots * work.k_blocks
     run = _Run(
-        _map(arriving.data_ptr(), m, k, k, a_box),
+        _map(arriving.data_ptr(), slots * m, k, k, a_box),
         _map(weight.data_ptr(), weight.numel() // k, k, weight.stride(-2), b_box, is_weight=True),
-        _map(scales.data_ptr(), work.k_blocks, m, aligned_scale_stride(m), scale_box),
-        _map(out.data_ptr(), m, n, out.stride(0), out_box),
+        _map(scales.data_ptr(), scale_rows, m, aligned_scale_stride(m), scale_box),
+        _map(out.data_ptr(), m, n, out.stride(-2), out_box),
         problem,
         weight_scales.numel(),
         0 if bias is None else bias.nbytes,
@@ -169,6 +174,7 @@ def multiply(
         work.blocks,
         trial.seed,
     )
+    run.out.slots = slots
     failure = loaded.run(ctypes.byref(run)).decode()
     if failure:
         raise EmulationError(failure)
@@ -188,4 +194,5 @@ def _map(
         element,
         box.swizzle,
         is_weight,
+        1,
     )

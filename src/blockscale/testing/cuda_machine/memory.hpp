@@ -12,6 +12,7 @@ struct TensorMap {
     int element;             // bytes
     int swizzle;             // 0, 32, 64 or 128 bytes
     bool is_weight;          // may be read before the kernel ahead has ended
+    long slots;              // matrices one after the other, of an array of three axes
 };
 
 namespace machine {
@@ -90,12 +91,14 @@ inline void check_box(const TensorMap& map, u32 address, int column, int row) {
 
 // Calls visit(address in shared memory, address in the matrix or null) for each element.
 template <class Visit>
-void for_each_element(const TensorMap& map, u32 address, int column, int row, Visit visit) {
+void for_each_element(const TensorMap& map, u32 address, int column, int row, int slot,
+                      Visit visit) {
+    char* matrix = map.data + slot * map.rows * map.pitch;
     for (int r = 0; r < map.box_rows; r++)
         for (int c = 0; c < map.box_columns; c++) {
             const u32 offset = (r * map.box_columns + c) * map.element;
             const bool is_inside = row + r < map.rows && column + c < map.columns;
-            char* place = map.data + (row + r) * map.pitch + long(column + c) * map.element;
+            char* place = matrix + (row + r) * map.pitch + long(column + c) * map.element;
             visit(swizzle(address + offset, map.swizzle), is_inside ? place : nullptr);
         }
 }
@@ -113,7 +116,7 @@ inline void load(Block& target, const TensorMap& map, u32 address, int column, i
     std::memset(target.shared.data() + address, 0xff, box_bytes(map));
     target.copies_under_way++;
     launch->copies.push_back([&target, &map, address, column, row, barrier, first, last] {
-        for_each_element(map, address, column, row, [&](u32 shared, const char* place) {
+        for_each_element(map, address, column, row, 0, [&](u32 shared, const char* place) {
             if (place)
                 std::memcpy(target.shared.data() + shared, place, map.element);
             else
@@ -127,7 +130,8 @@ inline void load(Block& target, const TensorMap& map, u32 address, int column, i
     });
 }
 
-inline void store(const TensorMap& map, u32 address, int column, int row) {
+inline void store(const TensorMap& map, u32 address, int column, int row, int slot = 0) {
+    require(slot >= 0 && slot < map.slots, "stores into no slot");
     Block& block = own_block();
     check_box(map, address, column, row);
     require(row < map.rows && column < map.columns, "stores a box with nothing in it");
@@ -142,8 +146,8 @@ inline void store(const TensorMap& map, u32 address, int column, int row) {
         self().stores.push_back(std::make_shared<StoreGroup>());
     auto group = self().stores.back();
     group->unread++;
-    launch->copies.push_back([&block, &map, address, column, row, group, first, last] {
-        for_each_element(map, address, column, row, [&](u32 shared, char* place) {
+    launch->copies.push_back([&block, &map, address, column, row, slot, group, first, last] {
+        for_each_element(map, address, column, row, slot, [&](u32 shared, char* place) {
             if (place) std::memcpy(place, block.shared.data() + shared, map.element);
         });
         for (u32 unit = first; unit <= last; unit++) block.shadow.reading[unit]--;

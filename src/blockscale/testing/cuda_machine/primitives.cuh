@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <numeric>
 
 #include "memory.hpp"
 
@@ -38,6 +40,17 @@ DEVICE int warp_maximum(int value) {
     return meet_with(value, "warp_maximum", [](const int (&values)[WARP]) {
         return *std::max_element(values, values + WARP);
     });
+}
+
+DEVICE int warp_prefix_sum(int value) {
+    static std::map<machine::Meeting*, std::array<int, WARP>> all;
+    auto& sums = all[&machine::own_warp_meeting()];
+    const int lane = lane_index();
+    meet_with(value, "warp_prefix_sum", [&sums](const int (&values)[WARP]) {
+        std::partial_sum(values, values + WARP, sums.begin());
+        return 0;
+    });
+    return sums[lane];
 }
 
 DEVICE int block_index() { return machine::own_block().index; }
@@ -117,6 +130,11 @@ DEVICE void tma_store(const TensorMap& map, u32 source, int column, int row) {
     machine::store(map, source, column, row);
 }
 
+DEVICE void tma_store_in_slot(const TensorMap& map, u32 source, int column, int row, int slot) {
+    machine::maybe_yield();
+    machine::store(map, source, column, row, slot);
+}
+
 DEVICE void tma_store_commit() { machine::commit_stores(); }
 
 template <int PENDING>
@@ -151,6 +169,10 @@ DEVICE void give_registers() {
 }
 
 DEVICE float load_shared(u32 address) { return machine::read_shared<float>(address); }
+
+DEVICE int load_shared_integer(u32 address) { return machine::read_shared<int>(address); }
+
+DEVICE void store_shared(u32 address, int value) { machine::write_shared(address, value); }
 
 DEVICE void store_shared_pair(u32 address, float first, float second) {
     struct Pair {
