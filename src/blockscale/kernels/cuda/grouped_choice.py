@@ -13,7 +13,8 @@ from functools import lru_cache
 from math import ceil
 from typing import TYPE_CHECKING
 
-from blockscale.kernels.cuda.costs import MEMORY, MEMORY_POWER, estimate, together
+from blockscale.kernels.corrected import together
+from blockscale.kernels.cuda.costs import MEMORY, MEMORY_POWER, estimate
 from blockscale.kernels.cuda.work import (
     HALF_SHARED_BYTES,
     MAX_COLUMNS,
