@@ -20,6 +20,8 @@ from blockscale.kernels.cuda.work import (
     Form,
     Grouping,
     Share,
+    Stores,
+    When,
     Work,
     aligned_scale_stride,
 )
@@ -58,6 +60,8 @@ def packed(form: Form) -> bytes:
 def unpacked(cubin: bytes) -> Form:
     """What ``packed`` packed."""
     fields = json.loads(cubin)
+    fields["stores"]["when"] = When(fields["stores"]["when"])
+    fields["stores"] = Stores(**fields["stores"])
     kinds = {"share": Share, "out": DType, "grouping": Grouping}
     return Form(**{**fields, **{name: kind(fields[name]) for name, kind in kinds.items()}})
 
