@@ -332,8 +332,8 @@ BROKEN = {
     ),
     "groups are read too early": (
         LOW,
-        "    if (GROUPING != Grouping::NOTHING) wait_for_kernel_ahead();\n",
-        "",
+        "    wait_for_kernel_ahead();\n    if (GROUPING == Grouping::CONTIGUOUS)",
+        "    if (GROUPING == Grouping::CONTIGUOUS)",
         "before the kernel ahead has ended",
     ),
     "row blocks of nobody are computed": (

@@ -97,9 +97,10 @@ class Map(ctypes.Structure):
 
     def matrix(self, name: str) -> torch.Tensor:
         """What it describes. Raises PretendError if it is not all there."""
-        shape, strides = (self.rows, self.columns), (self.pitch // self.dtype.itemsize, 1)
-        if self.slots:
-            shape, strides = (self.slots, *shape), (self.rows * strides[0], *strides)
+        row = self.pitch // self.dtype.itemsize
+        leading = [self.slots] if self.slots else []
+        shape = (*leading, self.rows, self.columns)
+        strides = (*(self.rows * row for _ in leading), row, 1)
         return strided(name, self.address, self.dtype, shape, strides)
 
 
