@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from blockscale.kernels.cuda.choice import forms
-from blockscale.kernels.cuda.work import Form, Share, forms_to_compare, make_form, make_work
+from blockscale.kernels.cuda.work import (
+    Form,
+    Share,
+    forms_to_compare,
+    late,
+    make_form,
+    make_work,
+)
 from blockscale.tensor import dtype_of
 from blockscale.testing.exact_problem import ExactProblem, wide
 
@@ -40,7 +47,8 @@ def all_forms(dtype: torch.dtype) -> list[Form]:
         for rows, columns in ((256, 128), (256, 112), (128, 192), (128, 144), (128, 128), (64, 96))
         for form in forms_to_compare(rows, columns, out)
     ]
-    return list(dict.fromkeys([*forms(out), *others]))
+    usual = forms(out)
+    return list(dict.fromkeys([*usual, *map(late, usual), *others]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

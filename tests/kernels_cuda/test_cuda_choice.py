@@ -19,6 +19,8 @@ from blockscale.kernels.cuda.work import (
     WIDTHS,
     Form,
     Share,
+    When,
+    late,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +41,14 @@ def test_every_form_keeps_to_the_kernels_limits(form: Form) -> None:
     assert all(box.rows <= 256 for box in form.boxes)
     assert form.boxes[0].rows % 8 == form.boxes[1].rows % 8 == 0
     assert (form.consumers + 1) * 128 * form.beside <= 512
+
+
+@pytest.mark.parametrize("form", ALL_FORMS, ids=lambda form: form.name + form.out.value)
+def test_writing_late_costs_no_slot(form: Form) -> None:
+    written = late(form)
+    assert written.stores.when is When.LATE
+    assert written.stages >= form.stages
+    assert written.shared_bytes <= (SHARED_BYTES if form.beside == 1 else HALF_SHARED_BYTES)
 
 
 @pytest.mark.parametrize("m", TOKENS)

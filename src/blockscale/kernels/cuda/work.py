@@ -183,45 +183,72 @@ def slot_bytes(rows: int, columns: int) -> int:
     return (rows + columns) * ROW_BYTES + rows * SCALE_BYTES + SLOT_EXTRA_BYTES
 
 
-def widest_box(columns: int, element_bytes: int) -> int:
-    """Bytes of a row in one store: the widest swizzle that a tile's row is a multiple of."""
-    return next(width for width in (128, 64, 32) if columns * element_bytes % width == 0)
-
-
 def make_form(
     rows: int, columns: int, out: DType, *, share: Share = Share.NOTHING, beside: int = 1,
     stores: Stores | None = None,
 ) -> Form:  # fmt: skip
     """The form with the deepest ring that fits beside its buffers; ``stores`` if not the usual."""
     stores = stores or usual_stores(rows, columns, out)
-    consumers = min(2, rows // WAVE_ROWS)
-    staging = consumers * WARPS * stores.shared_bytes
-    room = (SHARED_BYTES if beside == 1 else HALF_SHARED_BYTES) - staging
-    stages = min(MAX_STAGES, room // slot_bytes(rows, columns))
+    stages = most_stages(rows, columns, stores, beside)
     return Form(rows, columns, stages, share, out, stores, beside)
 
 
+def most_stages(rows: int, columns: int, stores: Stores, beside: int) -> int:
+    """Slots that fit beside the buffers."""
+    consumers = min(2, rows // WAVE_ROWS)
+    staging = consumers * WARPS * stores.shared_bytes
+    room = (SHARED_BYTES if beside == 1 else HALF_SHARED_BYTES) - staging
+    return min(MAX_STAGES, room // slot_bytes(rows, columns))
+
+
+def widest_box(columns: int, out: DType) -> int:
+    """Bytes of a row in one store: the widest swizzle that is no wider than a tile's row."""
+    return next(width for width in (128, 64, 32) if columns * out.bytes >= width)
+
+
 def usual_stores(rows: int, columns: int, out: DType) -> Stores:
-    """4 KB for each warp; for a tile of 256x128 3 KB, which leaves room for a fourth slot."""
-    widest = widest_box(columns, out.bytes)
+    """At once, in boxes that divide a row; 4 KB a warp. 256x128 has 4 slots beside 3 KB."""
     if rows * columns == 256 * 128:
         return Stores(64, 3)
-    return Stores(widest, min(8, 4096 // (WARP_ROWS * widest)))
+    whole = next(width for width in (128, 64, 32) if columns * out.bytes % width == 0)
+    return Stores(whole, min(8, 4096 // (WARP_ROWS * whole)))
+
+
+def late_stores(rows: int, columns: int, out: DType, beside: int = 1) -> Stores:
+    """Late, in the widest boxes; two buffers, or for all boxes of a wave where it costs no slot.
+
+    A tile of 256x128 has room for a fourth slot beside 3 KB a warp: boxes of 8 rows.
+    """
+    if rows * columns == 256 * 128:
+        return Stores(128, 3, WARP_ROWS // 2, When.LATE)
+    box = widest_box(columns, out)
+    boxes = ceil(columns * out.bytes / box)
+    ways = [Stores(box, count, when=When.LATE) for count in range(boxes, min(2, boxes) - 1, -1)]
+    slots = [most_stages(rows, columns, stores, beside) for stores in ways]
+    return ways[slots.index(slots[-1])]
+
+
+def late(form: Form) -> Form:
+    """The same tile, written late."""
+    stores = late_stores(form.rows, form.columns, form.out, form.beside)
+    stages = most_stages(form.rows, form.columns, stores, form.beside)
+    return replace(form, stores=stores, stages=stages)
 
 
 def forms_to_compare(rows: int, columns: int, out: DType) -> tuple[Form, ...]:
     """A tile with the ways to write it that are worth comparing, the usual one first.
 
-    Late: the usual boxes; the widest boxes for one wave, for all waves, or in 3 KB a warp.
+    Late in the best guess's boxes; at once with buffers for all waves; late with buffers for one or
+    for all waves, or in 3 KB a warp.
     """
     usual = usual_stores(rows, columns, out)
-    row_bytes = columns * out.bytes
-    box = next(width for width in (128, 64, 32) if row_bytes >= width)
-    boxes = ceil(row_bytes / box)
+    box = widest_box(columns, out)
+    boxes = ceil(columns * out.bytes / box)
     waves = max(1, rows // (2 * WAVE_ROWS))
-    ways = [usual, Stores(box, waves * boxes), replace(usual, when=When.LATE)]
+    ways = [usual, late_stores(rows, columns, out), Stores(box, waves * boxes)]
+    ways += [replace(usual, when=When.LATE)]
     ways += [Stores(box, count, when=When.LATE) for count in (boxes, waves * boxes)]
-    ways += [Stores(box, 3, 8, When.LATE)] * (box // out.bytes % 32 == 0)
+    ways += [Stores(box, 3, WARP_ROWS // 2, When.LATE)] * (box // out.bytes % 32 == 0)
     found = [make_form(rows, columns, out, stores=stores) for stores in dict.fromkeys(ways)]
     return tuple(form for form in found if form.stages >= LEAST_STAGES)
 
