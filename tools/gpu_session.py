@@ -125,6 +125,7 @@ PLANNED = (
 # Where time is left.
 MORE = (
     Step("sanitize", ("tools/sanitize.py", "--seconds", "110"), 230, is_timed=False),
+    _benchmark("counters", 110),
     # What the next choices of tiles are fitted to: gluon_fit.py, grouped_fit.py.
     Step(
         "gluon_sweep",

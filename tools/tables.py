@@ -312,6 +312,32 @@ def gemm_goals() -> str:
     return of_gemm(gemm_summary.goals)
 
 
+def counters() -> str:
+    """What the GPU counted under one product of each kernel."""
+    if not records("counters"):
+        return "No record is committed yet.\n"
+    found = newest("counters")
+    last = {(r["m"], r["n"], r["k"], r["backend"]): r for r in found}
+    body: list[list[object]] = []
+    for (m, n, k, backend), r in last.items():
+        out = gemm_summary.OUT_BYTES[r["out_dtype"]]
+        least = (m + n) * k + m * n * out
+        shares = [
+            f"{r[name]:.0f}%" if name in r else "not counted"
+            for name in ("tensor_percent", "issue_percent", "l2_percent", "l2_hit_percent")
+        ]
+        rate = r["memory_bytes"] / r["time_ns"]
+        from_memory = f"{rate:,.0f} GB/s, {r['memory_bytes'] / least:.2f} of the least"
+        running = f"{r['active_clocks'] / r['clocks']:.0%}"
+        kernel = f"`{backend}` {r['detail']}".strip()
+        body.append([f"{m} x {n} x {k}", kernel, running, *shares, from_memory])
+    return rows(
+        "M x N x K | kernel | multiprocessors running | tensor cores busy | issue slots busy | "
+        "L2 throughput | L2 hits | memory",
+        body,
+    ) + caption(found)
+
+
 def grouped() -> str:
     """Products over groups beside DeepGEMM's, by kind of case: geometric mean, worst, how many."""
     last = {
@@ -407,6 +433,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gemm_decode": gemm_decode,
     "gemm_slowest": gemm_slowest,
     "gemm_goals": gemm_goals,
+    "counters": counters,
     "grouped": grouped,
     "quantize": quantize,
     "call_overhead": call_overhead,

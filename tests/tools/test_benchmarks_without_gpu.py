@@ -11,7 +11,7 @@ import torch
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 # The first ones' modules import the kernels that they measure.
-NEED_TRITON = ("gemm", "grouped", "quantize")
+NEED_TRITON = ("gemm", "counters", "grouped", "quantize")
 NEED_A_GPU = (*NEED_TRITON, "fp16_model", "moe_layer", "gate_facts")
 
 

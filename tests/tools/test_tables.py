@@ -121,6 +121,31 @@ def test_host_time(tables: ModuleType, tmp_path: Path) -> None:
     assert cells(tables.call_overhead())[0][2:4] == ["6 us", "12 us"]
 
 
+def test_counters(tables: ModuleType, tmp_path: Path) -> None:
+    """1 MiB of weights, 128 KiB of codes and 64 KiB of result are 1,245,184 bytes."""
+    assert tables.counters() == "No record is committed yet.\n"
+    record = {
+        "benchmark": "counters",
+        "m": 64,
+        "n": 512,
+        "k": 2048,
+        "backend": "gluon",
+        "detail": "64x32s8b1",
+        "out_dtype": "float16",
+        "time_ns": 1000.0,
+        "clocks": 2000.0,
+        "active_clocks": 1500.0,
+        "tensor_percent": 40.4,
+        "l2_percent": 30.6,
+        "l2_hit_percent": 66.0,
+        "memory_bytes": 1_494_220.8,
+    }
+    kept(tmp_path, {**record, "clocks": 1.0}, record)
+    shares = ["75%", "40%", "not counted", "31%", "66%"]
+    memory = "1,494 GB/s, 1.20 of the least"
+    assert cells(tables.counters()) == [["64 x 512 x 2048", "`gluon` 64x32s8b1", *shares, memory]]
+
+
 GROUPED = {
     "benchmark": "grouped",
     "case": "masked-1",
