@@ -44,10 +44,10 @@ def test_every_form_keeps_to_the_kernels_limits(form: Form) -> None:
 
 
 @pytest.mark.parametrize("form", ALL_FORMS, ids=lambda form: form.name + form.out.value)
-def test_writing_late_costs_no_slot(form: Form) -> None:
+def test_writing_late_costs_a_slot_at_most(form: Form) -> None:
     written = late(form)
     assert written.stores.when is When.LATE
-    assert written.stages >= form.stages
+    assert written.stages >= max(3, form.stages - 1)
     assert written.shared_bytes <= (SHARED_BYTES if form.beside == 1 else HALF_SHARED_BYTES)
 
 

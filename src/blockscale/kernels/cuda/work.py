@@ -214,23 +214,25 @@ def usual_stores(rows: int, columns: int, out: DType) -> Stores:
     return Stores(whole, min(8, 4096 // (WARP_ROWS * whole)))
 
 
-def late_stores(rows: int, columns: int, out: DType, beside: int = 1) -> Stores:
-    """Late, in the widest boxes; two buffers, or for all boxes of a wave where it costs no slot.
+def late_stores(rows: int, columns: int, out: DType) -> Stores:
+    """Late, in the usual boxes, but in wider ones where those would be of 32 bytes a row.
 
-    A tile of 256x128 has room for a fourth slot beside 3 KB a warp: boxes of 8 rows.
+    What was fastest of ``forms_to_compare`` (H100, 2026-11-26, ``cuda_stores.py``).
     """
+    usual = usual_stores(rows, columns, out)
     if rows * columns == 256 * 128:
-        return Stores(128, 3, WARP_ROWS // 2, When.LATE)
+        return Stores(128, 2, when=When.LATE)
     box = widest_box(columns, out)
-    boxes = ceil(columns * out.bytes / box)
-    ways = [Stores(box, count, when=When.LATE) for count in range(boxes, min(2, boxes) - 1, -1)]
-    slots = [most_stages(rows, columns, stores, beside) for stores in ways]
-    return ways[slots.index(slots[-1])]
+    if usual.box_bytes >= min(64, box):
+        return replace(usual, when=When.LATE)
+    if columns > SCALE_BLOCK:
+        return Stores(box, 3, WARP_ROWS // 2, When.LATE)
+    return Stores(box, 2, when=When.LATE)
 
 
 def late(form: Form) -> Form:
     """The same tile, written late."""
-    stores = late_stores(form.rows, form.columns, form.out, form.beside)
+    stores = late_stores(form.rows, form.columns, form.out)
     stages = most_stages(form.rows, form.columns, stores, form.beside)
     return replace(form, stores=stores, stages=stages)
 
