@@ -13,7 +13,7 @@ import warnings
 import pytest
 import torch
 
-from blockscale.kernels.cuda.build import compile_all
+from blockscale.kernels.cuda.build import compile_all, compile_form
 from blockscale.kernels.cuda.choice import forms
 from blockscale.kernels.cuda.work import (
     Form,
@@ -61,9 +61,16 @@ def all_forms(dtype: torch.dtype) -> list[Form]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiled() -> None:
-    """One form takes a second or two: all of them on all cores."""
+def _compiled(request: pytest.FixtureRequest) -> None:
+    """One form takes a second or two: all cores share them."""
     every = [form for dtype in DTYPES for form in all_forms(dtype)]
+    worker = getattr(request.config, "workerinput", None)
+    if worker is not None:
+        # pytest-xdist: each worker starts elsewhere and leaves out what others have compiled.
+        start = len(every) * int(worker["workerid"].removeprefix("gw")) // worker["workercount"]
+        for form in every[start:] + every[:start]:
+            compile_form(form)
+        return
     with warnings.catch_warnings():
         # Of fork beside CUDA's threads: the children only call NVRTC.
         warnings.simplefilter("ignore", DeprecationWarning)
