@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from blockscale.backends.registry import BACKENDS
 from blockscale.formats import FP8_128X128_FP32, K_MAJOR, MN_MAJOR, DType
 from blockscale.planning.decision import MRange, Obstacle, Offer, OperandForm
 from blockscale.planning.device import Device, Measurement
-from blockscale.planning.measured import measured_ranges
-from blockscale.planning.planner import plan_linear
+from blockscale.planning.measured import measured_ranges, ranges_of_set
+from blockscale.planning.planner import plan_experts, plan_linear
 from blockscale.planning.policy import PlanPolicy
 from blockscale.planning.request import LinearRequest
+from blockscale.probe.measured import with_measurements
 
 BF16 = DType.BFLOAT16
 AS_STORED = OperandForm(FP8_128X128_FP32, K_MAJOR)
@@ -112,3 +114,52 @@ def test_near_shapes_speak_for_unmeasured_ones_far_shapes_do_not() -> None:
 
 def test_measurements_are_no_part_of_a_devices_identity() -> None:
     assert device(*TABLE) == Device.named("sm_90")
+
+
+def expert_set() -> list[LinearRequest]:
+    """MiniMax-M2.5's: w13 and w2 of 256 experts."""
+    w13 = replace(request(3072, 3072), name="mlp.w13", parts=(1536, 1536), experts=256)
+    return [w13, replace(w13, name="mlp.w2", n=3072, k=1536, parts=())]
+
+
+def of_experts(*rows: tuple[str, int, int, float], experts: int = 256) -> tuple[Measurement, ...]:
+    """Rows are (backend, K, M, microseconds)."""
+    return tuple(Measurement(name, 3072, k, BF16, m, time, experts) for name, k, m, time in rows)
+
+
+def test_the_products_of_a_set_of_experts_count_together() -> None:
+    """One is faster in w13, the other by more in w2: one backend serves both."""
+    rows = [("first", 3072, 1, 9.0), ("second", 3072, 1, 10.0)]
+    rows += [("first", 1536, 1, 9.0), ("second", 1536, 1, 7.0)]
+    on = replace(Device.named("sm_90"), measurements=of_experts(*rows))
+    backends = [Invented("first"), Invented("second")]
+    for made in plan_experts(expert_set(), on, PlanPolicy(), backends):
+        assert made.backends == ("second",)
+        (rejection,) = made.rejected
+        assert rejection.reason == "would serve it too, but second was measured faster"
+
+
+def test_a_backend_that_was_measured_for_one_product_of_a_set_is_not_measured() -> None:
+    rows = [("first", 3072, 1, 9.0), ("second", 3072, 1, 1.0), ("first", 1536, 1, 9.0)]
+    (found,) = ranges_of_set(expert_set(), of_experts(*rows))
+    assert found.time_us == {"first": 18.0}
+
+
+def test_times_of_experts_speak_for_about_as_many_experts_and_for_no_dense_layer() -> None:
+    table = of_experts(("first", 3072, 1, 9.0))
+    w13 = expert_set()[0]
+    assert measured_ranges(replace(w13, experts=128), table)
+    assert not measured_ranges(replace(w13, experts=60), table)
+    assert not measured_ranges(replace(w13, experts=None, parts=()), table)
+    assert not measured_ranges(w13, device(*TABLE, n=3072, k=3072).measurements)
+
+
+def test_the_records_of_an_h100_have_gluon_run_minimaxs_experts() -> None:
+    """Though DeepGEMM comes first in the order of preference: measured 0.81 to 0.95 of its time."""
+    h100 = with_measurements(replace(Device.named("sm_90"), name="NVIDIA H100 80GB HBM3"))
+    for made in plan_experts(expert_set(), h100, PlanPolicy(), BACKENDS):
+        assert made.backends == ("gluon",)
+        said = {r.backend: r.reason for r in made.rejected if r.obstacle is Obstacle.OUTRANKED}
+        assert said["deep_gemm"].endswith("gluon was measured faster")
+    unknown = plan_experts(expert_set(), Device.named("sm_90"), PlanPolicy(), BACKENDS)
+    assert {made.backends for made in unknown} == {("deep_gemm",)}

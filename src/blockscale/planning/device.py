@@ -49,7 +49,8 @@ class Proof:
 class Measurement:
     """How long one backend took, activations quantized before, on this kind of device.
 
-    ``time_us``: median microseconds of the matrix product alone.
+    ``time_us``: median microseconds of the matrix product alone. ``experts``: of a product over a
+    stack of so many, ``m`` being the tokens that came to the layer; None for a dense one.
     """
 
     backend: str
@@ -58,6 +59,7 @@ class Measurement:
     out_dtype: DType
     m: int
     time_us: float
+    experts: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

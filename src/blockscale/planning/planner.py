@@ -27,7 +27,7 @@ from blockscale.planning.device import Verdict
 from blockscale.planning.expert_sets import expert_sets, jointly
 from blockscale.planning.explain import unservable_message
 from blockscale.planning.findings import findings_of
-from blockscale.planning.measured import measured_ranges
+from blockscale.planning.measured import ranges_of_set
 from blockscale.planning.plan import Choice, Conversion, LinearPlan, ModelPlan
 from blockscale.planning.policy import Determinism, Exactness, PlanPolicy, Proving, Strictness
 
@@ -66,7 +66,8 @@ def plan_linear(
     Raises SettingsError if the policy names a backend that does not exist; PlanError, naming every
     backend and reason, if nothing fits and ``policy.strictness`` is RAISE.
     """
-    return _decided(request, _answers([request], device, policy, backends)[0], device, policy)
+    (plan,) = plan_experts([request], device, policy, backends)
+    return plan
 
 
 def plan_experts(
@@ -80,8 +81,11 @@ def plan_experts(
     Their products share the tokens' order in memory, so a backend serves all of them or none, for
     the same numbers of tokens. Otherwise as ``plan_linear``.
     """
+    # Who names the backends has also said in which order they are wanted.
+    measurements = device.measurements if policy.backends is None else ()
+    measured = ranges_of_set(requests, measurements)
     return tuple(
-        _decided(request, answers, device, policy)
+        _decided(_Ranking(request, measured), answers, device, policy)
         for request, answers in zip(
             requests, _answers(requests, device, policy, backends), strict=True
         )
@@ -117,8 +121,9 @@ def _answers(
 
 
 def _decided(
-    request: LinearRequest, answers: _Answers, device: Device, policy: PlanPolicy
+    ranking: _Ranking, answers: _Answers, device: Device, policy: PlanPolicy
 ) -> LinearPlan:
+    request = ranking.request
     admissible, rejected, excluded = answers.admissible, answers.rejected, answers.excluded
     anchor = next((offer for offer in admissible if offer.m_range.is_unbounded), None)
     if anchor is None:
@@ -127,11 +132,8 @@ def _decided(
         if policy.strictness is Strictness.RAISE:
             raise PlanError(unservable_message(plan, device))
         return plan
-    # Who names the backends has also said in which order they are wanted.
-    measurements = device.measurements if policy.backends is None else ()
-    measured = measured_ranges(request, measurements)
-    choices = _cover(admissible, anchor, measured)
-    rejected += _not_chosen(admissible, choices, anchor, _Ranking(request, measured))
+    choices = _cover(admissible, anchor, ranking.measured)
+    rejected += _not_chosen(admissible, choices, anchor, ranking)
     step = conversion_step(request, anchor.weight)
     return LinearPlan(
         request,

@@ -1,0 +1,92 @@
+"""Writes the table of measured times of experts that ships for a GPU, from benchmarks/grouped.py.
+
+    python tools/measured_experts.py nvidia-h100-80gb-hbm3
+
+Reads the newest records of routed tokens in ``benchmarks/results/<machine>/grouped.jsonl`` and
+writes ``src/blockscale/probe/tables/<machine>-experts.json``, which ``blockscale.probe.measured``
+loads on a GPU of that name. A backend's time for some tokens is that of the rows that its offer
+lists for them. DeepGEMM was measured masked where there are few: it offers contiguous rows, which
+take it longer, so that the table favours it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blockscale.backends.registry import BACKENDS
+from blockscale.formats import FP8_128X128_FP32, DType
+from blockscale.planning.decision import Offer
+from blockscale.planning.device import Device
+from blockscale.planning.request import LinearRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+ROOT = Path(__file__).resolve().parent.parent
+# family, layout, tokens: what ``grouped_cases.Case.name`` says of a routed case.
+NAME = re.compile(r"minimax-(contiguous|masked|blocks(\d+))-t(\d+)-")
+BLOCK = 128
+
+
+def main() -> None:
+    """Read, keep the last time of each key, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("machine")
+    machine: str = parser.parse_args().machine
+    source = ROOT / "benchmarks" / "results" / machine / "grouped.jsonl"
+    records = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    last = records[-1]
+    document = {
+        "schema": 1,
+        "device": last["machine"],
+        "packages": last["versions"],
+        "commit": last["commit"],
+        "date": last["date"],
+        "source": str(source.relative_to(ROOT)),
+        "columns": ["backend", "n", "k", "out_dtype", "m", "time_us", "experts"],
+    }
+    rows = table(records)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    text = json.dumps(document, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n'
+    target = ROOT / "src" / "blockscale" / "probe" / "tables" / f"{machine}-experts.json"
+    target.write_text(text, encoding="utf-8")
+    print(f"{target.relative_to(ROOT)}: {len(rows)} times")
+
+
+def table(records: Iterable[dict[str, Any]]) -> list[list[Any]]:
+    """Rows of the columns above."""
+    times: dict[tuple[Any, ...], float] = {}
+    for record in records:
+        named = NAME.match(record["case"])
+        if named is None or not record["chosen"]:
+            continue
+        tokens, dtype = int(named[3]), record["out_dtype"]
+        key = (record["backend"], record["n"], record["k"], dtype, tokens, record["groups"])
+        alignment = int(named[2] or BLOCK)
+        is_masked = named[1] == "masked"
+        if record["backend"] == "deep_gemm" or (
+            not is_masked and alignment == offered_alignment(*key)
+        ):
+            times[key] = record["time_us"]
+    return [[*key[:-1], time_us, key[-1]] for key, time_us in times.items()]
+
+
+def offered_alignment(
+    name: str, n: int, k: int, dtype: str, tokens: int, experts: int
+) -> int | None:
+    """Rows of a row block that the backend wants for so many tokens; None if it has no offer."""
+    out = DType(dtype)
+    request = LinearRequest("experts", n, k, FP8_128X128_FP32, out, out, experts=experts)
+    backend = next((one for one in BACKENDS if one.name == name), None)
+    answer = backend.evaluate(request, Device.named("sm_90")) if backend else None
+    if not isinstance(answer, Offer):
+        return None
+    return next(rows.alignment for rows in answer.rows if rows.m_range.contains(tokens))
+
+
+if __name__ == "__main__":
+    main()
