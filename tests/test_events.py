@@ -99,11 +99,12 @@ def test_experts_are_prepared_stack_by_stack_and_updated_one_by_one(
     assert {entry.updates for entry in report_of(layer).layers} == {1}
 
 
-def test_a_probe_is_a_record_for_each_dtype(everything: pytest.LogCaptureFixture) -> None:
+def test_a_probe_is_a_record_for_each_proof(everything: pytest.LogCaptureFixture) -> None:
     from blockscale.backends.reference import Reference
 
     prove([Reference()], (DType.FLOAT32,), Pace(time_limit_s=0.001))
-    (found,) = facts(everything, "probe")
+    found, *experts = facts(everything, "probe")
+    assert [one["arrangement"] for one in experts] == ["contiguous", "masked"]
     assert found["verdict"] == "failed"
     assert "no answer within" in found["detail"]
     assert everything.records[-1].levelname == "WARNING"

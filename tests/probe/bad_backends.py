@@ -13,7 +13,7 @@ from blockscale.backends.reference import Reference
 if TYPE_CHECKING:
     import torch
 
-    from blockscale.backends.base import Multiply
+    from blockscale.backends.base import Multiply, MultiplyContiguous, MultiplyMasked
     from blockscale.kernels.step import Steps
     from blockscale.planning.decision import Offer
     from blockscale.tensor import BlockScaledTensor
@@ -105,3 +105,69 @@ class Raises(Reference):
     def prepare(self, weight: BlockScaledTensor, offer: Offer) -> BlockScaledTensor:  # noqa: ARG002 - the protocol's signature
         msg = "libnothing.so: cannot open shared object file"
         raise OSError(msg)
+
+
+class SwapsExperts(Reference):
+    """Multiplies the first row block that has an expert with the next one's weight."""
+
+    name = "swaps_experts"
+
+    def bind_contiguous(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyContiguous:
+        honest = super().bind_contiguous(weight, offer)
+
+        def multiply(
+            activation: BlockScaledTensor, groups: torch.Tensor, out: torch.Tensor
+        ) -> None:
+            wrong = groups.clone()
+            wrong[:1] = (wrong[:1] + 1).clamp(max=weight.leading[0] - 1)
+            honest(activation, wrong, out)
+
+        return multiply
+
+
+class LetsIdleRowsIn(Reference):
+    """A NaN anywhere reaches every result, as where a kernel sums what it should skip."""
+
+    name = "lets_idle_rows_in"
+
+    def bind_contiguous(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyContiguous:
+        honest = super().bind_contiguous(weight, offer)
+
+        def multiply(
+            activation: BlockScaledTensor, groups: torch.Tensor, out: torch.Tensor
+        ) -> None:
+            honest(activation, groups, out)
+            out += activation.scales.sum() * 0
+
+        return multiply
+
+
+class StoresBeyondItsSlot(Reference):
+    """Whole tiles of 64 rows, over the first rows of the next slot."""
+
+    name = "stores_beyond_its_slot"
+
+    def bind_masked(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyMasked:
+        honest = super().bind_masked(weight, offer)
+
+        def multiply(
+            activation: BlockScaledTensor,
+            counts: torch.Tensor,
+            out: torch.Tensor,
+            expected_rows: int,
+        ) -> None:
+            honest(activation, counts, out, expected_rows)
+            full = (counts[:-1] > 0).nonzero().flatten()
+            out[full + 1, 0] = out[full, -1]
+
+        return multiply
+
+
+class CrashesOnExperts(Reference):
+    """Right with dense layers, kills its process with experts in row blocks."""
+
+    name = "crashes_on_experts"
+
+    def bind_contiguous(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyContiguous:
+        os.kill(os.getpid(), signal.SIGSEGV)
+        return super().bind_contiguous(weight, offer)

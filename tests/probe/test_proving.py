@@ -13,7 +13,7 @@ from blockscale.backends.cpu import Cpu
 from blockscale.backends.reference import Reference
 from blockscale.backends.registry import BACKENDS
 from blockscale.formats import FP8_128X128_FP32, DType
-from blockscale.planning.decision import Evidence, Obstacle
+from blockscale.planning.decision import Arrangement, Evidence, Obstacle
 from blockscale.planning.device import Device, Proof, Verdict
 from blockscale.planning.planner import plan_linear
 from blockscale.planning.policy import PlanPolicy
@@ -39,7 +39,12 @@ def test_good_backends_are_proven() -> None:
     proofs = prove([Cpu(), Reference()], (DType.BFLOAT16, DType.FLOAT32))
     assert {proof.backend for proof in proofs} == {"cpu", "reference"}
     assert {proof.verdict for proof in proofs} == {Verdict.PROVEN}
-    assert all("5 shapes" in proof.detail for proof in proofs)
+    shapes = {None: "5 shapes", Arrangement.CONTIGUOUS: "2 shapes", Arrangement.MASKED: "2 shapes"}
+    assert all(shapes[proof.arrangement] in proof.detail for proof in proofs)
+    forms = [(proof.backend, proof.arrangement) for proof in proofs]
+    assert forms.count(("cpu", Arrangement.CONTIGUOUS)) == 2
+    assert forms.count(("cpu", Arrangement.MASKED)) == 0
+    assert forms.count(("reference", Arrangement.MASKED)) == 2
 
 
 @pytest.mark.parametrize(
@@ -56,13 +61,58 @@ def test_good_backends_are_proven() -> None:
 def test_bad_backends_are_excluded_with_their_reason(
     bad_backends: object, name: str, words: str
 ) -> None:
-    (proof,) = prove([getattr(bad_backends, name)()], FP32)
+    proof, *_ = prove([getattr(bad_backends, name)()], FP32)
+    assert proof.arrangement is None
     assert proof.verdict is Verdict.FAILED
     assert words in proof.detail
 
 
+@pytest.mark.parametrize(
+    ("name", "arrangement", "words"),
+    [
+        (
+            "SwapsExperts",
+            Arrangement.CONTIGUOUS,
+            "fingerprint weight, rows (0, 1, 64, 65, 0, 128, 129, 0) in blocks of 1, expert 1: ",
+        ),
+        ("LetsIdleRowsIn", Arrangement.CONTIGUOUS, "nan instead of"),
+        ("StoresBeyondItsSlot", Arrangement.MASKED, "expert 2: 576 of 36864 elements differ"),
+        (
+            "CrashesOnExperts",
+            Arrangement.CONTIGUOUS,
+            "killed by SIGSEGV in float32 N=576 K=512, contiguous experts",
+        ),
+    ],
+)
+def test_bad_products_over_experts_are_excluded_with_their_reason(
+    bad_backends: object, name: str, arrangement: Arrangement, words: str
+) -> None:
+    """Alone: dense layers, and experts whose rows lie otherwise, stay proven."""
+    backends = [getattr(bad_backends, name)(), Reference()]
+    proofs = prove(backends[:1], FP32)
+    assert [proof.arrangement for proof in proofs] == [None, *Arrangement]
+    (failed,) = [proof for proof in proofs if proof.verdict is Verdict.FAILED]
+    assert failed.arrangement is arrangement
+    assert words in failed.detail
+    device = replace(Device.named("cpu"), proofs=proofs)
+    request = LinearRequest("x", 576, 512, FP8_128X128_FP32, *FP32, *FP32)
+    dense = plan_linear(request, device, PlanPolicy(), backends)
+    assert dense.choices[0].offer.backend == failed.backend
+    assert dense.choices[0].offer.evidence is Evidence.PROVEN
+    stack = plan_linear(replace(request, experts=8), device, PlanPolicy(), backends)
+    rejected = [one.reason for one in stack.rejected if one.obstacle is Obstacle.FAILED_PROBE]
+    if arrangement is Arrangement.CONTIGUOUS:
+        assert stack.backends == ("reference",)
+        (reason,) = rejected
+        assert reason.startswith("failed the probe on this device with contiguous experts: ")
+    else:
+        # Its offer wants rows expert after expert, and those are proven.
+        assert not rejected
+        assert stack.choices[0].offer.evidence is Evidence.PROVEN
+
+
 def test_a_backend_that_hangs_is_stopped(bad_backends: object) -> None:
-    (proof,) = prove([bad_backends.Hangs()], FP32, Pace(time_limit_s=8))
+    proof, *_ = prove([bad_backends.Hangs()], FP32, Pace(time_limit_s=8, children=3))
     assert proof.verdict is Verdict.FAILED
     assert "no answer within 8 s" in proof.detail
 
@@ -71,9 +121,9 @@ def test_shapes_may_be_checked_by_several_children_at_once(bad_backends: object)
     """The same proofs, in the same order, told as they are found."""
     told: list[Proof] = []
     proofs = prove([bad_backends.Lies(), Reference()], FP32, Pace(children=3), told.append)
-    assert [proof.backend for proof in proofs] == ["lies", "reference"]
-    assert "fingerprint weight, M=1: 1 of 64 elements differ" in proofs[0].detail
-    assert "5 shapes" in proofs[1].detail
+    lies, reference = (proof for proof in proofs if proof.arrangement is None)
+    assert "fingerprint weight, M=1: 1 of 64 elements differ" in lies.detail
+    assert "5 shapes" in reference.detail
     assert set(told) == set(proofs)
 
 
@@ -96,7 +146,8 @@ def test_as_many_children_as_the_machine_has_room_for(
 def test_a_crash_loses_its_own_dtype_only(bad_backends: object) -> None:
     """Every dtype gets a verdict of its own, in a process of its own after a crash."""
     proofs = prove([bad_backends.Crashes()], (DType.BFLOAT16, DType.FLOAT16))
-    assert [proof.out_dtype for proof in proofs] == [DType.BFLOAT16, DType.FLOAT16]
+    dense = [proof.out_dtype for proof in proofs if proof.arrangement is None]
+    assert dense == [DType.BFLOAT16, DType.FLOAT16]
 
 
 def test_backends_without_run_get_no_proof() -> None:
@@ -135,10 +186,12 @@ def test_a_new_proof_replaces_the_old_one_of_the_same(
     device = Device.named("sm_90")
     old = Proof("triton", DType.FLOAT16, Verdict.FAILED, "wrong by 12 %")
     other = Proof("triton", DType.BFLOAT16, Verdict.PROVEN, "5 shapes")
-    for proof in (old, other, replace(old, verdict=Verdict.PROVEN, detail="5 shapes")):
+    experts = replace(other, arrangement=Arrangement.MASKED)
+    for proof in (old, other, experts, replace(old, verdict=Verdict.PROVEN, detail="5 shapes")):
         keep_proof(device, proof)
-    assert {proof.verdict for proof in load_proofs(device).proofs} == {Verdict.PROVEN}
-    assert len(load_proofs(device).proofs) == 2
+    kept = load_proofs(device).proofs
+    assert {proof.verdict for proof in kept} == {Verdict.PROVEN}
+    assert [proof.arrangement for proof in kept] == [None, Arrangement.MASKED, None]
 
 
 def test_a_damaged_file_of_proofs_is_ignored(

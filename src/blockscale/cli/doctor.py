@@ -93,7 +93,7 @@ def _probe(device: str | None, seconds: float | None) -> None:
     from blockscale.backends.registry import all_backends
     from blockscale.errors import SettingsError
     from blockscale.probe.machine import read_machine
-    from blockscale.probe.proving import Pace, keep_proof, proofs_path, prove
+    from blockscale.probe.proving import Pace, keep_proof, proof_count, proofs_path, prove
     from blockscale.probe.tuning import make_room
 
     if device is not None:
@@ -101,8 +101,7 @@ def _probe(device: str | None, seconds: float | None) -> None:
         raise SettingsError(msg)
     machine = read_machine()
     make_room(proofs_path(machine))
-    runnable = sum(hasattr(backend, "bind") for backend in all_backends())
-    with progress("probing", runnable * len(DType), unit="proofs") as advance:
+    with progress("probing", proof_count(all_backends()), unit="proofs") as advance:
 
         def report(proof: Proof) -> None:
             keep_proof(machine, proof)
@@ -118,9 +117,12 @@ def _print_proofs(out: Console, device: Device) -> None:
         if device.packages is not None:
             out.print("\nnothing proven on this machine yet: blockscale doctor --probe")
         return
-    rows = table("probed", "output", "verdict", "detail")
+    rows = table("probed", "layers", "output", "verdict", "detail")
     for proof in device.proofs:
-        rows.add_row(proof.backend, proof.out_dtype.value, proof.verdict.value, proof.detail)
+        layers = "dense" if proof.arrangement is None else f"{proof.arrangement.value} experts"
+        rows.add_row(
+            proof.backend, layers, proof.out_dtype.value, proof.verdict.value, proof.detail
+        )
     out.print()
     out.print(rows)
 
@@ -182,12 +184,13 @@ def _device_words(device: Device) -> str:
     return ", ".join(words)
 
 
-def _proof_document(proof: Proof) -> dict[str, str]:
+def _proof_document(proof: Proof) -> dict[str, str | None]:
     return {
         "backend": proof.backend,
         "out_dtype": proof.out_dtype.value,
         "verdict": proof.verdict.value,
         "detail": proof.detail,
+        "arrangement": proof.arrangement.value if proof.arrangement is not None else None,
     }
 
 

@@ -10,6 +10,7 @@ from blockscale.errors import SettingsError
 
 if TYPE_CHECKING:
     from blockscale.formats import DType
+    from blockscale.planning.decision import Arrangement
 
 
 class Installed(Enum):
@@ -32,17 +33,20 @@ class Proof:
     """One backend's numbers were checked on this device, for one output dtype.
 
     ``detail`` is the measured reason: an error, a crash, a time limit, or the error bound reached.
+    ``arrangement``: of the rows of experts whose products were checked, None for dense layers.
     """
 
     backend: str
     out_dtype: DType
     verdict: Verdict
     detail: str
+    arrangement: Arrangement | None = None
 
     @property
     def words(self) -> str:
-        """``triton proven for float16``."""
-        return f"{self.backend} {self.verdict.value} for {self.out_dtype.value}"
+        """``triton proven for float16``, ``triton failed for float16, masked experts``."""
+        experts = f", {self.arrangement.value} experts" if self.arrangement is not None else ""
+        return f"{self.backend} {self.verdict.value} for {self.out_dtype.value}{experts}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +122,16 @@ class Device:
         """The installed version of a distribution, None if it is missing or assumed."""
         return next((v for n, v in self.packages or () if n == package), None)
 
-    def proof(self, backend: str, out_dtype: DType) -> Proof | None:
-        """What the probe measured for this backend and output dtype, if it ran."""
+    def proof(
+        self, backend: str, out_dtype: DType, arrangement: Arrangement | None = None
+    ) -> Proof | None:
+        """What the probe measured for this backend and output dtype, if it ran.
+
+        With dense layers, or with experts whose rows lie so.
+        """
+        wanted = (backend, out_dtype, arrangement)
         for proof in self.proofs:
-            if proof.backend == backend and proof.out_dtype is out_dtype:
+            if (proof.backend, proof.out_dtype, proof.arrangement) == wanted:
                 return proof
         return None
 

@@ -238,8 +238,8 @@ def answer_of(
 ) -> Offer | list[Rejection]:
     """A backend's answer under a policy and what the probe found: an offer, or all reasons."""
     answer = backend.evaluate(request, device)
-    proof = device.proof(backend.name, request.out_dtype)
-    rejections = _against_proof(backend.name, proof, policy)
+    proofs = _proofs(backend.name, request, device, answer)
+    rejections = _against_proofs(backend.name, proofs, policy)
     if not isinstance(answer, Offer):
         return [*answer, *rejections]
     rejections += _against_policy(answer, request, policy)
@@ -252,21 +252,41 @@ def answer_of(
         rejections.append(Rejection(backend.name, Obstacle.NOT_PROVEN, reason))
     if rejections:
         return rejections
-    if proof is not None and proof.verdict is Verdict.PROVEN:
+    if all(proof is not None for proof in proofs):
         return replace(answer, evidence=Evidence.PROVEN)
     return answer
 
 
-def _against_proof(backend: str, proof: Proof | None, policy: PlanPolicy) -> list[Rejection]:
-    if proof is None:
-        if policy.proving is Proving.ANY:
-            return []
+def _proofs(
+    backend: str, request: LinearRequest, device: Device, answer: Offer | Sequence[Rejection]
+) -> list[Proof | None]:
+    """What was found about the products of this layer: of experts, in each arrangement of rows.
+
+    A backend that failed with dense layers is not trusted with experts either.
+    """
+    dense = device.proof(backend, request.out_dtype)
+    if request.experts is None or not isinstance(answer, Offer):
+        return [dense]
+    arrangements = dict.fromkeys(rows.arrangement for rows in answer.rows)
+    proofs = [device.proof(backend, request.out_dtype, how) for how in arrangements]
+    if dense is not None and dense.verdict is Verdict.FAILED:
+        proofs.append(dense)
+    return proofs or [dense]
+
+
+def _against_proofs(
+    backend: str, proofs: Sequence[Proof | None], policy: PlanPolicy
+) -> list[Rejection]:
+    rejections = []
+    for proof in proofs:
+        if proof is not None and proof.verdict is Verdict.FAILED:
+            experts = f" with {proof.arrangement.value} experts" if proof.arrangement else ""
+            reason = f"failed the probe on this device{experts}: {proof.detail}"
+            rejections.append(Rejection(backend, Obstacle.FAILED_PROBE, reason))
+    if None in proofs and policy.proving is Proving.REQUIRED:
         reason = "never proven on this device, and the policy requires a proof"
-        return [Rejection(backend, Obstacle.NOT_PROVEN, reason)]
-    if proof.verdict is Verdict.PROVEN:
-        return []
-    reason = f"failed the probe on this device: {proof.detail}"
-    return [Rejection(backend, Obstacle.FAILED_PROBE, reason)]
+        rejections.append(Rejection(backend, Obstacle.NOT_PROVEN, reason))
+    return rejections
 
 
 def _against_policy(offer: Offer, request: LinearRequest, policy: PlanPolicy) -> list[Rejection]:

@@ -43,12 +43,16 @@ SCHEMA_VERSION = 1
 
 
 class ProofDocument(msgspec.Struct, forbid_unknown_fields=True):
-    """What the probe measured for one backend and output dtype."""
+    """What the probe measured for one backend and output dtype.
+
+    ``arrangement``: of the rows of experts whose products were tested; null: dense layers.
+    """
 
     backend: str
     out_dtype: DType
     verdict: Verdict
     detail: str
+    arrangement: Arrangement | None = None
 
 
 class DeviceDocument(msgspec.Struct, forbid_unknown_fields=True):
@@ -239,7 +243,10 @@ def _device_document(device: Device) -> DeviceDocument:
         device.memory_bytes,
         device.cuda,
         None if device.packages is None else dict(device.packages),
-        [ProofDocument(p.backend, p.out_dtype, p.verdict, p.detail) for p in device.proofs],
+        [
+            ProofDocument(p.backend, p.out_dtype, p.verdict, p.detail, p.arrangement)
+            for p in device.proofs
+        ],
     )
 
 
@@ -252,7 +259,10 @@ def _device(document: DeviceDocument) -> Device:
         document.memory_bytes,
         document.cuda,
         None if packages is None else tuple(packages.items()),
-        tuple(Proof(p.backend, p.out_dtype, p.verdict, p.detail) for p in document.proofs),
+        tuple(
+            Proof(p.backend, p.out_dtype, p.verdict, p.detail, p.arrangement)
+            for p in document.proofs
+        ),
     )
 
 

@@ -6,12 +6,11 @@ kernel error on normal data. Outputs start as NaN, so that an element nobody wro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 
-from blockscale.formats import FP8_128X128_FP32, FP8_128X128_UE8M0, DType, PowerOfTwo
+from blockscale.formats import FP8_128X128_FP32, FP8_128X128_UE8M0, PowerOfTwo
 from blockscale.modules.prepare import prepare_weight
 from blockscale.planning.decision import Offer, Readiness
 from blockscale.planning.plan import Choice, LinearPlan
@@ -19,7 +18,16 @@ from blockscale.planning.planner import conversion_step
 from blockscale.planning.policy import PlanPolicy
 from blockscale.planning.request import LinearRequest
 from blockscale.probe import cases
+from blockscale.probe.expert_cases import EXPERTS
+from blockscale.probe.expert_checks import check_experts
 from blockscale.probe.items import items_of
+from blockscale.probe.outcome import (
+    MAX_RELATIVE_ERROR,
+    Outcome,
+    WrongNumbersError,
+    check_same,
+    place_of,
+)
 from blockscale.reference import dequantize, quantize, relayout
 from blockscale.tensor import BlockScaledTensor, torch_dtype
 
@@ -27,28 +35,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from blockscale.backends.base import Backend, Multiply, StepBackend
+    from blockscale.formats import DType
     from blockscale.planning.device import Device
     from blockscale.probe.items import Item
-
-# Relative Frobenius error on normal data: half an ulp of the output dtype, plus what Hopper's
-# tensor cores drop inside a block of 128 products (facts/kernels.md: about 14 bits are kept).
-MAX_RELATIVE_ERROR = {DType.BFLOAT16: 4e-3, DType.FLOAT16: 1.5e-3, DType.FLOAT32: 1.5e-3}
-
-
-class WrongNumbersError(Exception):
-    """A backend's result differs from the reference; the message says where and by how much."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What was checked. ``shapes`` is 0 if the backend's gates let no shape of the probe pass."""
-
-    shapes: int
-    max_relative_error: float
-
-    def __str__(self) -> str:
-        """For people, and for ``Proof.detail``."""
-        return f"{self.shapes} shapes, relative error up to {self.max_relative_error:.1e}"
 
 
 def check_backend(
@@ -77,6 +66,8 @@ def check_item(backend: Backend, device: Device, item: Item) -> Outcome:
     plan = plan_of(backend, device, item)
     if plan is None:
         return Outcome(0, 0.0)
+    if item.arrangement is not None:
+        return check_experts(backend, plan, item.arrangement)
     _check_quantization(backend, plan)
     _check_exact(backend, plan)
     return Outcome(1, _check_normal(backend, plan))
@@ -89,7 +80,14 @@ def plan_of(backend: Backend, device: Device, item: Item) -> LinearPlan | None:
     """
     for fmt in (FP8_128X128_FP32, FP8_128X128_UE8M0):
         request = LinearRequest(
-            f"probe {item.n}x{item.k}", item.n, item.k, fmt, item.dtype, item.dtype, PowerOfTwo.YES
+            f"probe {item.n}x{item.k}",
+            item.n,
+            item.k,
+            fmt,
+            item.dtype,
+            item.dtype,
+            PowerOfTwo.YES,
+            experts=None if item.arrangement is None else EXPERTS,
         )
         offer = backend.evaluate(request, device)
         if not isinstance(offer, Offer) or offer.readiness is Readiness.PLAN_ONLY:
@@ -110,7 +108,7 @@ def _tokens(plan: LinearPlan) -> list[int]:
 
 
 def _place(plan: LinearPlan) -> tuple[Offer, str]:
-    return plan.choices[0].offer, "cuda" if torch.cuda.is_available() else "cpu"
+    return plan.choices[0].offer, place_of()
 
 
 def _check_quantization(backend: Backend, plan: LinearPlan) -> None:
@@ -126,8 +124,8 @@ def _check_quantization(backend: Backend, plan: LinearPlan) -> None:
         found = backend.quantize_activation(values, offer)
         wanted = relayout(quantize(values, form.format), form.layout)
         codes = found.data[:m].view(torch.uint8)
-        _same(codes, wanted.data.view(torch.uint8), f"codes of {m} quantized tokens")
-        _same(dequantize(found)[:m], dequantize(wanted), f"values of {m} quantized tokens")
+        check_same(codes, wanted.data.view(torch.uint8), f"codes of {m} quantized tokens")
+        check_same(dequantize(found)[:m], dequantize(wanted), f"values of {m} quantized tokens")
 
 
 def _check_exact(backend: Backend, plan: LinearPlan) -> None:
@@ -143,7 +141,7 @@ def _check_exact(backend: Backend, plan: LinearPlan) -> None:
             out = _run(multiply, activation, m, plan, device)
             exact = _values(activation).double() @ dequantize(weight).double().T
             wanted = exact.to(out.dtype)
-            _same(out, wanted, f"{make.__name__.replace('_', ' ')}, M={m}")
+            check_same(out, wanted, f"{make.__name__.replace('_', ' ')}, M={m}")
 
 
 def _check_normal(backend: Backend, plan: LinearPlan) -> float:
@@ -186,7 +184,7 @@ def _check_step(
     step = backend.bind_steps(prepared, plan.choices[0].offer, dtypes)(len(values))
     out = torch.full_like(wanted, float("nan"))
     step(values, request.k, out, None)
-    _same(out, wanted, f"both launches in one step, M={len(values)}")
+    check_same(out, wanted, f"both launches in one step, M={len(values)}")
 
 
 def _prepared(backend: Backend, plan: LinearPlan, weight: BlockScaledTensor) -> BlockScaledTensor:
@@ -210,14 +208,3 @@ def _run(
 
 def _values(activation: BlockScaledTensor | torch.Tensor) -> torch.Tensor:
     return dequantize(activation) if isinstance(activation, BlockScaledTensor) else activation
-
-
-def _same(found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
-    differs = (found != wanted).nonzero()
-    if len(differs):
-        row, column = (int(index) for index in differs[0][:2])
-        msg = (
-            f"{what}: {len(differs)} of {found.numel()} elements differ, the first at ({row}, "
-            f"{column}): {float(found[row, column])!r} instead of {float(wanted[row, column])!r}"
-        )
-        raise WrongNumbersError(msg)

@@ -12,10 +12,11 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
-from blockscale.probe.checks import WrongNumbersError, check_item
+from blockscale.probe.checks import check_item
 from blockscale.probe.children import MARKER
 from blockscale.probe.items import Item
 from blockscale.probe.machine import read_machine
+from blockscale.probe.outcome import WrongNumbersError
 
 if TYPE_CHECKING:
     from blockscale.backends.base import Backend

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 # 576, 2112: rows that end inside a block. 768, 2304: K blocks that are no multiple of four.
 SHAPES: tuple[tuple[int, int], ...] = ((64, 128), (192, 256), (576, 512), (2112, 768), (64, 2304))
 
+# Of each of eight experts: rows that end inside a block, K blocks that are no multiple of four.
+EXPERT_SHAPES: tuple[tuple[int, int], ...] = ((576, 512), (192, 768))
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -49,5 +52,19 @@ class Item:
 
 def items_of(backend: object, dtypes: Sequence[DType]) -> list[Item]:
     """All items of a backend that has ``bind``, the ones of an output dtype together."""
-    del backend
-    return [Item(dtype, n, k) for dtype in dtypes for n, k in SHAPES]
+    arranged = [
+        arrangement
+        for arrangement, method in (
+            (Arrangement.CONTIGUOUS, "bind_contiguous"),
+            (Arrangement.MASKED, "bind_masked"),
+        )
+        if hasattr(backend, method)
+    ]
+    return [
+        item
+        for dtype in dtypes
+        for item in (
+            *(Item(dtype, n, k) for n, k in SHAPES),
+            *(Item(dtype, n, k, how) for how in arranged for n, k in EXPERT_SHAPES),
+        )
+    ]

@@ -21,6 +21,7 @@ import blockscale
 from blockscale import events
 from blockscale.events import Kind
 from blockscale.formats import DType
+from blockscale.planning.decision import Arrangement
 from blockscale.planning.device import Device, Proof, Verdict
 from blockscale.probe.children import Children, Ending
 from blockscale.probe.items import Item, items_of
@@ -28,7 +29,7 @@ from blockscale.probe.items import Item, items_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from blockscale.planning.decision import Arrangement, PlannableBackend
+    from blockscale.planning.decision import PlannableBackend
 
 # A provider that compiles needs about 10 s for each of the probe's shapes and M.
 TIME_LIMIT_S = 300.0
@@ -96,7 +97,8 @@ class _Case:
             detail = f"{shapes} shapes, relative error up to {worst:.1e}"
         else:
             return None
-        return Proof(self.backend.name, self.items[0].dtype, verdict, detail)
+        dtype, arrangement = _form(self.items[0])
+        return Proof(self.backend.name, dtype, verdict, detail, arrangement)
 
 
 def prove(
@@ -113,6 +115,15 @@ def prove(
     proof as it is found, one at a time. Nothing is cached here.
     """
     return _Probe(backends, dtypes, pace or Pace(), report).run()
+
+
+def proof_count(backends: Sequence[PlannableBackend]) -> int:
+    """How many proofs ``prove`` would try to find, for all output dtypes."""
+    return sum(
+        len({_form(item) for item in items_of(backend, tuple(DType))})
+        for backend in backends
+        if hasattr(backend, "bind")
+    )
 
 
 class _Probe:
@@ -252,6 +263,7 @@ def _announce(proof: Proof) -> None:
         out_dtype=proof.out_dtype.value,
         verdict=proof.verdict.value,
         detail=proof.detail,
+        arrangement=proof.arrangement.value if proof.arrangement is not None else None,
     )
 
 
@@ -271,7 +283,8 @@ def keep_proof(device: Device, proof: Proof) -> Path:
     others = [
         other
         for other in load_proofs(device).proofs
-        if (other.backend, other.out_dtype) != (proof.backend, proof.out_dtype)
+        if (other.backend, other.out_dtype, other.arrangement)
+        != (proof.backend, proof.out_dtype, proof.arrangement)
     ]
     return save_proofs(device, (*others, proof))
 
@@ -286,6 +299,7 @@ def save_proofs(device: Device, proofs: Sequence[Proof]) -> Path:
             "out_dtype": proof.out_dtype.value,
             "verdict": proof.verdict.value,
             "detail": proof.detail,
+            "arrangement": proof.arrangement.value if proof.arrangement is not None else None,
         }
         for proof in proofs
     ]
@@ -309,6 +323,11 @@ def proofs_path(device: Device) -> Path:
 
 
 def _proof(entry: dict[str, Any]) -> Proof:
+    how = entry["arrangement"]
     return Proof(
-        entry["backend"], DType(entry["out_dtype"]), Verdict(entry["verdict"]), entry["detail"]
+        entry["backend"],
+        DType(entry["out_dtype"]),
+        Verdict(entry["verdict"]),
+        entry["detail"],
+        None if how is None else Arrangement(how),
     )
