@@ -425,7 +425,7 @@ block_fp8_gemm(CONSTANT TensorMap a, CONSTANT TensorMap b, CONSTANT TensorMap a_
         consume(ring, warp, out, problem, unit_rows);
     } else {
         if constexpr (MOVES_REGISTERS) give_registers<PRODUCER_REGISTERS>();
-        if (warp == CONSUMERS * WARPS && lane_index() == 0) {
+        if (warp == CONSUMERS * WARPS && is_elected()) {
             prefetch_map(a);
             prefetch_map(b);
             prefetch_map(a_scales);

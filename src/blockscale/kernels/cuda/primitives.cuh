@@ -41,6 +41,18 @@ DEVICE int warp_prefix_sum(int value) {
     return value;
 }
 
+// True for one lane, always the same. All lanes of a warp. What only this lane does is compiled for
+// one thread: asked for by `lane_index() == 0`, each TMA copy is a loop over lanes.
+DEVICE bool is_elected() {
+    u32 is_it;
+    asm volatile(
+        "{\n\t.reg .pred elected;\n\t"
+        "elect.sync _|elected, 0xffffffff;\n\t"
+        "selp.u32 %0, 1, 0, elected;\n\t}"
+        : "=r"(is_it));
+    return is_it != 0;
+}
+
 DEVICE int block_index() { return blockIdx.x; }
 
 DEVICE int grid_size() { return gridDim.x; }

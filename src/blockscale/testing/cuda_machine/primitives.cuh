@@ -53,6 +53,11 @@ DEVICE int warp_prefix_sum(int value) {
     return sums[lane];
 }
 
+DEVICE bool is_elected() {
+    machine::meet(machine::own_warp_meeting(), WARP, "is_elected");
+    return lane_index() == 0;
+}
+
 DEVICE int block_index() { return machine::own_block().index; }
 
 DEVICE int grid_size() { return machine::launch->grid; }
