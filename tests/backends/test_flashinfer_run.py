@@ -214,6 +214,9 @@ def test_what_flashinfer_raises_is_one_line(
     weight = cases.integer_weight(N, K, FP8_128X128_FP32, "cpu")
     with pytest.raises(BackendError, match=r"384x512 weight: Ninja build failed\. many lines"):
         prepared("flashinfer_sm90", offer, weight)
+    monkeypatch.setattr(sys.modules["flashinfer"], "gemm", ModuleType("flashinfer.gemm"))
+    with pytest.raises(BackendError, match=r"has no gemm\.fp8_blockscale_gemm_sm90"):
+        prepared("flashinfer_sm90", offer, weight)
     monkeypatch.setitem(sys.modules, "flashinfer.gemm", None)
     with pytest.raises(BackendError, match="cannot be imported"):
         prepared("flashinfer_sm90", offer, weight)

@@ -15,7 +15,7 @@ from blockscale.backends.flashinfer_package import (
     PACKAGE,
     check_form,
     contiguous,
-    provider,
+    function_named,
     readiness_once_proven,
     run_once,
 )
@@ -96,7 +96,7 @@ class _Groupwise:
         """One call; a bias is added by a second kernel, after rounding."""
         import torch
 
-        gemm = partial(provider().gemm_fp8_nt_groupwise, **self._call)
+        gemm = partial(function_named("gemm_fp8_nt_groupwise"), **self._call)
 
         def multiply(
             activation: BlockScaledTensor, out: torch.Tensor, bias: torch.Tensor | None

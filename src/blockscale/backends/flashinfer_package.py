@@ -9,8 +9,7 @@ from blockscale.planning.decision import Readiness
 from blockscale.planning.device import Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from types import ModuleType
+    from collections.abc import Callable, Iterable
 
     from blockscale.backends.base import Multiply, MultiplyQuantized
     from blockscale.planning.decision import Offer, OperandForm
@@ -28,15 +27,19 @@ def readiness_once_proven(request: LinearRequest, device: Device, backend: str) 
     return Readiness.RUNNABLE if is_proven else Readiness.ONCE_PROVEN
 
 
-def provider() -> ModuleType:
-    """``flashinfer.gemm``. Raises BackendError if it cannot be imported."""
+def function_named(name: str) -> Callable[..., object]:
+    """A function of ``flashinfer.gemm``. Raises BackendError if there is none, or no FlashInfer."""
     try:
         import flashinfer.gemm
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         msg = f"FlashInfer cannot be imported (pip install {PACKAGE}): {error}"
         raise BackendError(msg) from error
-    module: ModuleType = flashinfer.gemm
-    return module
+    try:
+        function: Callable[..., object] = getattr(flashinfer.gemm, name)
+    except AttributeError as error:
+        msg = f"this FlashInfer has no gemm.{name}; 0.7.2 has (pip install -U {PACKAGE})"
+        raise BackendError(msg) from error
+    return function
 
 
 def check_form(weight: BlockScaledTensor, form: OperandForm) -> None:

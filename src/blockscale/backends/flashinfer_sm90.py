@@ -13,7 +13,7 @@ from blockscale.backends.flashinfer_package import (
     PACKAGE,
     check_form,
     contiguous,
-    provider,
+    function_named,
     readiness_once_proven,
     run_once,
 )
@@ -105,7 +105,7 @@ class FlashInferSm90:
 
     def bind(self, weight: BlockScaledTensor, offer: Offer) -> Multiply:  # noqa: ARG002 - the protocol's signature
         """One FlashInfer call; a bias is added by a second kernel, after rounding."""
-        gemm = provider().fp8_blockscale_gemm_sm90
+        gemm = function_named("fp8_blockscale_gemm_sm90")
 
         def multiply(
             activation: BlockScaledTensor, out: torch.Tensor, bias: torch.Tensor | None
