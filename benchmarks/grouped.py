@@ -44,7 +44,7 @@ from blockscale.formats import (
     MN_MAJOR_TMA_ALIGNED,
     DType,
 )
-from blockscale.kernels.cuda.grouped_choice import promising_contiguous, promising_masked
+from blockscale.kernels.cuda.grouped_choice import compared, contiguous_works, masked_works
 from blockscale.kernels.cuda.grouped_product import CudaGroupedProduct
 from blockscale.kernels.gluon.grouped_choice import (
     choose_contiguous,
@@ -82,8 +82,6 @@ COMPILERS = 10
 # Fewer rows than this are lost in a tile of 128.
 LEAST_FOR_WIDE = 16
 CHECKED_ROWS = 64
-# Of one case, tiles of gemm.cu that are timed beside the chosen one.
-MOST = 5
 # Relative to the norm of the product (facts/kernels.md 8).
 LIMITS = {torch.float16: 5e-4, torch.bfloat16: 2.5e-3}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -306,12 +304,10 @@ def tried(
         processors = torch.cuda.get_device_properties(0).multi_processor_count
         given = (case.n, case.k), DType.BFLOAT16, processors
         if case.layout == "masked":
-            works = promising_masked((case.groups, case.slot, case.likely), *given)
+            works = masked_works((case.groups, case.slot, case.likely), *given)
         else:
-            works = promising_contiguous(
-                (case.groups, copy.routing.numel(), case.alignment), *given
-            )
-        yield from (("cuda", work) for work in works[:MOST])
+            works = contiguous_works((case.groups, copy.routing.numel(), case.alignment), *given)
+        yield from (("cuda", work) for work in compared(works))
 
 
 def tried_of_gluon(case: Case) -> Iterator[AnyGroupedVariant]:

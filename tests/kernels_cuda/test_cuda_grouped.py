@@ -29,6 +29,7 @@ from blockscale.kernels.cuda.work import (
     Share,
     Work,
     aligned_scale_stride,
+    late,
     make_form,
     make_work,
 )
@@ -49,7 +50,8 @@ N_GROUPS = 5
 
 
 def contiguous(rows: int, columns: int, out: DType, *, share: Share = Share.NOTHING) -> Form:
-    return replace(make_form(rows, columns, out, share=share), grouping=Grouping.CONTIGUOUS)
+    form = late(make_form(rows, columns, out, share=share))
+    return replace(form, grouping=Grouping.CONTIGUOUS)
 
 
 WIDE = contiguous(256, 128, BF16)
@@ -68,6 +70,7 @@ FORMS = [
             contiguous(128, 160, FP32),
             contiguous(128, 128, FP16),
             contiguous(64, 128, BF16),
+            replace(make_form(256, 128, FP16), grouping=Grouping.CONTIGUOUS),
         )
     ),
 ]
@@ -178,7 +181,7 @@ def test_any_number_of_blocks_at_once_in_any_order(groups: tuple[int, ...]) -> N
 
 
 def masked(rows: int, columns: int, out: DType, *, share: Share = Share.NOTHING) -> Form:
-    return masked_form(make_form(rows, columns, out, share=share))
+    return masked_form(late(make_form(rows, columns, out, share=share)))
 
 
 MASKED_FORMS = [
@@ -189,7 +192,8 @@ MASKED_FORMS = [
         for form in (
             masked(256, 112, FP16, share=Share.ACTIVATION),
             masked(128, 192, BF16),
-            masked_form(make_form(64, 128, BF16, beside=2)),
+            masked_form(late(make_form(64, 128, BF16, beside=2))),
+            masked_form(make_form(256, 128, FP16)),
             masked(64, 64, FP32),
         )
     ),

@@ -18,11 +18,15 @@ from blockscale.kernels.cuda.costs import MEMORY, MEMORY_POWER, estimate
 from blockscale.kernels.cuda.work import (
     HALF_SHARED_BYTES,
     MAX_COLUMNS,
+    SCALE_BYTES,
     SHARED_BYTES,
     WAVE_ROWS,
     Grouping,
     Share,
+    Stores,
+    When,
     Work,
+    late,
     make_form,
     make_work,
 )
@@ -37,10 +41,11 @@ ALIGNMENTS = (64, 128)
 TILES = {64: (64, 96, 128, 192), 128: (96, 112, 128, 144, 160, 192), 256: (112, 128)}
 # A tile of two row blocks is for row blocks of this many rows.
 WIDE_BLOCK = 128
+# The largest tiles, and stores that leave room for a fourth slot at 256x128.
+LARGE = ((128, 192), (256, 128))
+LOW_BOXES = Stores(128, 3, 8, When.LATE)
 # Two blocks share a multiprocessor where each has more slots than these.
 LEAST_STAGES = 4
-# The model is trusted this far.
-FAR = 1.2
 
 
 @lru_cache(maxsize=8192)
@@ -70,24 +75,11 @@ def contiguous_works(
     return found
 
 
-def promising_contiguous(
-    rows: tuple[int, int, int], shape: tuple[int, int], out: DType, processors: int
-) -> list[Work]:
-    """What the model does not hold for far slower than its choice, best first: for a sweep."""
-    works = contiguous_works(rows, shape, out, processors)
-    return _promising({work: contiguous_clocks(work, rows, shape[0]) for work in works})
-
-
-def _promising(found: dict[Work, float]) -> list[Work]:
-    least = min(found.values())
-    return [work for work in sorted(found, key=found.__getitem__) if found[work] <= FAR * least]
-
-
 @lru_cache(maxsize=8)
 def contiguous_forms(out: DType) -> tuple[Form, ...]:
     """Every form that could serve: alone, or two blocks that share the activation's rows."""
     return tuple(
-        replace(make_form(height, columns, out, share=share), grouping=Grouping.CONTIGUOUS)
+        replace(late(make_form(height, columns, out, share=share)), grouping=Grouping.CONTIGUOUS)
         for height, widths in TILES.items()
         for columns in widths
         for share in (Share.NOTHING, Share.ACTIVATION)
@@ -112,19 +104,11 @@ def masked_works(
     return [w for w in found if w.form.share is Share.NOTHING or w.unit_columns > 1]
 
 
-def promising_masked(
-    rows: tuple[int, int, int], shape: tuple[int, int], out: DType, processors: int
-) -> list[Work]:
-    """As ``promising_contiguous``."""
-    works = masked_works(rows, shape, out, processors)
-    return _promising({work: masked_clocks(work, rows, shape) for work in works})
-
-
 @lru_cache(maxsize=8)
 def masked_forms(out: DType) -> tuple[Form, ...]:
     """Every form that could serve slots."""
     found = [masked_form(form) for form in contiguous_forms(out)]
-    beside = [make_form(WAVE_ROWS, columns, out, beside=2) for columns in TILES[WAVE_ROWS]]
+    beside = [late(make_form(WAVE_ROWS, columns, out, beside=2)) for columns in TILES[WAVE_ROWS]]
     found += [masked_form(form) for form in beside if form.stages > LEAST_STAGES]
     return tuple(found)
 
@@ -182,3 +166,19 @@ def contiguous_clocks(work: Work, rows: tuple[int, int, int], n: int) -> float:
         turns += (min(groups, blocks) - 1) // 2
     grown = replace(work, unit_rows=turns)
     return estimate(grown, turns * form.rows, n).clocks
+
+
+def compared(works: list[Work]) -> list[Work]:
+    """What a sweep times of ``works``: large tiles, in bands of several heights; a deeper ring."""
+    large = [work for work in works if (work.form.rows, work.form.columns) in LARGE]
+    found = [
+        replace(work, band=min(height * work.band, work.unit_rows))
+        for work in large
+        for height in (1, 2, 4)
+    ]
+    for work in large:
+        form = work.form
+        if form.rows > WIDE_BLOCK and form.out.bytes < SCALE_BYTES:
+            deeper = replace(form, stages=form.stages + 1, stores=LOW_BOXES)
+            found.append(replace(work, form=deeper))
+    return found
