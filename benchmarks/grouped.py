@@ -2,7 +2,7 @@
 
     python benchmarks/grouped.py [--cases contiguous,masked,minimax]
                                  [--backends gluon,cuda,deep_gemm]
-                                 [--variants] [--seconds 150] [--out FILE | --record]
+                                 [--variants [cuda]] [--seconds 150] [--out FILE | --record]
 
 DeepGEMM's own cases (its tests/generators.py): contiguous (groups, rows each) and masked (groups,
 rows each, slots of 4096), counts drawn from 0.7 to 1.3 of the second; and MiniMax-M2.5's experts:
@@ -12,7 +12,7 @@ several processes. Copies that together are several times the L2 cache are
 worked through by one CUDA graph each; graphs are replayed in turns. A result that is not near the
 float64 product of the dequantized operands is reported and not timed. Activations are quantized.
 
-``--variants``: also every tile that could serve, to see what the choice loses. Speeds are relative
+``--variants``: also tiles that could serve, to see what the choice loses. Speeds are relative
 to DeepGEMM on the same operands (bfloat16 output, the only one that it has).
 """
 
@@ -149,7 +149,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cases", default="minimax,masked,contiguous")
     parser.add_argument("--backends", default="gluon,cuda,deep_gemm")
     parser.add_argument("--dtypes", default="bfloat16,float16", help="outputs, where one can")
-    parser.add_argument("--variants", action="store_true", help="every tile of the backends")
+    parser.add_argument(
+        "--variants", nargs="?", const="gluon,cuda", default="", help="every tile of these backends"
+    )
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="JSON lines; --record writes benchmarks/results")
@@ -267,7 +269,7 @@ def everything(case: Case, copies: list[Copy], options: argparse.Namespace) -> I
                 continue
             yield timed
     if options.variants:
-        for name, variant in tried(case, copies[0], options.backends.split(",")):
+        for name, variant in tried(case, copies[0], options.variants.split(",")):
             timed = Timed(name, "bfloat16", variant.name, is_chosen=False)
             bind(timed, case, copies, outs, variant)
             yield timed
