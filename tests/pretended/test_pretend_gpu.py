@@ -157,3 +157,40 @@ def test_what_a_gpu_forbids_is_found() -> None:
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert all(name in words for name, words in found.items()), found
+
+
+PROBE = """
+from blockscale.backends.gluon import Gluon
+from blockscale.formats import DType
+from blockscale.planning.decision import Arrangement
+from blockscale.probe.checks import check_item
+from blockscale.probe.items import Item
+from blockscale.probe.machine import read_machine
+from blockscale.probe.outcome import WrongNumbersError
+
+
+class Misled(Gluon):
+    def bind_masked(self, weight, offer):
+        honest = super().bind_masked(weight, offer)
+        return lambda rows, counts, out, hint: honest(rows, counts.clamp(max=128), out, hint)
+
+
+device = read_machine()
+for how in Arrangement:
+    print(how.value, check_item(Gluon(), device, Item(DType.FLOAT16, 192, 768, how)))
+try:
+    check_item(Misled(), device, Item(DType.FLOAT16, 192, 768, Arrangement.MASKED))
+except WrongNumbersError as error:
+    print("wrong", error)
+"""
+
+
+def test_the_probe_checks_products_over_experts(tmp_path: Path) -> None:
+    """A slot's 129th row that is not computed stays NaN, and shows."""
+    program = tmp_path / "probe.py"
+    program.write_text(PROBE)
+    contiguous, masked, wrong = pretended(program).splitlines()
+    assert contiguous.startswith("contiguous 1 shapes, relative error up to")
+    assert masked.startswith("masked 1 shapes, relative error up to")
+    assert wrong.startswith("wrong fingerprint weight, rows (0, 1, 64, 65, 0, 128, 129, 0)")
+    assert "expert 6: 192 of 24768 elements differ, the first at (128, 0): nan" in wrong
