@@ -1,11 +1,12 @@
 """Times ways to write results in gemm.cu: how much of a tile's end hides behind the next tile.
 
     python benchmarks/cuda_stores.py --out FILE [--seconds 90] [--shapes 24576x1536,...]
-                                     [--tokens 4096,...] [--tiles 256x128,...]
+                                     [--tokens 4096,...] [--tiles 256x128,...] [--bands 4,8]
 
 For each (N, K), M and tile every way of ``kernels.cuda.work.forms_to_compare``, and what
 ``kernels.gluon.choice`` chooses, in turns as ``cuda_sweep.py`` does, whose lines it writes. At the
-end, by tile: the time of each way relative to the usual one, geometric mean and worst.
+end, by tile: the time of each way relative to the usual one, geometric mean and worst. ``--bands``:
+instead, the tiles written late in each of these orders (rows of units in a band).
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blockscale.kernels.cuda.build import compile_all
-from blockscale.kernels.cuda.work import forms_to_compare, make_work
+from blockscale.kernels.cuda.work import forms_to_compare, late, make_work
 from cuda_sweep import OUT, measure
 from record import machine, versions
 
 if TYPE_CHECKING:
-    from blockscale.kernels.cuda.work import Form
+    from blockscale.kernels.cuda.work import Form, Work
 
 # K short and long, wide and narrow outputs; by what is to be learned first.
 SHAPES = "24576x1536,32768x512,7168x2048,4096x7168,3072x6144,2112x7168,576x7168,7168x16384"
@@ -44,6 +45,7 @@ def main() -> int:
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--tokens", default=TOKENS)
     parser.add_argument("--tiles", default=TILES)
+    parser.add_argument("--bands")
     options = parser.parse_args()
     started = time.monotonic()
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
@@ -60,14 +62,29 @@ def main() -> int:
             if time.monotonic() - started > options.seconds:
                 print("out of time", flush=True)
                 break
-            works = [make_work(form, m, n, k, processors) for form in every]
+            works = works_of(every, (m, n, k), processors, options.bands)
             lines.append(measure(m, n, k, works))
             file.write(json.dumps(lines[-1]) + "\n")
             file.flush()
             print_line(lines[-1])
-    for tile, forms in by_tile.items():
+    for tile, forms in () if options.bands else by_tile.items():
         print_tile(tile, forms, lines)
     return 0
+
+
+def works_of(
+    every: list[Form], shape: tuple[int, int, int], processors: int, bands: str | None
+) -> list[Work]:
+    """Each form in the usual order, or each tile's late form in the orders asked for."""
+    if bands is None:
+        return [make_work(form, *shape, processors) for form in every]
+    forms = dict.fromkeys(late(form) for form in every)
+    found = [
+        make_work(form, *shape, processors, band=int(band))
+        for form in forms
+        for band in bands.split(",")
+    ]
+    return list(dict.fromkeys(found))
 
 
 def time_of(line: dict[str, Any], form: Form) -> float:

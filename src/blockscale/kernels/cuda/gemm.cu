@@ -172,6 +172,7 @@ DEVICE void copy_activation(const Ring& ring, const TensorMap& a, const TensorMa
 // one, so those of groups wait.
 DEVICE void copy_operands(Ring ring, const TensorMap& a, const TensorMap& b,
                           const TensorMap& a_scales, const Problem& problem, int unit_rows) {
+    keep(ring.memory);
     Units<Walker::THREAD> units(problem, unit_rows);
     int early = 0;
     if (GROUPING == Grouping::NOTHING && units.are_left()) {
