@@ -138,9 +138,10 @@ def test_hopper_serves_every_layer_from_the_stored_weight(
 ) -> None:
     plan = planned(minimax, "sm_90", dtype)
     assert {layer.conversion for layer in plan.layers} == {Conversion.NONE}
-    first = "deep_gemm" if dtype is BF16 else "gluon"
+    # Blockscale's two kernels share token counts by their estimates.
+    serving = {"deep_gemm"} if dtype is BF16 else {"gluon", "cuda"}
     attention = [layer for layer in plan.layers if leaf(layer.name) in {"qkv_proj", "o_proj"}]
-    assert {layer.backends for layer in attention} == {(first,)}
+    assert {backend for layer in attention for backend in layer.backends} == serving
 
 
 @pytest.mark.parametrize("device", ["sm_90", "sm_100"])

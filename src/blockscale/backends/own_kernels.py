@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # TMA: rows of the operands and of the output start on 16 bytes (cuTensorMapEncodeTiled).
 TMA_BYTES = 16
+# Of an H100 and an H200, where a device does not say.
+SM_COUNT = 132
 
 
 def check_tma_weight(weight: BlockScaledTensor, offer: Offer) -> None:

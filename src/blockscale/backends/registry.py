@@ -1,10 +1,11 @@
 """All backends in order of preference. Importing this loads no provider and no torch.
 
 The order, and why: DeepGEMM is the fastest public kernel where it can run (baseline/h200.md);
-TRT-LLM next on SM100; then cuBLASLt, the fastest that writes float16 on SM90; the CUTLASS kernels
-of SM120 and SM100; plain Triton, which takes any shape; FlashInfer's SM90 kernel only on request,
-since its accuracy was disputed; the CPU kernel; the reference last. Backends of other packages come
-before all of them: who installs one wants it tried.
+TRT-LLM next on SM100; then blockscale's own Hopper kernels, in Gluon and in CUDA C++, which share
+token counts by their estimates (docs/adr, 10 and 11); cuBLASLt; the CUTLASS kernels of SM120 and
+SM100; plain Triton, which takes any shape; FlashInfer's SM90 kernel only on request, since its
+accuracy was disputed; the CPU kernel; the reference last. Backends of other packages come before
+all of them: who installs one wants it tried.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ BACKENDS: tuple[PlannableBackend, ...] = (
     DeepGemm(),
     FlashInferTrtllm(),
     Gluon(),
+    Cuda(),
     TorchScaledMm(),
     SglCutlass(),
     FlashInferCutlass(),
     Triton(),
-    Cuda(),
     FlashInferSm90(),
     Cpu(),
     Reference(),

@@ -86,7 +86,8 @@ def table_of(package: str) -> Table:
 def bounded(values: tuple[float, ...], ranges: Iterable[tuple[float, float]]) -> tuple[float, ...]:
     """``values``, those beyond what was measured moved to its ends."""
     pairs = zip(values, ranges, strict=True)
-    return tuple(max(low, min(high, value)) for value, (low, high) in pairs)
+    # Half as fast with min and max, and planning asks thousands of times.
+    return tuple([low if value < low else min(value, high) for value, (low, high) in pairs])
 
 
 def bucket(m: int) -> int:
@@ -97,7 +98,7 @@ def bucket(m: int) -> int:
 
 def together(power: float, *limits: float) -> float:
     """A little more than the largest of ``limits``; more where several are near it."""
-    return float(sum(limit**power for limit in limits) ** (1 / power))
+    return float(sum([limit**power for limit in limits]) ** (1 / power))
 
 
 def _parts(word: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -166,4 +166,16 @@ class PlannableBackend(Protocol):
 
     def evaluate(self, request: LinearRequest, device: Device) -> Offer | Sequence[Rejection]:
         """An offer, or all the reasons against one (never an empty sequence)."""
+        ...
+
+
+@runtime_checkable
+class EstimatingBackend(PlannableBackend, Protocol):
+    """A backend that can say how long it would take, comparably with others that can."""
+
+    def estimate_us(self, request: LinearRequest, device: Device, m: int) -> float | None:
+        """Microseconds for ``m`` tokens of a dense layer that it would serve.
+
+        A pure function, milliseconds at most; None where it has no estimate.
+        """
         ...

@@ -181,6 +181,7 @@ def _decision_lines(plan: LinearPlan) -> list[str]:
     for choice in plan.choices:
         offer = choice.offer
         lines.append(f"  {choice.m_range}: {offer.backend} ({offer_words(offer)})")
+        lines += [f"    {choice.reason}"] * bool(choice.reason)
         form = offer.activation
         activation = f"{form.format} in {form.layout}" if form else "not quantized beforehand"
         lines.append(f"    activation: {activation}")

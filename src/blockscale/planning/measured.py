@@ -10,12 +10,13 @@ used and the order of preference stands.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 from math import isqrt, log
 from typing import TYPE_CHECKING
 
+from blockscale.planning.timed import Timed
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from blockscale.planning.device import Measurement
     from blockscale.planning.request import LinearRequest
@@ -23,18 +24,9 @@ if TYPE_CHECKING:
 NEAR = log(2.0)
 
 
-@dataclass(frozen=True, slots=True)
-class MeasuredRange:
-    """From ``min_m`` tokens on, until the next range: times by backend, as measured at ``m``."""
-
-    min_m: int
-    m: int
-    time_us: Mapping[str, float]
-
-
 def measured_ranges(
     request: LinearRequest, measurements: Sequence[Measurement]
-) -> tuple[MeasuredRange, ...]:
+) -> tuple[Timed, ...]:
     """The measured token counts for this layer in rising order; empty if nothing near was measured.
 
     A measured M speaks for the token counts between the geometric means with its neighbours.
@@ -44,14 +36,16 @@ def measured_ranges(
 
 def ranges_of_set(
     requests: Sequence[LinearRequest], measurements: Sequence[Measurement]
-) -> tuple[MeasuredRange, ...]:
+) -> tuple[Timed, ...]:
     """``measured_ranges`` of layers that one backend serves together: the sums of their times.
 
     Of each token count, those backends that were measured for all of them.
     """
     if not measurements:
         return ()
-    first, *others = (_times(request, measurements) for request in requests)
+    nearest = [_nearest(request, measurements) for request in requests]
+    is_near = any(shape != _shape(one) for one, (shape, _) in zip(requests, nearest, strict=True))
+    first, *others = (times for _, times in nearest)
     times = {
         m: {
             backend: time_us + sum(other[m][backend] for other in others)
@@ -61,19 +55,19 @@ def ranges_of_set(
         for m, of_backends in first.items()
     }
     times = {m: of_backends for m, of_backends in times.items() if of_backends}
-    ranges: list[MeasuredRange] = []
+    ranges: list[Timed] = []
     previous = 0
     for m in sorted(times):
         start = isqrt(previous * m) + 1 if previous else 1
-        ranges.append(MeasuredRange(start, m, times[m]))
+        ranges.append(Timed(start, m, times[m], is_near=is_near))
         previous = m
     return tuple(ranges)
 
 
-def _times(
+def _nearest(
     request: LinearRequest, measurements: Sequence[Measurement]
-) -> dict[int, dict[str, float]]:
-    """By tokens and backend, of the nearest shape."""
+) -> tuple[tuple[int, int, int] | None, dict[int, dict[str, float]]]:
+    """The nearest shape, and its times by tokens and backend."""
     wanted = [
         one
         for one in measurements
@@ -84,14 +78,18 @@ def _times(
     for one in wanted:
         if (one.n, one.k, one.experts or 1) == shape:
             times[one.m][one.backend] = one.time_us
-    return times
+    return shape, times
+
+
+def _shape(request: LinearRequest) -> tuple[int, int, int]:
+    return request.n, request.k, request.experts or 1
 
 
 def _nearest_shape(
     request: LinearRequest, measurements: Sequence[Measurement]
 ) -> tuple[int, int, int] | None:
     """(n, k, experts), 1 for a dense layer."""
-    own = (request.n, request.k, request.experts or 1)
+    own = _shape(request)
     near: list[tuple[float, tuple[int, int, int]]] = []
     for shape in {(one.n, one.k, one.experts or 1) for one in measurements}:
         away = [abs(log(one / other)) for one, other in zip(shape, own, strict=True)]

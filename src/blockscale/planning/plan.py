@@ -45,10 +45,14 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One backend serves one range of token counts."""
+    """One backend serves one range of token counts.
+
+    ``reason``: the times that chose it, in words; empty where the order of preference did.
+    """
 
     m_range: MRange
     offer: Offer
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

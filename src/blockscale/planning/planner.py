@@ -3,7 +3,9 @@
 Read ``plan_linear`` aloud: for each backend in order of preference, refuse it if the policy
 excludes it, ask it, hold its offer against the policy, and keep every reason. The first offer that
 serves any M is the anchor; offers before it that serve fewer M and read the very same prepared
-weight take their range. Nothing here looks at a machine, an environment or a clock.
+weight take their range. Where times are known,
+measured or estimated, those that read that weight share the token counts by them. Nothing here
+looks at a machine, an environment or a clock.
 """
 
 from __future__ import annotations
@@ -24,21 +26,23 @@ from blockscale.planning.decision import (
     Rejection,
 )
 from blockscale.planning.device import Verdict
+from blockscale.planning.estimated import timed_for
 from blockscale.planning.expert_sets import expert_sets, jointly
 from blockscale.planning.explain import unservable_message
 from blockscale.planning.findings import findings_of
 from blockscale.planning.measured import ranges_of_set
 from blockscale.planning.plan import Choice, Conversion, LinearPlan, ModelPlan
 from blockscale.planning.policy import Determinism, Exactness, PlanPolicy, Proving, Strictness
+from blockscale.planning.timed import in_ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from blockscale.planning.decision import PlannableBackend
     from blockscale.planning.device import Device, Proof
-    from blockscale.planning.measured import MeasuredRange
     from blockscale.planning.plan import Finding, SkippedLayer
     from blockscale.planning.request import LinearRequest
+    from blockscale.planning.timed import Served, Timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +88,9 @@ def plan_experts(
     # Who names the backends has also said in which order they are wanted.
     measurements = device.measurements if policy.backends is None else ()
     measured = ranges_of_set(requests, measurements)
+    setting = _Setting(device, policy, backends, measured)
     return tuple(
-        _decided(_Ranking(request, measured), answers, device, policy)
+        _decided(request, answers, setting)
         for request, answers in zip(
             requests, _answers(requests, device, policy, backends), strict=True
         )
@@ -120,20 +125,36 @@ def _answers(
     return answers
 
 
-def _decided(
-    ranking: _Ranking, answers: _Answers, device: Device, policy: PlanPolicy
-) -> LinearPlan:
-    request = ranking.request
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """Whom and what a decision is for; ``measured``: of the layers that are decided together."""
+
+    device: Device
+    policy: PlanPolicy
+    backends: Sequence[PlannableBackend]
+    measured: tuple[Timed, ...]
+
+    def times(self, request: LinearRequest, preferred: Sequence[Offer]) -> tuple[Timed, ...]:
+        """What the offers, all on one prepared weight, would take; empty if nothing is known."""
+        if self.policy.backends is not None:
+            return ()
+        names = [offer.backend for offer in preferred]
+        return timed_for(request, self.device, names, self.backends, self.measured)
+
+
+def _decided(request: LinearRequest, answers: _Answers, setting: _Setting) -> LinearPlan:
     admissible, rejected, excluded = answers.admissible, answers.rejected, answers.excluded
     anchor = next((offer for offer in admissible if offer.m_range.is_unbounded), None)
     if anchor is None:
         rejected += [_bounded_without_anchor(offer) for offer in admissible]
         plan = LinearPlan(request, (), None, Conversion.NONE, None, (*rejected, *excluded))
-        if policy.strictness is Strictness.RAISE:
-            raise PlanError(unservable_message(plan, device))
+        if setting.policy.strictness is Strictness.RAISE:
+            raise PlanError(unservable_message(plan, setting.device))
         return plan
-    choices = _cover(admissible, anchor, ranking.measured)
-    rejected += _not_chosen(admissible, choices, anchor, ranking)
+    sharing = [offer for offer in admissible if offer.weight == anchor.weight]
+    times = setting.times(request, sharing)
+    choices = _cover(sharing, times)
+    rejected += _not_chosen(admissible, choices, anchor, _Ranking(request, times))
     step = conversion_step(request, anchor.weight)
     return LinearPlan(
         request,
@@ -317,39 +338,48 @@ def _not_exact(offer: Offer, step: ConversionStep, request: LinearRequest) -> Re
     )
 
 
-def _cover(
-    offers: Sequence[Offer], anchor: Offer, measured: Sequence[MeasuredRange]
-) -> tuple[Choice, ...]:
-    """Every M from 0 up goes to one of the offers that serve it on the anchor's weight.
+def _cover(candidates: Sequence[Offer], times: Sequence[Timed]) -> tuple[Choice, ...]:
+    """Every M from 0 up goes to one of the offers, all on the same weight, that serve it.
 
-    The fastest measured one, where some were measured, else the most preferred.
+    By their times, where there are some, else to the most preferred.
     """
-    candidates = [offer for offer in offers if offer.weight == anchor.weight]
-    starts = {1, *(one.min_m for one in measured)}
+    ranges = in_ranges(times, [offer.backend for offer in candidates])
+    starts = {1, *(one.min_m for one in ranges)}
     for offer in candidates:
         starts.add(max(1, offer.m_range.min_m))
         if offer.m_range.max_m is not None:
             starts.add(offer.m_range.max_m + 1)
-    served: list[tuple[int, Offer]] = []
+    served: list[tuple[int, Offer, str]] = []
     for start in sorted(starts):
-        offer = _best([o for o in candidates if o.m_range.contains(start)], start, measured)
+        serving = [offer for offer in candidates if offer.m_range.contains(start)]
+        offer, reason = _best(serving, start, ranges, times)
         if not served or served[-1][1] is not offer:
-            served.append((start, offer))
-    ends = [start - 1 for start, _ in served[1:]]
+            served.append((start, offer, reason))
+        elif not served[-1][2]:
+            served[-1] = (served[-1][0], offer, reason)
+    ends = [start - 1 for start, _, _ in served[1:]]
     # M = 0 launches nothing, so the first range includes it.
     return tuple(
-        Choice(MRange(start if index else 0, end), offer)
-        for index, ((start, offer), end) in enumerate(zip(served, [*ends, None], strict=True))
+        Choice(MRange(start if index else 0, end), offer, reason)
+        for index, ((start, offer, reason), end) in enumerate(
+            zip(served, [*ends, None], strict=True)
+        )
     )
 
 
-def _best(serving: Sequence[Offer], m: int, measured: Sequence[MeasuredRange]) -> Offer:
-    times: Mapping[str, float] = {}
-    for one in measured:
-        if one.min_m <= m:
-            times = one.time_us
-    timed = [offer for offer in serving if offer.backend in times]
-    return min(timed, key=lambda offer: times[offer.backend]) if timed else serving[0]
+def _best(
+    serving: Sequence[Offer], m: int, ranges: Sequence[Served], times: Sequence[Timed]
+) -> tuple[Offer, str]:
+    """Who serves ``m`` tokens, and why; a bounded offer may not be there where it would be best."""
+    chosen = next((one for one in reversed(ranges) if one.min_m <= m), None)
+    if chosen is None:
+        return serving[0], ""
+    for offer in serving:
+        if offer.backend == chosen.backend:
+            return offer, chosen.reason
+    here = next(one.time_us for one in reversed(times) if one.min_m <= m)
+    timed = [offer for offer in serving if offer.backend in here]
+    return (min(timed, key=lambda offer: here[offer.backend]) if timed else serving[0]), ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,7 +387,15 @@ class _Ranking:
     """What the choice among admissible offers went by."""
 
     request: LinearRequest
-    measured: Sequence[MeasuredRange]
+    times: Sequence[Timed]
+
+    def order_words(self, backend: str, were: str) -> str:
+        """Why others serve and this one does not, where there are times."""
+        if not any(backend in one.time_us for one in self.times):
+            basis = "estimated" if self.times[0].estimated else "measured"
+            return f"{were} {basis}, and it was not"
+        is_estimated = any(backend in one.estimated for one in self.times)
+        return f"{were} {'estimated' if is_estimated else 'measured'} faster"
 
 
 def _not_chosen(
@@ -376,10 +414,8 @@ def _not_chosen(
         names = list(dict.fromkeys(c.offer.backend for c in choices))
         verb = "comes" if len(names) == 1 else "come"
         order = f"{verb} earlier in the order of preference"
-        if ranking.measured and offer.weight == anchor.weight:
-            was_measured = any(offer.backend in one.time_us for one in ranking.measured)
-            order = "was measured" if len(names) == 1 else "were measured"
-            order += " faster" if was_measured else ", and it was not"
+        if ranking.times and offer.weight == anchor.weight:
+            order = ranking.order_words(offer.backend, "was" if len(names) == 1 else "were")
         reason = f"would serve it too, but {' and '.join(names)} {order}"
         rejections.append(Rejection(offer.backend, Obstacle.OUTRANKED, reason))
     return rejections

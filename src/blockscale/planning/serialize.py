@@ -105,7 +105,8 @@ class ChoiceDocument(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=T
     """One backend serves min_m to max_m tokens; ``max_m`` null: no limit.
 
     ``offered_min_m`` and ``offered_max_m`` are what it could serve. Activation fields null: it
-    takes unquantized activations. ``rows``: of a grouped layer only.
+    takes unquantized activations. ``rows``: of a grouped layer only. ``reason``: absent where the
+    order of preference chose.
     """
 
     backend: str
@@ -120,6 +121,7 @@ class ChoiceDocument(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=T
     readiness: Readiness
     notes: list[str]
     rows: list[RowsDocument] = []
+    reason: str = ""
 
 
 class RejectionDocument(msgspec.Struct, forbid_unknown_fields=True):
@@ -353,6 +355,7 @@ def _choice_document(choice: Choice) -> ChoiceDocument:
             RowsDocument(r.m_range.min_m, r.m_range.max_m, r.arrangement, r.alignment)
             for r in offer.rows
         ],
+        reason=choice.reason,
     )
 
 
@@ -400,7 +403,7 @@ def _choice(document: ChoiceDocument, weight: OperandForm) -> Choice:
             GroupedRows(MRange(r.min_m, r.max_m), r.arrangement, r.alignment) for r in document.rows
         ),
     )
-    return Choice(MRange(document.min_m, document.max_m), offer)
+    return Choice(MRange(document.min_m, document.max_m), offer, document.reason)
 
 
 def _form(fmt: str | None, layout: str | None) -> OperandForm | None:

@@ -1,0 +1,113 @@
+"""Microseconds of whole products, by kernel family: comparable between families.
+
+A family's model compares its own candidates (``gluon.corrections``, ``cuda.corrections``); its
+clocks are not another family's. ``tables/calibration.json``, written from a sweep that times both
+families on each shape (``benchmarks/family_fit.py``), has for each the logarithm of microseconds /
+clocks as a quadratic function of the logarithms of M, N and K, and of the kind of work. Needs
+neither torch nor Triton.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from math import exp, log2
+from operator import mul
+from typing import TYPE_CHECKING
+
+from blockscale.kernels.corrected import OUT_BYTES, bounded
+from blockscale.kernels.cuda import choice as cuda_choice
+from blockscale.kernels.cuda import corrections as cuda_corrections
+from blockscale.kernels.cuda.work import K_BLOCK
+from blockscale.kernels.gluon import choice as gluon_choice
+from blockscale.kernels.gluon import corrections as gluon_corrections
+from blockscale.kernels.gluon.work import SmallWork
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from blockscale.formats import DType
+    from blockscale.kernels.cuda.work import Work as CudaWork
+    from blockscale.kernels.gluon.work import Work as GluonWork
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """``least_m``: of the sweep. ``ranges``: of ``sizes``; beyond, they are taken for them."""
+
+    least_m: int
+    ranges: tuple[tuple[float, float], ...]
+    factors: dict[str, tuple[float, ...]]
+
+
+@lru_cache(maxsize=1)
+def shipped() -> Calibration:
+    """The table that ships."""
+    place = resources.files("blockscale.kernels") / "tables" / "calibration.json"
+    document = json.loads(place.read_text(encoding="utf-8"))
+    return Calibration(
+        document["least_m"],
+        tuple((low, high) for low, high in document["ranges"]),
+        {name: tuple(factors) for name, factors in document["factors"].items()},
+    )
+
+
+def gluon_us(m: int, n: int, k: int, out: DType, processors: int) -> float | None:
+    """What Gluon's choice for ``m`` tokens of an (n, k) weight takes; None where none was fitted.
+
+    That is below the sweep's least M, and for float32 results.
+    """
+    if not _is_known(m, out):
+        return None
+    work = gluon_choice.choose(m, n, k, out.bytes, processors)
+    clocks = gluon_corrections.clocks(work, m, n, out.bytes, processors)
+    return _microseconds("gluon", clocks, (m, n, k), gluon_kinds(work))
+
+
+def cuda_us(m: int, n: int, k: int, out: DType, processors: int) -> float | None:
+    """As ``gluon_us``, of what the model of ``gemm.cu`` takes.
+
+    Where the table of winners knows better, the product is a little faster than this says.
+    """
+    if not _is_known(m, out):
+        return None
+    work = cuda_choice.modelled(m, n, k, out, processors)
+    clocks = cuda_corrections.clocks(work, m, n, processors)
+    return _microseconds("cuda", clocks, (m, n, k), cuda_kinds(work))
+
+
+def gluon_kinds(work: GluonWork) -> tuple[float, ...]:
+    """Whether it is the small-M kernel, splits sums, has narrow tiles, has tiles of two parts."""
+    if isinstance(work, SmallWork):
+        return (1.0, float(work.pieces > 1), 0.0, 0.0)
+    return (0.0, float(work.pieces > 1), float(work.narrow_tiles > 0), float(work.variant.rest > 0))
+
+
+def cuda_kinds(work: CudaWork) -> tuple[float, ...]:
+    """Whether two blocks share a multiprocessor; whether those of a cluster share an operand."""
+    return (float(work.form.beside > 1), float(work.form.cluster > 1))
+
+
+def sizes(m: int, n: int, k: int) -> tuple[float, float, float]:
+    """What the error depends on: logarithms of M, N and the number of K blocks."""
+    return log2(m), log2(n), log2(max(1.0, k / K_BLOCK))
+
+
+def terms(own: Iterable[float], kinds: Iterable[float]) -> tuple[float, ...]:
+    """One, the sizes, their squares and products, and the kinds."""
+    m, n, k = own
+    return (1.0, m, n, k, m * m, n * n, k * k, m * n, m * k, n * k, *kinds)
+
+
+def _is_known(m: int, out: DType) -> bool:
+    return out.bytes == OUT_BYTES and m >= shipped().least_m
+
+
+def _microseconds(
+    family: str, clocks: float, shape: tuple[int, int, int], kinds: tuple[float, ...]
+) -> float:
+    table = shipped()
+    own = bounded(sizes(*shape), table.ranges)
+    return clocks * exp(sum(map(mul, table.factors[family], terms(own, kinds))))

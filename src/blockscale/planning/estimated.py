@@ -1,0 +1,90 @@
+"""Times for the choice among backends that read the same prepared weight: measured, or estimated.
+
+Some backends can say what they would take (``EstimatingBackend``). Where nothing near was measured,
+their estimates choose among them, if the most preferred backend is one of them: nothing is known of
+one that cannot estimate. Where something was measured, a backend that is missing in the table, or
+whose table is of another (N, K), takes the time of an estimating one that was measured, times the
+ratio of their estimates for this very layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from blockscale.planning.decision import EstimatingBackend
+from blockscale.planning.timed import TOKENS, Timed, starts_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from blockscale.planning.decision import PlannableBackend
+    from blockscale.planning.device import Device
+    from blockscale.planning.request import LinearRequest
+
+
+@dataclass(frozen=True, slots=True)
+class _Estimates:
+    """What the backends that can estimate say about one layer."""
+
+    request: LinearRequest
+    device: Device
+    backends: Sequence[EstimatingBackend]
+
+    def at(self, m: int) -> dict[str, float]:
+        """Microseconds by backend; empty unless all of them have an answer."""
+        found: dict[str, float] = {}
+        for backend in self.backends:
+            time_us = backend.estimate_us(self.request, self.device, m)
+            if time_us is None:
+                return {}
+            found[backend.name] = time_us
+        return found
+
+
+def timed_for(
+    request: LinearRequest,
+    device: Device,
+    preferred: Sequence[str],
+    backends: Iterable[PlannableBackend],
+    measured: tuple[Timed, ...],
+) -> tuple[Timed, ...]:
+    """Times of the backends named ``preferred``, in rising order of M; empty if there are none.
+
+    ``preferred``: those that would serve the layer on one prepared weight, most preferred first.
+    ``measured``: as a table has it for this layer or one near it.
+    """
+    able = [b for b in backends if b.name in preferred and isinstance(b, EstimatingBackend)]
+    if len(able) > 1 and request.experts is None:
+        estimates = _Estimates(request, device, able)
+        if measured:
+            measured = tuple(_completed(one, estimates) for one in measured)
+        elif preferred[0] in {backend.name for backend in able}:
+            measured = _estimated(estimates)
+    return tuple(one for one in measured if any(name in one.time_us for name in preferred))
+
+
+def _estimated(estimates: _Estimates) -> tuple[Timed, ...]:
+    found = []
+    for start, m in zip(starts_of(TOKENS), TOKENS, strict=True):
+        times = estimates.at(m)
+        if not times:
+            return ()
+        found.append(Timed(start, m, times, frozenset(times)))
+    return tuple(found)
+
+
+def _completed(point: Timed, estimates: _Estimates) -> Timed:
+    """With the times that were not measured, or not at this very shape."""
+    names = [backend.name for backend in estimates.backends]
+    base = next((name for name in names if name in point.time_us), None)
+    missing = [name for name in names if name not in point.time_us or point.is_near]
+    if base is None or missing in ([], [base]):
+        return point
+    times = estimates.at(point.m)
+    if not times:
+        return point
+    filled = {
+        name: point.time_us[base] * times[name] / times[base] for name in missing if name != base
+    }
+    return Timed(point.min_m, point.m, {**point.time_us, **filled}, frozenset(filled))

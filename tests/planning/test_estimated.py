@@ -1,0 +1,148 @@
+"""Backends that can estimate share token counts where nothing was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from blockscale.backends.registry import BACKENDS
+from blockscale.formats import FP8_128X128_FP32, K_MAJOR, DType
+from blockscale.planning.decision import Obstacle, Offer, OperandForm
+from blockscale.planning.device import Device, Measurement
+from blockscale.planning.explain import explain_linear
+from blockscale.planning.planner import plan_linear
+from blockscale.planning.policy import PlanPolicy
+from blockscale.planning.request import LinearRequest
+from blockscale.planning.timed import MOST_RANGES
+
+if TYPE_CHECKING:
+    from blockscale.planning.plan import LinearPlan
+
+FP16 = DType.FLOAT16
+SM90 = Device.named("sm_90")
+PACKAGES = (("torch", "2.11.0"), ("triton", "3.6.0"))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A backend that serves everything and cannot estimate."""
+
+    name: str
+
+    def evaluate(self, request: LinearRequest, device: Device) -> Offer:
+        assert request.n
+        assert device.name
+        return Offer(self.name, OperandForm(FP8_128X128_FP32, K_MAJOR), None)
+
+
+@dataclass(frozen=True)
+class Able(Plain):
+    """``few`` microseconds up to 256 tokens, ``many`` above."""
+
+    few: float
+    many: float
+
+    def estimate_us(self, request: LinearRequest, device: Device, m: int) -> float:
+        assert request.n
+        assert device.name
+        return self.few if m <= 256 else self.many
+
+
+SLOW_LATER = Able("slow_later", 10.0, 12.0)
+FAST_LATER = Able("fast_later", 11.0, 10.0)
+
+
+def request(n: int = 4096, k: int = 7168, dtype: DType = FP16) -> LinearRequest:
+    return LinearRequest("layer", n, k, FP8_128X128_FP32, dtype, dtype)
+
+
+def ranges(plan: LinearPlan) -> list[tuple[str, int, int | None]]:
+    return [(c.offer.backend, c.m_range.min_m, c.m_range.max_m) for c in plan.choices]
+
+
+def test_estimates_share_token_counts_and_the_plan_says_so() -> None:
+    plan = plan_linear(request(), SM90, PlanPolicy(), [SLOW_LATER, FAST_LATER, Plain("plain")])
+    assert ranges(plan) == [("slow_later", 0, 313), ("fast_later", 314, None)]
+    assert [choice.reason for choice in plan.choices] == [
+        "estimated 1.10 times as fast as fast_later",
+        "estimated 1.20 times as fast as slow_later",
+    ]
+    assert plan.choices[1].reason in explain_linear(plan)
+    (rejection,) = plan.rejected
+    assert rejection.reason.endswith("slow_later and fast_later were estimated, and it was not")
+
+
+def test_who_cannot_estimate_and_is_preferred_serves_everything() -> None:
+    plan = plan_linear(request(), SM90, PlanPolicy(), [Plain("plain"), SLOW_LATER, FAST_LATER])
+    assert ranges(plan) == [("plain", 0, None)]
+    assert {r.obstacle for r in plan.rejected} == {Obstacle.OUTRANKED}
+
+
+def test_one_alone_is_not_estimated() -> None:
+    plan = plan_linear(request(), SM90, PlanPolicy(), [SLOW_LATER, Plain("plain")])
+    assert ranges(plan) == [("slow_later", 0, None)]
+    assert plan.choices[0].reason == ""
+
+
+def test_a_policy_that_names_backends_orders_them_itself() -> None:
+    policy = PlanPolicy(backends=("slow_later", "fast_later"))
+    plan = plan_linear(request(), SM90, policy, [SLOW_LATER, FAST_LATER])
+    assert ranges(plan) == [("slow_later", 0, None)]
+
+
+def table(*rows: tuple[str, float], n: int) -> Device:
+    measured = tuple(Measurement(name, n, 7168, FP16, 1024, us) for name, us in rows)
+    return replace(SM90, measurements=measured)
+
+
+def test_what_was_measured_on_this_very_shape_is_not_estimated() -> None:
+    on = table(("slow_later", 5.0), ("fast_later", 6.0), n=4096)
+    plan = plan_linear(request(), on, PlanPolicy(), [SLOW_LATER, FAST_LATER])
+    assert ranges(plan) == [("slow_later", 0, None)]
+    assert plan.choices[0].reason == "measured 1.20 times as fast as fast_later"
+
+
+@pytest.mark.parametrize(
+    ("rows", "n"),
+    [((("slow_later", 6.0),), 4096), ((("slow_later", 6.0), ("fast_later", 7.0)), 4000)],
+    ids=["not measured", "measured near"],
+)
+def test_what_is_missing_follows_from_the_ratio_of_the_estimates(
+    rows: tuple[tuple[str, float], ...], n: int
+) -> None:
+    """6 us x 10 / 12 is less than the 5.5 us of a third backend."""
+    on = table(*rows, ("plain", 5.5), n=n)
+    backends = [Plain("plain"), SLOW_LATER, FAST_LATER]
+    plan = plan_linear(request(), on, PlanPolicy(), backends)
+    assert ranges(plan) == [("fast_later", 0, None)]
+    assert plan.choices[0].reason == "estimated 1.10 times as fast as plain"
+
+
+def test_both_of_blockscales_kernels_serve_a_float16_layer() -> None:
+    plan = plan_linear(request(2112, 7168), SM90, PlanPolicy(), BACKENDS)
+    assert plan.backends == ("gluon", "cuda")
+    assert plan.choices[1].reason.startswith("estimated 1.")
+
+
+def test_without_nvrtcs_binding_gluon_serves_alone_and_the_plan_says_why() -> None:
+    plan = plan_linear(request(), SM90.with_packages(*PACKAGES), PlanPolicy(), BACKENDS)
+    assert ranges(plan) == [("gluon", 0, None)]
+    (reason,) = [r for r in plan.rejected if r.backend == "cuda"]
+    assert reason.obstacle is Obstacle.NOT_INSTALLED
+
+
+@pytest.mark.parametrize("experts", [None, 8])
+def test_float32_results_and_experts_are_not_estimated(experts: int | None) -> None:
+    dtype = DType.FLOAT32 if experts is None else FP16
+    asked = replace(request(dtype=dtype), experts=experts)
+    plan = plan_linear(asked, SM90, PlanPolicy(), BACKENDS)
+    assert ranges(plan) == [("gluon", 0, None)]
+
+
+def test_plans_of_the_same_layer_are_equal_and_have_few_ranges() -> None:
+    for n, k in ((4096, 7168), (576, 7168), (7168, 2048), (32768, 512), (64, 128)):
+        plan = plan_linear(request(n, k), SM90, PlanPolicy(), BACKENDS)
+        assert plan == plan_linear(request(n, k), SM90, PlanPolicy(), BACKENDS)
+        assert len(plan.choices) <= MOST_RANGES + 1
