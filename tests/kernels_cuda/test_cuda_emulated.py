@@ -221,8 +221,8 @@ BROKEN = {
     ),
     "a slot is filled before it is empty": (
         FEW_FORMS[2],
-        "                barrier_wait(ring.empty(), ring.parity ^ 1);\n                copy_weight",
-        "                copy_weight",
+        "            barrier_wait(ring.empty(), ring.parity ^ 1);\n            barrier_arrive_exp",
+        "            barrier_arrive_exp",
         "fills a slot|more arrivals",
     ),
     "more bytes are expected than come": (

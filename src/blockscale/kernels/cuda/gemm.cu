@@ -151,51 +151,29 @@ DEVICE void copy_rows(u32 target, const TensorMap& map, int k, int row, u32 barr
     }
 }
 
-// Expects all of a slot's bytes and starts the copy of its weights.
-DEVICE void copy_weight(const Ring& ring, const TensorMap& b, int block, int b_row) {
-    barrier_arrive_expecting(ring.full(), COPIED_BYTES);
-    const u32 target = ring.memory + B_SLOTS + ring.slot * B_BYTES;
-    copy_rows<COLUMNS, SHARE == Share::WEIGHT>(target, b, block * K_BLOCK, b_row, ring.full());
-}
-
-DEVICE void copy_activation(const Ring& ring, const TensorMap& a, const TensorMap& a_scales,
-                            const Problem& problem, int block, const Place& place) {
-    const int row = place.slot * problem.m + place.row;
-    const u32 target = ring.memory + A_SLOTS + ring.slot * A_BYTES;
-    copy_rows<ROWS, SHARE == Share::ACTIVATION>(target, a, block * K_BLOCK, row, ring.full());
-    const u32 scales = ring.memory + A_SCALE_SLOTS + ring.slot * A_SCALE_BYTES;
-    tma_load(scales, a_scales, place.row, place.slot * problem.k_blocks + block, ring.full());
-}
-
-// One thread. The first slots' weights are copied before the kernel ahead has ended: they are no
-// result of it (product.py says what this asks of who writes weights). Which group's are wanted is
-// one, so those of groups wait.
+// One thread. A warp for each operand instead took 6 to 15 % more at 64 rows; weights that were
+// copied before the kernel ahead had ended held up its last blocks, and up to 4 % more in all (H100,
+// 2026-11-26).
 DEVICE void copy_operands(Ring ring, const TensorMap& a, const TensorMap& b,
                           const TensorMap& a_scales, const Problem& problem, int unit_rows) {
-    keep(ring.memory);
-    Units<Walker::THREAD> units(problem, unit_rows);
-    int early = 0;
-    if (GROUPING == Grouping::NOTHING && units.are_left()) {
-        early = smaller(STAGES, problem.k_blocks);
-        Ring ahead = ring;
-        for (int block = 0; block < early; block++) {
-            copy_weight(ahead, b, block, units.place().column);
-            ahead.advance();
-        }
-    }
     wait_for_kernel_ahead();
     let_next_kernel_start();
-    for (; units.are_left(); units.advance()) {
+    for (Units<Walker::THREAD> units(problem, unit_rows); units.are_left(); units.advance()) {
         const Place place = units.place();
+        const int a_row = place.slot * problem.m + place.row;
         const int b_row = place.group * problem.n + place.column;
         for (int block = 0; block < problem.k_blocks; block++) {
-            if (early > 0) {
-                early--;
-            } else {
-                barrier_wait(ring.empty(), ring.parity ^ 1);
-                copy_weight(ring, b, block, b_row);
-            }
-            copy_activation(ring, a, a_scales, problem, block, place);
+            barrier_wait(ring.empty(), ring.parity ^ 1);
+            barrier_arrive_expecting(ring.full(), COPIED_BYTES);
+            const u32 b_target = ring.memory + B_SLOTS + ring.slot * B_BYTES;
+            copy_rows<COLUMNS, SHARE == Share::WEIGHT>(b_target, b, block * K_BLOCK, b_row,
+                                                       ring.full());
+            const u32 a_target = ring.memory + A_SLOTS + ring.slot * A_BYTES;
+            copy_rows<ROWS, SHARE == Share::ACTIVATION>(a_target, a, block * K_BLOCK, a_row,
+                                                        ring.full());
+            const u32 scales = ring.memory + A_SCALE_SLOTS + ring.slot * A_SCALE_BYTES;
+            tma_load(scales, a_scales, place.row, place.slot * problem.k_blocks + block,
+                     ring.full());
             ring.advance();
         }
     }
