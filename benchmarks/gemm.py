@@ -1,7 +1,7 @@
 """Dense block-FP8 GEMM on one GPU: every backend in turns, checked before it is timed.
 
     python benchmarks/ahead.py gemm          (first: compiles on all cores)
-    python benchmarks/gemm.py [--pass main|rest] [--shapes 4096x7168,...] [--tokens 1,8,...]
+    python benchmarks/gemm.py [--pass main|rest|peers] [--shapes 4096x7168,...] [--tokens 1,8,...]
                               [--backends gluon,deep_gemm,...] [--dtypes float16,bfloat16]
                               [--seconds 300] [--state FILE] [--experiments]
                               [--out FILE | --record]
@@ -15,6 +15,7 @@ already: quantizing is not part of any backend's time. The reduction of a split 
 The pass ``main`` has what is compared first: the project's kernels in 16 bits, DeepGEMM, plain
 Triton in float16. ``rest`` has float32, cuBLASLt, the rest of Triton and the bfloat16 product, with
 DeepGEMM again, in turns with them. Without ``--pass`` both run, ``main`` for all (N, K) first.
+``peers`` has FlashInfer, which compiles when it is called, and runs only by name.
 
 Records are written when an (N, K) has all its M, so a run that was cut leaves whole ones.
 ``--state FILE`` keeps which ones are done; the same command of the same source goes on with what is
@@ -65,7 +66,13 @@ PASSES = {
         ("triton", ("bfloat16", "float32")),
         (BF16_MATMUL, ("bfloat16",)),
     ),
+    "peers": (
+        ("deep_gemm", ("bfloat16",)),
+        ("flashinfer_sm90", ("bfloat16",)),
+    ),
 }
+# Only where it is named: FlashInfer compiles for half a minute a shape when it is first called.
+BY_NAME = ("peers",)
 # A square product that reaches the FP8 rate; on the pretend GPU, one that ends.
 BIG, SMOKE_BIG = 8192, 256
 SMOKE_COPIES = 2
@@ -129,7 +136,7 @@ def rows_of(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What is to be measured, in order; one says all that its records depend on."""
     backends, dtypes = options.backends.split(","), options.dtypes.split(",")
     for name, variants in PASSES.items():
-        if options.passes not in (name, "all"):
+        if options.passes != name and (options.passes != "all" or name in BY_NAME):
             continue
         wanted = [
             [backend, dtype]

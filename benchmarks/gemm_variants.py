@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from blockscale.formats import ScaleLayout
+    from blockscale.planning.decision import MRange
     from blockscale.planning.device import Device
     from blockscale.planning.plan import LinearPlan
     from blockscale.tensor import BlockScaledTensor
@@ -65,10 +66,14 @@ def normal(rows: int, k: int, seed: int) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """A backend's products, one for each copy of the weight; how it wants activations' scales."""
+    """A backend's products, one for each copy of the weight, and what its offer says of M.
+
+    ``layout``: how it wants activations' scales.
+    """
 
     products: list[Any]
     layout: ScaleLayout
+    m_range: MRange
 
 
 class Weights:
@@ -112,7 +117,7 @@ class Weights:
         except (BlockscaleError, ImportError, RuntimeError) as error:
             say_failed(name, dtype, error)
             return None
-        return Bound(products, offer.activation.layout)
+        return Bound(products, offer.activation.layout, offer.m_range)
 
     def planned(self, m: int, dtype: DType) -> str | None:
         """Which of blockscale's own kernels the planner takes for ``m`` tokens, if any."""
@@ -192,7 +197,7 @@ class Problem:
         if name == BF16_MATMUL:
             return self._bf16_matmul()
         bound = self.weights.bound(name, dtype)
-        if bound is None:
+        if bound is None or not bound.m_range.contains(self.m):
             return None
         first, detail = bound.products[0], ""
         if isinstance(first, (GluonProduct, CudaProduct)):

@@ -49,6 +49,7 @@ STYLES = {
     "gluon": ("blockscale, Gluon", "#0072b2", "o"),
     "cuda": ("blockscale, CUDA C++", "#56b4e9", "P"),
     "deep_gemm": ("DeepGEMM (bfloat16)", "#d55e00", "s"),
+    "flashinfer_sm90": ("FlashInfer (bfloat16)", "#e69f00", "X"),
     "torch_scaled_mm": ("cuBLASLt", "#009e73", "^"),
     "triton": ("blockscale, plain Triton", "#b07aa1", "D"),
     "bf16_matmul": ("bfloat16 product", "#7f7f7f", "v"),
@@ -139,7 +140,7 @@ def read(path: Path) -> list[Measurement]:
 
 def shown(measurements: Iterable[Measurement], dtype: str) -> list[Measurement]:
     """Those with this output, and the backends that write bfloat16 alone."""
-    fixed = {BASELINE, "bf16_matmul"}
+    fixed = {BASELINE, "bf16_matmul", "flashinfer_sm90"}
     return [
         found
         for found in measurements
@@ -363,8 +364,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
     if options.check:
-        print("" if is_current(options.out) else f"{options.out}: out of date")
-        return int(not is_current(options.out))
+        if is_current(options.out):
+            return 0
+        print(f"{options.out}: out of date")
+        return 1
     source = RESULTS / (options.machine or newest() or "") / "gemm.jsonl"
     if not source.is_file():
         print(f"{source}: no records; make some with benchmarks/gemm.py --record", file=sys.stderr)
