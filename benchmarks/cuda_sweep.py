@@ -2,7 +2,7 @@
 
     python benchmarks/cuda_sweep.py --out FILE [--seconds 200] [--shapes 4096x7168,...]
                                     [--tokens 128,...] [--most 16] [--far 1.6]
-                                    [--random --seed 0] [--late]
+                                    [--random --seed 0] [--written]
 
 For each (N, K) and M the candidates that the model of ``kernels.cuda.choice`` holds for at most
 ``--far`` times as slow as its best, at most ``--most``, and what ``kernels.gluon.choice`` chooses:
@@ -10,7 +10,7 @@ CUDA graphs over weights rotated beyond L2, candidates in turns, float16 output.
 each (M, N, K), as ``gluon_sweep.py`` writes them: {"m", "n", "k", "times": {work: us}, "clocks":
 {work: the model's}}. At the end how the model's choice compares with the fastest, and the fastest
 with Gluon. ``--random``: then (N, K) of real models with six M each, until the time is up.
-``--late``: the same tiles, each written while the next tile's first waves run (``work.late``).
+``--written``: the same tiles, each written as if it were chosen (``work.written``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from blockscale.kernels.cuda.build import compile_all
 from blockscale.kernels.cuda.choice import candidates, forms
 from blockscale.kernels.cuda.corrections import clocks
 from blockscale.kernels.cuda.product import CudaProduct
-from blockscale.kernels.cuda.work import late, make_work
+from blockscale.kernels.cuda.work import at_once, late, written
 from blockscale.kernels.gluon.product import GluonProduct
 from gluon_sweep import TOKENS as EVERY_M
 from gluon_sweep import quantized_tokens, real_shapes, rotated_weights
@@ -67,13 +67,15 @@ def main() -> int:
     parser.add_argument("--far", type=float, default=1.6, help="no candidates beyond this")
     parser.add_argument("--random", action="store_true", help="go on with shapes of real models")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--late", action="store_true", help="forms that write their results late")
+    parser.add_argument("--written", action="store_true", help="written as what is chosen is")
     options = parser.parse_args()
     started = time.monotonic()
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     points = [(int(m), n, k) for m in options.tokens.split(",") for n, k in shapes]
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    every = {late(form) if options.late else form for form in forms(OUT)}
+    every = set(forms(OUT))
+    if options.written:
+        every = {way(form) for form in every for way in (at_once, late)}
     compile_all(every, os.cpu_count() or 1)
     print(f"compiled {len(every)} forms in {time.monotonic() - started:.0f} s", flush=True)
     lines = []
@@ -84,8 +86,8 @@ def main() -> int:
                 print("out of time", flush=True)
                 break
             works = near(m, n, k, processors, options.far)[: options.most]
-            if options.late:
-                works = [make_work(late(work.form), m, n, k, processors) for work in works]
+            if options.written:
+                works = [written(work) for work in works]
             lines.append(measure(m, n, k, works))
             file.write(json.dumps(lines[-1]) + "\n")
             file.flush()

@@ -18,6 +18,7 @@ from blockscale.kernels.cuda.choice import forms
 from blockscale.kernels.cuda.work import (
     Form,
     Share,
+    at_once,
     forms_to_compare,
     late,
     make_form,
@@ -44,9 +45,9 @@ def problem_of(m: int, n: int, k: int) -> ExactProblem:
 
 
 def offered(dtype: torch.dtype) -> list[Form]:
-    """What the choice can ask for, and the same tiles written late."""
+    """What the choice compares, and in what way it may have a tile written."""
     usual = forms(dtype_of(dtype))
-    return [*usual, *map(late, usual)]
+    return list(dict.fromkeys([*usual, *map(at_once, usual), *map(late, usual)]))
 
 
 def all_forms(dtype: torch.dtype) -> list[Form]:

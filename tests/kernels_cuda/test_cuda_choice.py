@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ from blockscale.kernels.cuda.work import (
     Share,
     When,
     late,
+    make_form,
+    make_work,
+    written,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +55,29 @@ def test_writing_late_costs_a_slot_at_most(form: Form) -> None:
     assert written.shared_bytes <= (SHARED_BYTES if form.beside == 1 else HALF_SHARED_BYTES)
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "shape", "when"),
+    [
+        (256, 128, (4096, 24576, 1536), When.LATE),
+        (256, 128, (4096, 32768, 512), When.LATE),
+        (128, 192, (4096, 24576, 1536), When.LATE),
+        (128, 192, (4096, 32768, 512), When.AT_ONCE),
+        (128, 160, (4096, 24576, 1536), When.AT_ONCE),
+        (128, 112, (256, 7168, 2048), When.AT_ONCE),
+        (64, 128, (256, 4096, 7168), When.AT_ONCE),
+    ],
+)
+def test_a_tile_is_written_late_where_another_follows(
+    rows: int, columns: int, shape: tuple[int, int, int], when: When
+) -> None:
+    work = make_work(make_form(rows, columns, DType.FLOAT16), *shape, 132)
+    found = written(work)
+    assert found.form.stores.when is when
+    assert found.form.stores.box_bytes >= 64
+    assert replace(found, form=work.form) == work
+    assert (found.form.rows, found.form.columns) == (rows, columns)
+
+
 @pytest.mark.parametrize("m", TOKENS)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_every_shape_is_covered_once(m: int, n: int, k: int) -> None:
@@ -75,7 +102,7 @@ def test_the_choice_is_what_was_fastest_or_the_models_best(
     works = candidates(m, n, k, out, 132)
     costs = [clocks(work, m, n, 132) for work in works]
     known = winner(works, m, (n, k), out.bytes, 132)
-    assert choose(m, n, k, out, 132) == (known or works[costs.index(min(costs))])
+    assert choose(m, n, k, out, 132) == written(known or works[costs.index(min(costs))])
 
 
 def test_factors_lose_little_on_shapes_that_their_fit_has_not_seen() -> None:
@@ -120,7 +147,7 @@ def test_the_choice_is_total_on_other_machines_and_beyond_the_sweep(processors: 
     for m in (1, 33, 500, 10**6):
         for n, k in ((8, 16), (10**6, 128), (64, 10**6)):
             works = candidates(m, n, k, DType.BFLOAT16, processors)
-            assert choose(m, n, k, DType.BFLOAT16, processors) in works
+            assert choose(m, n, k, DType.BFLOAT16, processors) in map(written, works)
 
 
 def test_an_odd_number_of_multiprocessors_leaves_one_idle_in_clusters() -> None:

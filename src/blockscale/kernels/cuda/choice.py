@@ -2,7 +2,8 @@
 
 As for Gluon (``kernels.gluon.choice``): candidates are compared by ``costs``, an analytic model,
 corrected by what a sweep measured (``corrections``); an (N, K) that was in the sweep takes what was
-fastest there. ``benchmarks/cuda_sweep.py`` times the candidates, ``benchmarks/cuda_fit.py`` makes
+fastest there; what is chosen is written in the way that suits it (``work.written``, after the
+sweep). ``benchmarks/cuda_sweep.py`` times the candidates, ``benchmarks/cuda_fit.py`` makes
 the table. Needs neither torch nor a compiler.
 """
 
@@ -20,6 +21,7 @@ from blockscale.kernels.cuda.work import (
     Work,
     make_form,
     make_work,
+    written,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ def choose(m: int, n: int, k: int, out: DType, processors: int) -> Work:
     """
     found = candidates(m, n, k, out, processors)
     known = winner(found, m, (n, k), out.bytes, processors)
-    return known or modelled(m, n, k, out, processors)
+    return written(known or modelled(m, n, k, out, processors))
 
 
 @lru_cache(maxsize=8192)
@@ -63,7 +65,7 @@ def candidates(m: int, n: int, k: int, out: DType, processors: int) -> tuple[Wor
 
 @lru_cache(maxsize=8)
 def forms(out: DType) -> tuple[Form, ...]:
-    """Every form that ``choose`` can ask for, whatever the shape."""
+    """Every form that ``choose`` compares, whatever the shape."""
     found = []
     for rows, widths in TILES.items():
         for columns in widths:

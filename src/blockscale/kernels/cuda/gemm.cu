@@ -355,17 +355,28 @@ DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& pr
             skip(ring, problem.k_blocks);
             continue;
         }
-        bool is_full = false;
-        Place next{};
-        multiply_block(results, wave, ring, is_full, own, own_columns, [&](int number) {
-            if (number == 0) {
-                next = units.place();
-                own_columns = SCALE_BLOCK - next.column % SCALE_BLOCK;
-            }
-            if (WHEN == When::LATE && !is_written) write(number);
+        const auto start = [&](int number) {
             UNROLL for (int i = 0; i < SUMS; i++) results[number][i] = 0;
-        });
-        for (int block = 1; block < problem.k_blocks; block++)
+        };
+        bool is_full = false;
+        int block = 0;
+        Place next{};
+        const auto look = [&] {
+            next = units.place();
+            own_columns = SCALE_BLOCK - next.column % SCALE_BLOCK;
+        };
+        if (WHEN == When::LATE) {
+            multiply_block(results, wave, ring, is_full, own, own_columns, [&](int number) {
+                if (number == 0) look();
+                if (!is_written) write(number);
+                start(number);
+            });
+            block = 1;
+        } else {
+            look();
+            UNROLL for (int number = 0; number < WAVES; number++) start(number);
+        }
+        for (; block < problem.k_blocks; block++)
             multiply_block(results, wave, ring, is_full, own, own_columns, [](int) {});
         place = next;
         is_written = false;

@@ -232,7 +232,20 @@ def late_stores(rows: int, columns: int, out: DType) -> Stores:
 
 def late(form: Form) -> Form:
     """The same tile, written late."""
-    stores = late_stores(form.rows, form.columns, form.out)
+    return with_stores(form, late_stores(form.rows, form.columns, form.out))
+
+
+def at_once(form: Form) -> Form:
+    """The same tile, written at once; in wide boxes where the usual ones are of 32 bytes a row."""
+    usual = usual_stores(form.rows, form.columns, form.out)
+    box = widest_box(form.columns, form.out)
+    if usual.box_bytes >= min(64, box):
+        return with_stores(form, usual)
+    return with_stores(form, Stores(box, 2 if form.columns <= SCALE_BLOCK else 3))
+
+
+def with_stores(form: Form, stores: Stores) -> Form:
+    """The same tile, written in this way."""
     stages = most_stages(form.rows, form.columns, stores, form.beside)
     return replace(form, stores=stores, stages=stages)
 
@@ -253,6 +266,10 @@ def forms_to_compare(rows: int, columns: int, out: DType) -> tuple[Form, ...]:
     ways += [Stores(box, 3, WARP_ROWS // 2, When.LATE)] * (box // out.bytes % 32 == 0)
     found = [make_form(rows, columns, out, stores=stores) for stores in dict.fromkeys(ways)]
     return tuple(form for form in found if form.stages >= LEAST_STAGES)
+
+
+# Late, tiles of this width take longer where K is long (``cuda_stores.py``, H100, 2026-11-26).
+NEVER_LATE_COLUMNS = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,3 +319,18 @@ def square_band(form: Form, clusters: int) -> int:
 def aligned_scale_stride(m: int) -> int:
     """From one K block's activation scales to the next, in elements: TMA wants 16 bytes."""
     return (m + 3) // 4 * 4
+
+
+def written(work: Work) -> Work:
+    """The same tiles, written in the way that was fastest (``cuda_stores.py``, H100, 2026-11-26).
+
+    Late where blocks have several tiles. A block's only tile gains nothing by it, and the longer
+    code takes 3-6 % of a short launch. Nor do low tiles whose K blocks all fit into the ring: their
+    first slot comes back late.
+    """
+    form = work.form
+    is_several = work.units * form.cluster > work.blocks
+    is_long = work.k_blocks > form.stages or form.rows > 2 * WAVE_ROWS
+    if is_several and is_long and form.columns != NEVER_LATE_COLUMNS:
+        return replace(work, form=late(form))
+    return replace(work, form=at_once(form))
