@@ -63,7 +63,8 @@ class Family:
     """A kernel and its candidates, of which this program sees names and numbers only.
 
     ``candidates``: of (m, n, k). ``estimate``: of (work, m, n). ``quantities``: of (work, m, the
-    share of memory). ``forms``: which factors a work has. ``is_new``: whether a part of the sweep
+    share of memory). ``forms``: which factors a work has. ``time_of``: a work's time among those of
+    a line of the sweep, by name; None if it was not timed. ``is_new``: whether a part of the sweep
     did not have such works yet.
     """
 
@@ -74,6 +75,7 @@ class Family:
     terms: Callable[[tuple[float, ...]], tuple[float, ...]]
     forms: Callable[[Any], tuple[str, ...]]
     winner_name: Callable[[Any], str]
+    time_of: Callable[[Any, dict[str, float]], float | None]
     is_new: Callable[[Any], bool]
 
 
@@ -145,7 +147,7 @@ def read(family: Family, sweep: Path) -> list[Shape]:
             continue
         m, n, k = line["m"], line["n"], line["k"]
         works = [
-            timed_work(family, work, m, n, line["times"].get(work.name, math.inf))
+            timed_work(family, work, m, n, family.time_of(work, line["times"]) or math.inf)
             for work in family.candidates(m, n, k)
         ]
         timed = [one for one in works if one.us < math.inf]

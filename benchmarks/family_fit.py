@@ -37,6 +37,7 @@ from blockscale.kernels.gluon import choice as gluon_choice
 from blockscale.kernels.gluon import corrections as gluon_corrections
 from blockscale.planning.timed import TOKENS, Timed, in_ranges, starts_of
 from choice_fit import HELD_OUT, PROCESSORS, ROOT, parts, report
+from cuda_fit import time_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,9 +98,9 @@ def read(sweep: Path) -> list[Shape]:
         if "times" not in line:
             continue
         m, n, k = line["m"], line["n"], line["k"]
-        names = {"gluon": f"gluon {chosen('gluon', m, n, k).name}"}
-        names["cuda"] = chosen("cuda", m, n, k).name
-        us = {family: line["times"].get(name) for family, name in names.items()}
+        gluon = f"gluon {chosen('gluon', m, n, k).name}"
+        form = cuda_choice.modelled(m, n, k, OUT, PROCESSORS)
+        us = {"gluon": line["times"].get(gluon), "cuda": time_of(form, line["times"])}
         if None not in us.values():
             found.append(Shape(m, n, k, us))
     return found

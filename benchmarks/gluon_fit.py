@@ -23,6 +23,7 @@ GLUON = Family(
     terms=corrections.terms,
     forms=lambda work: (corrections.form(work),),
     winner_name=corrections.winner_name,
+    time_of=lambda work, times: times.get(work.name),
     # Tiles of two parts: the first of the H100's sweeps had none.
     is_new=lambda work: getattr(work.variant, "rest", 0) > 0,
 )

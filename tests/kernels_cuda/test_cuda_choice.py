@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -105,18 +106,20 @@ def test_the_choice_is_what_was_fastest_or_the_models_best(
     assert choose(m, n, k, out, 132) == written(known or works[costs.index(min(costs))])
 
 
-def test_factors_lose_little_on_shapes_that_their_fit_has_not_seen() -> None:
+def test_factors_lose_little_on_shapes_that_their_fit_has_not_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """1.4 % at M of 128 and more by five-fold cross-validation over (N, K) (``cuda_fit.py``)."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    fit, family = import_module("choice_fit"), import_module("cuda_fit").CUDA
     document = json.loads(TABLE.read_text(encoding="utf-8"))
     held_out = {(n, k) for n, k in document["held_out"]}
     losses = []
-    texts = [(ROOT / source).read_text("utf-8") for source in document["sources"]]
-    for line in (json.loads(line) for text in texts for line in text.splitlines()[1:]):
-        m, n, k, times = line["m"], line["n"], line["k"], line["times"]
-        if (n, k) in held_out and m >= 128:
-            works = [w for w in candidates(m, n, k, DType.FLOAT16, 132) if w.name in times]
-            chosen = min(works, key=lambda w: clocks(w, m, n, 132))
-            losses.append(times[chosen.name] / min(times[w.name] for w in works) - 1)
+    for shape in (one for source in document["sources"] for one in fit.read(family, ROOT / source)):
+        if (shape.n, shape.k) in held_out and shape.m >= 128:
+            works = {one.work: one.us for one in shape.timed}
+            chosen = min(works, key=lambda work: clocks(work, shape.m, shape.n, 132))
+            losses.append(works[chosen] / shape.best - 1)
     assert len(losses) > 50
     assert sum(losses) / len(losses) < 0.02
 
