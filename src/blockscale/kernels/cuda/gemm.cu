@@ -238,12 +238,13 @@ struct Scales {
     float b[SCALE_ROWS];
 };
 
+template <int COUNT>
 DEVICE Scales read_scales(const Ring& ring, u32 own) {
     Scales scales;
     const u32 a = own + ring.slot * A_SCALE_BYTES;
     const u32 b = ring.memory + B_SCALE_SLOTS + ring.slot * B_SCALE_BYTES;
     UNROLL for (int i = 0; i < SCALE_ROWS; i++) scales.b[i] = load_shared(b + 4 * i);
-    UNROLL for (int wave = 0; wave < WAVES; wave++) {
+    UNROLL for (int wave = 0; wave < COUNT; wave++) {
         scales.a[wave][0] = load_shared(a + 4 * (wave * WAVE_ROWS));
         scales.a[wave][1] = load_shared(a + 4 * (wave * WAVE_ROWS + 8));
     }
@@ -287,17 +288,17 @@ struct Own {
     u32 scales;
 };
 
-DEVICE Own own_operands(const Ring& ring, int consumer, int warp_row) {
-    return {matrix_descriptor(ring.memory + A_SLOTS + consumer * OWN_ROWS * K_BLOCK),
+DEVICE Own own_operands(const Ring& ring, int first_row, int warp_row) {
+    return {matrix_descriptor(ring.memory + A_SLOTS + first_row * K_BLOCK),
             matrix_descriptor(ring.memory + B_SLOTS),
-            ring.memory + A_SCALE_SLOTS + 4 * (warp_row + lane_index() / 4)};
+            ring.memory + A_SCALE_SLOTS + 4 * (first_row + warp_row + lane_index() / 4)};
 }
 
-// One K block. Scales are read while a wave runs, and the next slot is looked at: what stands
+// One K block, COUNT waves. Scales are read while a wave runs, and the next slot is looked at: what stands
 // between two waves is the FFMAs and the arrival that gives the slot back. `meanwhile` is called
-// while each wave runs, with its number. `is_full`: whether the slot is known to be, then the next.
+// while each wave runs, with its number, and with those of waves beyond COUNT. `is_full`: whether the slot is known to be, then the next.
 // `own_columns`: as `promote`'s; read after the first `meanwhile`.
-template <class Meanwhile>
+template <int COUNT, class Meanwhile>
 DEVICE void multiply_block(float (&results)[WAVES][SUMS], float (&wave)[SUMS], Ring& ring,
                            bool& is_full, const Own& own, const int& own_columns,
                            Meanwhile meanwhile) {
@@ -307,16 +308,34 @@ DEVICE void multiply_block(float (&results)[WAVES][SUMS], float (&wave)[SUMS], R
     Ring next = ring;
     next.advance();
     Scales scales;
-    UNROLL for (int number = 0; number < WAVES; number++) {
+    UNROLL for (int number = 0; number < COUNT; number++) {
         start_wave(wave, a + number * (WAVE_ROWS * K_BLOCK / DESCRIPTOR_UNIT), b);
-        if (number == 0) scales = read_scales(ring, own.scales);
+        if (number == 0) scales = read_scales<COUNT>(ring, own.scales);
         meanwhile(number);
-        if (number == WAVES - 1) is_full = barrier_test(next.full(), next.parity);
+        if (number == COUNT - 1)
+            UNROLL for (int beyond = COUNT; beyond < WAVES; beyond++) meanwhile(beyond);
+        if (number == COUNT - 1) is_full = barrier_test(next.full(), next.parity);
         end_wave(wave);
-        if (number == WAVES - 1) give_back(ring);
+        if (number == COUNT - 1) give_back(ring);
         promote(results[number], wave, scales, number, own_columns);
     }
     ring = next;
+}
+
+// All K blocks of one tile. `begin`: as `meanwhile`, in the first; or before it.
+template <int COUNT, class Begin>
+DEVICE void multiply_tile(float (&results)[WAVES][SUMS], float (&wave)[SUMS], Ring& ring,
+                          int k_blocks, const Own& own, const int& own_columns, Begin begin) {
+    bool is_full = false;
+    int block = 0;
+    if (WHEN == When::LATE) {
+        multiply_block<COUNT>(results, wave, ring, is_full, own, own_columns, begin);
+        block = 1;
+    } else {
+        UNROLL for (int number = 0; number < WAVES; number++) begin(number);
+    }
+    for (; block < k_blocks; block++)
+        multiply_block<COUNT>(results, wave, ring, is_full, own, own_columns, [](int) {});
 }
 
 // Gives back the slots of a tile that has no rows for this consumer.
@@ -335,9 +354,8 @@ DEVICE void skip(Ring& ring, int k_blocks) {
 DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& problem,
                     int unit_rows) {
     const int consumer = warp / WARPS;
-    // The warp's first row in a wave of its tile.
-    const int warp_row = consumer * OWN_ROWS + warp % WARPS * WARP_ROWS;
-    const Own own = own_operands(ring, consumer, warp_row);
+    // The warp's first row in a wave.
+    const int warp_row = warp % WARPS * WARP_ROWS;
     Staging staging{ring.memory + STAGING + warp * (BUFFERS * BOX_SIZE)};
     float wave[SUMS], results[WAVES][SUMS];
     UNROLL for (int i = 0; i < SUMS; i++) wave[i] = 0;
@@ -348,36 +366,32 @@ DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& pr
         if (problem.bias) add_bias(results[number], problem, place.column);
         Place first = place;
         first.row += warp_row + number * WAVE_ROWS;
+        if (GROUPING != Grouping::NOTHING && first.row >= first.end) return;
         write_wave(results[number], out, problem, first, staging);
     };
     for (Units<Walker::WARP> units(problem, unit_rows); units.are_left(); units.advance()) {
-        if (!units.has_rows_for(consumer)) {
+        const OwnRows rows = units.own_rows(consumer);
+        if (rows.waves == 0) {
             skip(ring, problem.k_blocks);
             continue;
         }
-        const auto start = [&](int number) {
+        const Own own = own_operands(ring, rows.first, warp_row);
+        Place next{};
+        const auto begin = [&](int number) {
+            if (number == 0) {
+                next = units.place();
+                next.row += rows.first;
+                if (GROUPING != Grouping::NOTHING)
+                    next.end = smaller(next.end, next.row + rows.waves * WAVE_ROWS);
+                own_columns = SCALE_BLOCK - next.column % SCALE_BLOCK;
+            }
+            if (WHEN == When::LATE && !is_written) write(number);
             UNROLL for (int i = 0; i < SUMS; i++) results[number][i] = 0;
         };
-        bool is_full = false;
-        int block = 0;
-        Place next{};
-        const auto look = [&] {
-            next = units.place();
-            own_columns = SCALE_BLOCK - next.column % SCALE_BLOCK;
-        };
-        if (WHEN == When::LATE) {
-            multiply_block(results, wave, ring, is_full, own, own_columns, [&](int number) {
-                if (number == 0) look();
-                if (!is_written) write(number);
-                start(number);
-            });
-            block = 1;
-        } else {
-            look();
-            UNROLL for (int number = 0; number < WAVES; number++) start(number);
-        }
-        for (; block < problem.k_blocks; block++)
-            multiply_block(results, wave, ring, is_full, own, own_columns, [](int) {});
+        if (WAVES == 1 || rows.waves == WAVES)
+            multiply_tile<WAVES>(results, wave, ring, problem.k_blocks, own, own_columns, begin);
+        else
+            multiply_tile<1>(results, wave, ring, problem.k_blocks, own, own_columns, begin);
         place = next;
         is_written = false;
         if (WHEN == When::AT_ONCE) UNROLL for (int number = 0; number < WAVES; number++) write(number);

@@ -16,6 +16,12 @@ struct Place {
     int end;
 };
 
+// A consumer's rows of a tile: the first, and how many waves hold any.
+struct OwnRows {
+    int first;
+    int waves;
+};
+
 DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
 // Units that run at the same time share rows of A and columns of B in L2.
@@ -48,7 +54,7 @@ struct UnitsOf<Grouping::NOTHING, WALKER> {
     DEVICE bool are_left() const { return unit < problem.unit_rows * problem.unit_columns; }
     DEVICE void advance() { unit += grid_size() / CLUSTER; }
     DEVICE Place place() const { return place_of(problem, problem.unit_rows, unit); }
-    DEVICE bool has_rows_for(int) const { return true; }
+    DEVICE OwnRows own_rows(int consumer) const { return {consumer * OWN_ROWS, WAVES}; }
 };
 
 // Starts the store of a box, as far as it lies in the output or in the slot.
@@ -62,7 +68,7 @@ DEVICE void store_box(const TensorMap& out, u32 source, const Place& place) {
 
 // ---- contiguous: row block b belongs to group routing[b], or to none (-1)
 
-// Parts of a tile that may belong to different groups, each the rows of one consumer.
+// Parts of a tile that may belong to different groups.
 constexpr int PARTS = ROWS > SCALE_BLOCK ? 2 : 1;
 constexpr int PART_ROWS = ROWS / PARTS;
 
@@ -80,8 +86,8 @@ DEVICE int count_used_rows(const Problem& problem) {
     return (last * problem.block_rows + ROWS - 1) / ROWS;
 }
 
-// A tile whose halves belong to two groups is two units, in each of which one consumer works; what
-// belongs to no group is left out.
+// A tile whose halves belong to two groups is two units, of each of which the consumers share one
+// half; what belongs to no group is left out.
 template <Walker WALKER>
 struct UnitsOf<Grouping::CONTIGUOUS, WALKER> {
     const Problem& problem;
@@ -106,8 +112,9 @@ struct UnitsOf<Grouping::CONTIGUOUS, WALKER> {
         found.group = group;
         return found;
     }
-    DEVICE bool has_rows_for(int consumer) const {
-        return PARTS == 1 || is_whole || consumer == part;
+    DEVICE OwnRows own_rows(int consumer) const {
+        if (PARTS == 1 || is_whole) return {consumer * OWN_ROWS, WAVES};
+        return {part * PART_ROWS + consumer * WAVE_ROWS, 1};
     }
 
   private:
@@ -185,10 +192,13 @@ struct UnitsOf<Grouping::MASKED, WALKER> {
         found.end = same(rows_of_group(problem, group));
         return found;
     }
-    DEVICE bool has_rows_for(int consumer) const {
-        if (CONSUMERS == 1) return true;
+    // Few rows are shared evenly.
+    DEVICE OwnRows own_rows(int consumer) const {
         const Place found = place();
-        return found.row + consumer * OWN_ROWS < found.end;
+        const int rows = found.end - found.row;
+        const int first = consumer * (rows > CONSUMERS * WAVE_ROWS ? OWN_ROWS : WAVE_ROWS);
+        const int waves = (rows - first + WAVE_ROWS - 1) / WAVE_ROWS;
+        return {first, rows > first ? smaller(waves, rows > CONSUMERS * WAVE_ROWS ? WAVES : 1) : 0};
     }
 
   private:
