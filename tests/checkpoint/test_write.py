@@ -101,6 +101,69 @@ def test_torchrun_shares_the_files(float_checkpoint: Path, tmp_path: Path) -> No
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
 
 
+@pytest.mark.parametrize("moment", ["_prepare", "_check_disk", "_write_all", "_finish"])
+def test_a_peer_may_finish_everything_at_any_moment(
+    float_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """What it then removes is missed by nobody, and what it could not remove goes too."""
+    original, remove = getattr(write._Job, moment), write.shutil.rmtree
+    peers = []
+
+    def interrupted(job: write._Job, *arguments: object) -> object:
+        if not peers:
+            peers.append(job)
+            if moment == "_finish":
+                # As if a file had been made in the folder while it was removed.
+                monkeypatch.setattr(write.shutil, "rmtree", lambda *_, **__: None)
+            quantize(float_checkpoint, tmp_path / "out", Crew(1, 1, 2))
+            monkeypatch.setattr(write.shutil, "rmtree", remove)
+        return original(job, *arguments)
+
+    monkeypatch.setattr(write._Job, moment, interrupted)
+    summary = quantize(float_checkpoint, tmp_path / "out", Crew(1, 0, 2))
+    assert len(peers) == 1
+    monkeypatch.undo()
+    quantize(float_checkpoint, tmp_path / "alone")
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    assert summary.shards > 2
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, FileExistsError])
+def test_a_folder_that_a_peer_removes_while_it_is_made_is_made_again(
+    float_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[OSError],
+) -> None:
+    make, failed = Path.mkdir, []
+
+    def mkdir(path: Path, *arguments: object, **options: object) -> None:
+        if path.name == "sums" and not failed:
+            failed.append(path)
+            raise error(errno.ENOENT, "gone", str(path))
+        make(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    quantize(float_checkpoint, tmp_path / "out", Crew(1, 0, 2))
+    assert len(failed) == 1
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_peer_may_rename_a_file_while_its_size_is_asked(
+    float_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = write._Job._check_disk
+
+    def with_a_part_that_goes(job: write._Job, found: object) -> None:
+        (job._work / "parts" / "gone").symlink_to(tmp_path / "nowhere")
+        look(job, found)
+        (job._work / "parts" / "gone").unlink()
+
+    monkeypatch.setattr(write._Job, "_check_disk", with_a_part_that_goes)
+    assert quantize(float_checkpoint, tmp_path / "out").shards > 2
+
+
 def test_a_peer_that_comes_late_accepts_what_the_others_finished(
     float_checkpoint: Path, tmp_path: Path, written: list[str]
 ) -> None:

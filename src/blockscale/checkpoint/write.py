@@ -194,16 +194,20 @@ class _Job:
                     "is the unfinished output of a run with other source files, options or version;"
                     " repeat that run, or remove it",
                 )
-        for name in ("checkpoint", "parts", "sums"):
-            (self._work / name).mkdir(parents=True, exist_ok=True)
 
     def _take_part(self) -> int | None:
         """The descriptor of the shared lock; None if the work was finished or removed meanwhile."""
         self._prepare()
         path = self._work / "lock"
         try:
+            for name in ("checkpoint", "parts", "sums"):
+                (self._work / name).mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
         except FileNotFoundError:
+            return None
+        except FileExistsError as error:  # It was there and is gone, or it is no directory.
+            if os.path.lexists(error.filename):
+                raise
             return None
         try:
             _lock(descriptor, self._work, fcntl.LOCK_SH)
@@ -218,10 +222,15 @@ class _Job:
     def _check_disk(self, found: list[PlannedShard]) -> None:
         total = sum(shard.total_bytes for shard in self._output.shards)
         done = sum(shard.total_bytes for shard in found)
-        begun = sum(part.stat().st_blocks * 512 for part in (self._work / "parts").iterdir())
+        begun = 0
+        # Peers go on meanwhile: a part gets its final name, and at the end the work goes away.
+        with suppress(FileNotFoundError):
+            for part in (self._work / "parts").iterdir():
+                with suppress(FileNotFoundError):
+                    begun += part.stat().st_blocks * 512
         needed = total - done - begun
-        free = shutil.disk_usage(self._work).free
-        if free < needed + SPARE_DISK_BYTES:
+        free = shutil.disk_usage(self._target.parent).free
+        if free < needed + SPARE_DISK_BYTES and not _is_occupied(self._target):
             raise CheckpointError(
                 self._output.target, f"needs {needed} bytes, but the disk has only {free} free"
             )
@@ -329,13 +338,13 @@ class _Job:
         try:
             descriptor = os.open(self._work / "finish", os.O_CREAT | os.O_RDWR, 0o666)
         except FileNotFoundError:
-            descriptor = None
-        if descriptor is None or _is_occupied(self._target):
-            return self._expect_finished()
+            self._expect_finished()
+            return
         try:
             _lock(descriptor, self._work, fcntl.LOCK_EX)
             if _is_occupied(self._target):
-                return self._expect_finished()
+                self._expect_finished()
+                return
             folder, scratch = self._work / "checkpoint", self._work / "parts" / "document"
             for path in self._output.copied:
                 shutil.copyfile(path, scratch)
@@ -348,11 +357,12 @@ class _Job:
         finally:
             os.close(descriptor)
         shutil.rmtree(self._work, ignore_errors=True)
-        return None
 
     def _expect_finished(self) -> None:
         if not self._is_complete():
             raise CheckpointError(self._output.target, "was made by something else meanwhile")
+        # Whoever finished could not remove a folder in which we made a file meanwhile.
+        shutil.rmtree(self._work, ignore_errors=True)
 
     def _last_files(self) -> dict[str, bytes]:
         """What is known only when all shards are there: checksums, and the index if there is one.
