@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 from importlib import metadata
 
-from blockscale.planning.device import Device
+from blockscale.formats import DType
+from blockscale.planning.decision import Arrangement
+from blockscale.planning.device import Device, Installed, Proof, Verdict
 
 # Distributions whose presence or version a backend's gate asks about.
 PROVIDERS = (
@@ -18,6 +21,8 @@ PROVIDERS = (
     "cuda-bindings",
     "transformers",
 )
+# Compute capability of what gemm.cu is compiled for.
+NVRTC_SERVES = (9, 0)
 
 
 def detect_device() -> Device:
@@ -25,12 +30,36 @@ def detect_device() -> Device:
 
     Without them ``proofs`` is empty: that a provider is installed does not mean that it computes
     the right numbers. Times come from a table that ships with blockscale, if there is one for this
-    GPU and none was measured here.
+    GPU and none was measured here. A provider that is installed and does not load has failed.
     """
     from blockscale.probe.measured import with_measurements
     from blockscale.probe.proving import load_proofs
 
-    return with_measurements(load_proofs(read_machine()))
+    return with_measurements(without_unloadable(load_proofs(read_machine())))
+
+
+def without_unloadable(device: Device) -> Device:
+    """``device``, with failed proofs of ``cuda`` where NVRTC's binding is there and NVRTC is not.
+
+    The cuda backend shares layers with Gluon, which must serve them alone then. Elsewhere a
+    provider that does not load is found out when it prepares a weight.
+    """
+    if device.capability != NVRTC_SERVES or device.installed("cuda-bindings") is not Installed.YES:
+        return device
+    from blockscale.errors import BackendError
+    from blockscale.kernels.cuda.build import nvrtc
+
+    try:
+        nvrtc()
+    except BackendError as error:
+        failed = tuple(
+            Proof("cuda", dtype, Verdict.FAILED, str(error), arrangement)
+            for dtype in DType
+            for arrangement in (None, *Arrangement)
+        )
+        kept = tuple(proof for proof in device.proofs if proof.backend != "cuda")
+        return replace(device, proofs=(*kept, *failed))
+    return device
 
 
 def read_machine() -> Device:
