@@ -136,7 +136,8 @@ def _row(group: LayerGroup, colours: dict[str, int]) -> Row:
     for choice in plan.choices:
         form = choice.offer.activation
         activation = f"{form.format} in {form.layout}" if form else "not quantized beforehand"
-        words = (choice.offer.backend, str(choice.m_range), f"{offer_words(choice.offer)}")
+        because = ", ".join(filter(None, (offer_words(choice.offer), choice.reason)))
+        words = (choice.offer.backend, str(choice.m_range), because)
         choices.append((*words, (f"activation: {activation}", *choice.offer.notes)))
     return Row(
         group,
