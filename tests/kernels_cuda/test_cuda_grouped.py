@@ -155,8 +155,8 @@ EMPTY = Routing("all empty", (-1,) * 5)
 
 
 def shape_for(form: Form) -> tuple[int, int]:
-    """Ragged in N and K, three tiles of columns, and the ring goes round."""
-    return 2 * form.columns + 24, 128 * (form.stages // 2 + 1) + 16
+    """Ragged in N and K, an odd tile of columns beside those of a cluster; the ring goes round."""
+    return form.cluster * form.columns + 24, 128 * (form.stages // 2 + 1) + 16
 
 
 @pytest.mark.parametrize("routing", [*ROUTINGS, EMPTY], ids=lambda routing: routing.name)
