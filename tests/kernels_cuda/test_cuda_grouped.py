@@ -18,6 +18,7 @@ from blockscale.kernels.cpu.build import find_compiler
 from blockscale.kernels.cuda.grouped_choice import (
     ALIGNMENTS,
     choose_contiguous,
+    choose_masked,
     make_masked_work,
     masked_form,
 )
@@ -399,3 +400,13 @@ def test_many_groups_of_few_rows_take_tiles_of_one_row_block() -> None:
     few = choose_contiguous((256, 320, 128), (3072, 3072), BF16, 132)
     many = choose_contiguous((4, 256, 128), (4096, 7168), BF16, 132)
     assert (few.form.rows, many.form.rows) == (128, 256)
+
+
+def test_few_rows_of_a_slot_take_tiles_of_one_wave_and_many_tall_ones() -> None:
+    few = choose_masked((32, 4096, 20), (4096, 7168), BF16, 132)
+    some = choose_masked((32, 4096, 192), (4096, 7168), BF16, 132)
+    assert (few.form.rows, some.form.rows) == (64, 256)
+    for work in (few, some):
+        assert work.form.grouping is Grouping.MASKED
+        assert work.unit_rows * work.form.rows >= 32 * 4096
+        assert work.form.shared_bytes <= SHARED_BYTES

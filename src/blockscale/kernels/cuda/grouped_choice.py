@@ -44,6 +44,8 @@ WIDE_BLOCK = 128
 # The largest tiles, and stores that leave room for a fourth slot at 256x128.
 LARGE = ((128, 192), (256, 128))
 LOW_BOXES = Stores(128, 3, 8, When.LATE)
+# Of a tile's time, what half of its waves take: a consumer's chain binds, not the tensor cores.
+LEAST_OF_TILE = 0.6
 # Two blocks share a multiprocessor where each has more slots than these.
 LEAST_STAGES = 4
 
@@ -99,8 +101,10 @@ def choose_masked(
 def masked_works(
     rows: tuple[int, int, int], shape: tuple[int, int], out: DType, processors: int
 ) -> list[Work]:
-    """Everything that ``choose_masked`` compares."""
-    found = [make_masked_work(form, rows[:2], shape, processors) for form in masked_forms(out)]
+    """Everything that ``choose_masked`` compares: tiles of one wave where one holds the rows."""
+    is_low = min(rows[1:]) <= WAVE_ROWS
+    forms = [form for form in masked_forms(out) if (form.rows == WAVE_ROWS) == is_low]
+    found = [make_masked_work(form, rows[:2], shape, processors) for form in forms]
     return [w for w in found if w.form.share is Share.NOTHING or w.unit_columns > 1]
 
 
@@ -116,13 +120,13 @@ def masked_forms(out: DType) -> tuple[Form, ...]:
 def masked_clocks(work: Work, rows: tuple[int, int, int], shape: tuple[int, int]) -> float:
     """The model's time, for slots that all have about the likely rows.
 
-    Whether a count's last tile is needed depends on the count: half a tile more is the mean.
+    A slot's last tile takes the time of its waves that hold rows; half a wave more is the mean.
     """
     slots, slot_rows, likely = rows
     likely = max(1, min(likely, slot_rows))
     tall = work.form.rows
-    tiles = ceil(likely / tall) if likely <= tall / 2 else (likely + tall / 2) / tall
-    unit_rows = max(1, round(slots * tiles))
+    part = 1.0 if tall == WAVE_ROWS else LEAST_OF_TILE
+    unit_rows = max(1, round(slots * max(part, (likely + WAVE_ROWS / 2) / tall)))
     most = work.blocks // work.form.cluster
     blocks = min(most, unit_rows * work.unit_columns) * work.form.cluster
     grown = replace(work, unit_rows=unit_rows, blocks=blocks)
@@ -156,14 +160,14 @@ def contiguous_clocks(work: Work, rows: tuple[int, int, int], n: int) -> float:
     """The model's time, for row blocks that all belong to a group.
 
     A tile of two row blocks meets the end of a group in its middle half of the time, and then takes
-    two turns.
+    two turns, of half its waves each.
     """
     groups, blocks, alignment = rows
     form = work.form
     per_tile = max(1, form.rows // alignment)
     turns = ceil(blocks * alignment / form.rows)
     if per_tile > 1:
-        turns += (min(groups, blocks) - 1) // 2
+        turns += round((min(groups, blocks) - 1) / 2 * (2 * LEAST_OF_TILE - 1))
     grown = replace(work, unit_rows=turns)
     return estimate(grown, turns * form.rows, n).clocks
 
