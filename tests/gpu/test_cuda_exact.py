@@ -36,6 +36,10 @@ pytestmark = [
 ]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+COMPARED = (
+    (256, 128), (256, 112), (128, 192), (128, 144), (128, 128), (128, 64), (64, 128), (64, 96),
+    (64, 64), (64, 32),
+)  # fmt: skip
 
 
 def problem_of(m: int, n: int, k: int) -> ExactProblem:
@@ -54,7 +58,7 @@ def all_forms(dtype: torch.dtype) -> list[Form]:
     """Those, and other ways to write a tile."""
     others = [
         form
-        for rows, columns in ((256, 128), (256, 112), (128, 192), (128, 144), (128, 128), (64, 96))
+        for rows, columns in COMPARED
         for form in forms_to_compare(rows, columns, dtype_of(dtype))
         if dtype is torch.float16
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,11 +55,12 @@ FEW_FORMS = [
     make_form(128, 112, DType.FLOAT16),
     make_form(128, 192, DType.FLOAT32, share=Share.WEIGHT),
     make_form(256, 128, DType.FLOAT16, stores=Stores(128, 3, 8, When.LATE)),
+    replace(make_form(128, 64, DType.FLOAT16), flight=2),
 ]
 LATE_FORMS = [
     form
     for out in OUTPUTS
-    for rows, columns in ((256, 128), (256, 112), (128, 192), (128, 144), (128, 128), (64, 96))
+    for rows, columns in ((256, 128), (256, 112), (128, 192), (128, 144), (128, 128), (64, 128))
     for form in forms_to_compare(rows, columns, out)
 ]
 MANY_FORMS = [

@@ -8,6 +8,7 @@ float64 product, rounded once. ``pytest -m machine`` runs many more forms, order
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ FEW_FORMS = [
     make_form(128, 192, FP32, share=Share.WEIGHT),
     make_form(64, 112, FP16, beside=2),
     make_form(256, 112, FP16, stores=Stores(128, 2, 8, When.LATE)),
+    replace(make_form(64, 64, FP16), flight=2),
 ]
 MANY_FORMS = [
     make_form(rows, columns, out, share=share, beside=2 if rows == 64 else 1)
@@ -73,6 +75,9 @@ MANY_FORMS = [
     make_form(128, 160, FP16, stores=Stores(128, 1, 16)),
     make_form(64, 96, BF16, stores=Stores(128, 2, 16, When.LATE), beside=2),
     make_form(64, 48, FP16, stores=Stores(64, 2, 8, When.LATE)),
+    replace(make_form(128, 128, BF16), flight=2),
+    replace(make_form(128, 48, FP32, share=Share.WEIGHT), flight=2),
+    replace(make_form(64, 32, BF16, beside=2), flight=2),
 ]
 machine = pytest.mark.machine
 SOME_AND_MANY = [*FEW_FORMS, *(pytest.param(form, marks=machine) for form in MANY_FORMS)]
@@ -186,6 +191,16 @@ def documented_chain(problem: Problem) -> torch.Tensor:
     return torch.from_numpy(result)
 
 
+@pytest.mark.parametrize("blocks", range(1, 6))
+def test_two_waves_in_flight_end_with_any_number_of_blocks(blocks: int) -> None:
+    form = replace(make_form(64, 32, FP16), flight=2)
+    problem = Problem(150, 104, 128 * blocks - 16)
+    work = make_work(form, 150, 104, problem.k, processors=2)
+    for seed in range(3):
+        out = problem.run(work, trial=Trial(seed))
+        assert torch.equal(out, problem.expected.to(out.dtype))
+
+
 @machine
 @pytest.mark.parametrize(
     "form", [form for form in (*FEW_FORMS, *MANY_FORMS) if form.out is FP32], ids=name_of
@@ -284,6 +299,18 @@ BROKEN = {
         "if (WHEN == When::LATE && !is_written) write(number);",
         "place = next; if (WHEN == When::LATE && !is_written) write(number);",
         "wrong",
+    ),
+    "a slot is given back before the other wave has read it": (
+        FEW_FORMS[4],
+        "        end_block<1>(results, odd, second, own_columns);\n    }\n",
+        "give_back(first.ring); end_block<1>(results, odd, second, own_columns);\n    }\n",
+        "fills a slot|more arrivals",
+    ),
+    "the wrong wave is promoted": (
+        FEW_FORMS[4],
+        "        end_block<1>(results, even, first, own_columns);\n        first =",
+        "        end_block<1>(results, odd, first, own_columns);\n        first =",
+        "wrong|sums of a wgmma",
     ),
     "scales are put into a slot that is in use": (
         FEW_FORMS[2],

@@ -34,6 +34,8 @@ constexpr int BOX_ROWS = FORM_BOX_ROWS, BOX_BYTES = FORM_BOX_BYTES, BUFFERS = FO
 constexpr When WHEN = static_cast<When>(FORM_WHEN);
 // Blocks that share a multiprocessor.
 constexpr int BESIDE = FORM_BESIDE;
+// Waves of a consumer that run at a time.
+constexpr int FLIGHT = FORM_FLIGHT;
 
 // K of a slot: one scale block, and 128 bytes of codes.
 constexpr int K_BLOCK = 128;
@@ -72,6 +74,8 @@ constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 208;
 static_assert(OWN_ROWS % WAVE_ROWS == 0 && WAVES <= 2, "one or two waves a consumer");
 static_assert(COLUMNS % 16 == 0, "a pair of matrices is 16 columns wide");
 static_assert(COLUMNS <= 144 || SEGMENT >= COLUMNS - 128, "a tile meets two scale blocks at most");
+static_assert(FLIGHT == 1 || (FLIGHT == 2 && WAVES == 1 && WHEN == When::AT_ONCE && STAGES > 2),
+              "the next K block's wave runs while one is promoted");
 static_assert(BOX_COLUMNS <= COLUMNS, "a box lies inside of its tile");
 static_assert(BOX_ROWS == WARP_ROWS || (BOX_ROWS == WARP_ROWS / 2 && BOX_COLUMNS % 32 == 0),
               "four matrices are 16 rows of 16 columns, or 8 rows of 32");
@@ -228,7 +232,7 @@ DEVICE void start_wave(float (&wave)[SUMS], u32 a, u32 b) {
 }
 
 DEVICE void end_wave(float (&wave)[SUMS]) {
-    wgmma_wait();
+    wgmma_wait<0>();
     pin(wave);
 }
 
@@ -338,6 +342,52 @@ DEVICE void multiply_tile(float (&results)[WAVES][SUMS], float (&wave)[SUMS], Ri
         multiply_block<COUNT>(results, wave, ring, is_full, own, own_columns, [](int) {});
 }
 
+// Of a wave that runs.
+struct Running {
+    Ring ring;
+    Scales scales;
+};
+
+// Starts the only wave of the next K block.
+DEVICE Running start_block(float (&wave)[SUMS], Ring& ring, const Own& own) {
+    barrier_wait(ring.full(), ring.parity);
+    start_wave(wave, own.a_slots + ring.slot * (A_BYTES / DESCRIPTOR_UNIT),
+               own.b_slots + ring.slot * (B_BYTES / DESCRIPTOR_UNIT));
+    const Running running{ring, read_scales<1>(ring, own.scales)};
+    ring.advance();
+    return running;
+}
+
+// Ends a wave, but not the PENDING ones that were started after it.
+template <int PENDING>
+DEVICE void end_block(float (&results)[SUMS], float (&wave)[SUMS], const Running& running,
+                      int own_columns) {
+    wgmma_wait<PENDING>();
+    pin(wave);
+    give_back(running.ring);
+    promote(results, wave, running.scales, 0, own_columns);
+}
+
+// All K blocks of a tile, two waves at a time: the tensor cores have one while another is promoted.
+DEVICE void multiply_blocks(float (&results)[SUMS], float (&even)[SUMS], float (&odd)[SUMS],
+                            Ring& ring, const Own& own, int own_columns, int k_blocks) {
+    Running first = start_block(even, ring, own);
+    int block = 1;
+    for (; block + 1 < k_blocks; block += 2) {
+        const Running second = start_block(odd, ring, own);
+        end_block<1>(results, even, first, own_columns);
+        first = start_block(even, ring, own);
+        end_block<1>(results, odd, second, own_columns);
+    }
+    if (block < k_blocks) {
+        const Running second = start_block(odd, ring, own);
+        end_block<1>(results, even, first, own_columns);
+        end_block<0>(results, odd, second, own_columns);
+    } else {
+        end_block<0>(results, even, first, own_columns);
+    }
+}
+
 // Gives back the slots of a tile that has no rows for this consumer.
 DEVICE void skip(Ring& ring, int k_blocks) {
     for (int block = 0; block < k_blocks; block++) {
@@ -357,7 +407,7 @@ DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& pr
     // The warp's first row in a wave.
     const int warp_row = warp % WARPS * WARP_ROWS;
     Staging staging{ring.memory + STAGING + warp * (BUFFERS * BOX_SIZE)};
-    float wave[SUMS], results[WAVES][SUMS];
+    float wave[SUMS], odd[SUMS], results[WAVES][SUMS];
     UNROLL for (int i = 0; i < SUMS; i++) wave[i] = 0;
     Place place{};
     int own_columns = 0;
@@ -388,10 +438,15 @@ DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& pr
             if (WHEN == When::LATE && !is_written) write(number);
             UNROLL for (int i = 0; i < SUMS; i++) results[number][i] = 0;
         };
-        if (WAVES == 1 || rows.waves == WAVES)
+        if constexpr (FLIGHT == 2) {
+            UNROLL for (int i = 0; i < SUMS; i++) odd[i] = 0;
+            begin(0);
+            multiply_blocks(results[0], wave, odd, ring, own, own_columns, problem.k_blocks);
+        } else if (WAVES == 1 || rows.waves == WAVES) {
             multiply_tile<WAVES>(results, wave, ring, problem.k_blocks, own, own_columns, begin);
-        else
+        } else {
             multiply_tile<1>(results, wave, ring, problem.k_blocks, own, own_columns, begin);
+        }
         place = next;
         is_written = false;
         if (WHEN == When::AT_ONCE) UNROLL for (int number = 0; number < WAVES; number++) write(number);

@@ -63,10 +63,6 @@ DEVICE u32 shared_memory() {
     return static_cast<u32>(__cvta_generic_to_shared(memory));
 }
 
-// The compiler does not compute it anew where it is used. The address of shared memory it would, by
-// a special register that takes 30 clocks to read.
-DEVICE void keep(u32& value) { asm volatile("" : "+r"(value)); }
-
 // ---- synchronisation
 
 DEVICE void sync_block() { __syncthreads(); }

@@ -31,6 +31,8 @@ WIDTHS = (16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 192)
 HEIGHTS = (64, 128, 256)
 # Two waves of more columns than these would not leave room for their results in registers.
 MAX_COLUMNS = {64: 192, 128: 192, 256: 128}
+# Of more there are no registers for two waves beside the results.
+MOST_COLUMNS_IN_FLIGHT = 128
 OUTPUTS = (DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32)
 
 
@@ -98,7 +100,8 @@ class Form:
 
     ``rows`` x ``columns``: a tile. ``stages``: slots of the ring. ``beside``: blocks that share a
     multiprocessor. ``grouping``: contiguous, a tile of 256 rows is for row blocks of 128, others
-    for any multiple.
+    for any multiple. ``flight``: waves of a consumer that run at a time; two where it has one for
+    each K block, so that the tensor cores have the next while it promotes.
     """
 
     rows: int
@@ -109,6 +112,7 @@ class Form:
     stores: Stores
     beside: int
     grouping: Grouping = Grouping.NOTHING
+    flight: int = 1
 
     @property
     def consumers(self) -> int:
@@ -152,6 +156,7 @@ class Form:
             "FORM_WHEN": int(self.stores.when),
             "FORM_BESIDE": self.beside,
             "FORM_GROUPING": int(self.grouping),
+            "FORM_FLIGHT": self.flight,
         }
 
     @property
@@ -175,7 +180,8 @@ class Form:
         late = "-late" if self.stores.when is When.LATE else ""
         grouping = "" if self.grouping is Grouping.NOTHING else f"{self.grouping.name.lower()}-"
         tile = f"{self.rows}x{self.columns}s{self.stages}"
-        return f"{grouping}{tile}{shared}{self.stores.name}{beside}{late}"
+        flight = f"w{self.flight}" if self.flight > 1 else ""
+        return f"{grouping}{tile}{shared}{self.stores.name}{beside}{late}{flight}"
 
 
 def slot_bytes(rows: int, columns: int) -> int:
@@ -254,7 +260,7 @@ def forms_to_compare(rows: int, columns: int, out: DType) -> tuple[Form, ...]:
     """A tile with the ways to write it that are worth comparing, the usual one first.
 
     Late in the best guess's boxes; at once with buffers for all waves; late with buffers for one or
-    for all waves, or in 3 KB a warp.
+    for all waves, or in 3 KB a warp. Tiles of one wave a K block also with two waves in flight.
     """
     usual = usual_stores(rows, columns, out)
     box = widest_box(columns, out)
@@ -265,6 +271,8 @@ def forms_to_compare(rows: int, columns: int, out: DType) -> tuple[Form, ...]:
     ways += [Stores(box, count, when=When.LATE) for count in (boxes, waves * boxes)]
     ways += [Stores(box, 3, WARP_ROWS // 2, When.LATE)] * (box // out.bytes % 32 == 0)
     found = [make_form(rows, columns, out, stores=stores) for stores in dict.fromkeys(ways)]
+    if found[0].waves == 1 and columns <= MOST_COLUMNS_IN_FLIGHT:
+        found.append(replace(found[0], flight=2))
     return tuple(form for form in found if form.stages >= LEAST_STAGES)
 
 

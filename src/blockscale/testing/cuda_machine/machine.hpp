@@ -82,7 +82,7 @@ struct Thread {
     std::function<bool()> is_ready;
     std::string waits_for;
     std::deque<std::shared_ptr<StoreGroup>> stores;
-    Chain chain;
+    std::deque<Chain> chains;
     bool is_fenced_for_wgmma = false;
     // Units of shared memory it wrote: since its last proxy fence, and before that.
     std::vector<u32> unfenced, fenced;
@@ -201,7 +201,7 @@ inline void run_fiber() {
     launch->kernel();
     Thread& thread = self();
     if (!thread.stores.empty()) fail("ends before its stores are done");
-    if (!thread.chain.operands.empty()) fail("ends before its wgmmas are done");
+    if (!thread.chains.empty()) fail("ends before its wgmmas are done");
     thread.is_done = true;
     if (--thread.block->living == 0 && thread.block->copies_under_way > 0)
         fail("the block ends while copies into it are under way");

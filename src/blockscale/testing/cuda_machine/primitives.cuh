@@ -64,8 +64,6 @@ DEVICE int grid_size() { return machine::launch->grid; }
 
 DEVICE u32 shared_memory() { return machine::SHARED_START; }
 
-DEVICE void keep(u32&) {}
-
 DEVICE void sync_block() {
     machine::meet(machine::own_block().block_meeting, machine::launch->threads, "sync_block");
 }

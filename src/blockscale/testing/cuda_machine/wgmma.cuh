@@ -95,35 +95,46 @@ template <int N, bool ACCUMULATE>
 struct Wgmma {
     static void multiply(float (&sums)[N / 2], u32 a, u32 b) {
         auto& thread = machine::self();
-        auto& chain = thread.chain;
         machine::require(thread.is_fenced_for_wgmma, "wgmma without a fence before it");
+        auto& chains = thread.chains;
+        if (chains.empty() || chains.back().is_committed) {
+            for (auto& other : chains)
+                machine::require(other.sums != sums, "sums of a wgmma that is not waited for");
+            chains.emplace_back();
+            chains.back().from_zero = !ACCUMULATE;
+            // NaN until it is waited for.
+            if (!ACCUMULATE) std::fill_n(sums, N / 2, NAN);
+            chains.back().sums = sums;
+        }
+        auto& chain = chains.back();
         machine::require(chain.operands.empty() || (chain.sums == sums && ACCUMULATE),
                          "two sums in flight");
-        machine::require(!chain.is_committed, "wgmma after its group was committed");
-        if (chain.operands.empty()) chain.from_zero = !ACCUMULATE;
-        chain.sums = sums;
         chain.columns = N;
         chain.operands.emplace_back(a, b);
-        // NaN until it is waited for.
-        if (chain.from_zero) std::fill_n(sums, N / 2, NAN);
     }
 };
 
 DEVICE void wgmma_commit() {
-    auto& chain = machine::self().chain;
+    auto& thread = machine::self();
+    auto& chain = thread.chains.back();
     chain.is_committed = true;
+    thread.is_fenced_for_wgmma = false;
     machine::meet(machine::own_warp_meeting(), WARP, "wgmma_commit",
                   [&chain] { machine::count_reads(chain, 1); });
 }
 
+template <int PENDING>
 DEVICE void wgmma_wait() {
-    auto& thread = machine::self();
-    machine::require(thread.chain.is_committed, "waits for wgmmas that were not committed");
-    machine::finish(thread.chain);
-    machine::meet(machine::own_warp_meeting(), WARP, "wgmma_wait",
-                  [&thread] { machine::count_reads(thread.chain, -1); });
-    thread.chain = {};
-    thread.is_fenced_for_wgmma = false;
+    auto& chains = machine::self().chains;
+    machine::require(!chains.empty() && chains.back().is_committed,
+                     "waits for wgmmas that were not committed");
+    while (chains.size() > PENDING) {
+        auto& chain = chains.front();
+        machine::finish(chain);
+        machine::meet(machine::own_warp_meeting(), WARP, "wgmma_wait",
+                      [&chain] { machine::count_reads(chain, -1); });
+        chains.pop_front();
+    }
 }
 
 template <int COUNT>
