@@ -73,10 +73,14 @@ def test_bad_backends_are_excluded_with_their_reason(
         (
             "SwapsExperts",
             Arrangement.CONTIGUOUS,
-            "fingerprint weight, rows (0, 1, 64, 65, 0, 128, 129, 0) in blocks of 1, expert 1: ",
+            "fingerprint weight, rows (0, 1, 64, 65, 0, 128, 129, 0) in row blocks of 1, expert 1",
         ),
         ("LetsIdleRowsIn", Arrangement.CONTIGUOUS, "nan instead of"),
-        ("StoresBeyondItsSlot", Arrangement.MASKED, "expert 2: 576 of 36864 elements differ"),
+        (
+            "StoresBeyondItsSlot",
+            Arrangement.MASKED,
+            "in slots, multiples of 1, expert 2: 576 of 36864 elements differ",
+        ),
         (
             "CrashesOnExperts",
             Arrangement.CONTIGUOUS,

@@ -45,8 +45,9 @@ def check_experts(backend: Backend, plan: LinearPlan, arrangement: Arrangement) 
     alignments = sorted({rows.alignment for rows in offer.rows})
     if not alignments:
         return Outcome(0, 0.0)
+    where = "row blocks of {}"
     if arrangement is Arrangement.MASKED:
-        alignments = alignments[-1:]
+        alignments, where = alignments[-1:], "slots, multiples of {}"
     worst = 0.0
     for kind in expert_cases.KINDS:
         request = plan.request
@@ -57,7 +58,7 @@ def check_experts(backend: Backend, plan: LinearPlan, arrangement: Arrangement) 
             for counts in expert_cases.COUNTS:
                 rows = _rows(plan, kind, arrangement, alignment, counts)
                 for multiply in products:
-                    what = f"{kind.name}, rows {counts} in blocks of {alignment}"
+                    what = f"{kind.name}, rows {counts} in {where.format(alignment)}"
                     worst = max(worst, _check(multiply, plan, weight, rows, (kind, what)))
     return Outcome(1, worst)
 
