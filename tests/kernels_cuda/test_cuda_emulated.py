@@ -218,8 +218,8 @@ def test_any_values_give_the_documented_chains_bits_in_any_order(form: Form) -> 
 BROKEN = {
     "a slot is given back while the tensor cores read it": (
         FEW_FORMS[0],
-        "        end_wave(wave);\n        if (number == WAVES - 1) give_back(ring);\n",
-        "        if (number == WAVES - 1) give_back(ring);\n        end_wave(wave);\n",
+        "        end_wave(wave);\n        if (number == COUNT - 1) give_back(ring);\n",
+        "        if (number == COUNT - 1) give_back(ring);\n        end_wave(wave);\n",
         "fills a slot that is being read",
     ),
     "stores are not fenced": (
@@ -256,7 +256,7 @@ BROKEN = {
         FEW_FORMS[0],
         "if (lane_index() < CLUSTER) barrier_arrive_at(ring.empty(), lane_index());",
         "if (lane_index() < CLUSTER) barrier_arrive(ring.empty());",
-        "fills a slot|more arrivals|nothing can go on",
+        "fills a slot|more arrivals|nothing can go on|wrong",
     ),
     "a buffer is written again before it was stored": (
         FEW_FORMS[2],
