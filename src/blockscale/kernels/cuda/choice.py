@@ -27,10 +27,10 @@ from blockscale.kernels.cuda.work import (
 if TYPE_CHECKING:
     from blockscale.formats import DType
 
-# Tiles worth a form: DeepGEMM's widths (facts/kernels.md 1.2), and no narrow ones in tall tiles.
+# Tiles that were the fastest of some shape by more than 1 % (H100, 2026-11-26, ``cuda_sweep.py``).
 TILES = {
-    64: (32, 64, 96, 128, 192),
-    128: (32, 64, 96, 112, 128, 144, 160, 192),
+    64: (16, 32, 48, 64, 96, 128, 192),
+    128: (32, 64, 96, 128, 144, 160, 192),
     256: (96, 112, 128),
 }
 # Tiles of 64 rows are not for more tokens, taller ones not for fewer.
@@ -71,10 +71,13 @@ def forms(out: DType) -> tuple[Form, ...]:
         for columns in widths:
             if columns > MAX_COLUMNS[rows]:
                 continue
-            found += [make_form(rows, columns, out, share=share) for share in Share]
-            if rows == WAVE_ROWS:
-                beside = make_form(rows, columns, out, beside=2)
-                found += [beside] * (beside.stages >= LEAST_STAGES)
+            if rows > WAVE_ROWS:
+                found += [make_form(rows, columns, out, share=share) for share in Share]
+                continue
+            # Few rows: a cluster never was the fastest, two blocks beside each other often.
+            found.append(make_form(rows, columns, out))
+            beside = make_form(rows, columns, out, beside=2)
+            found += [beside] * (beside.stages >= LEAST_STAGES)
     return tuple(found)
 
 

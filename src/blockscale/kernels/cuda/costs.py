@@ -17,26 +17,26 @@ from blockscale.kernels.corrected import Estimate, together
 from blockscale.kernels.cuda.work import K_BLOCK, Share, Work
 
 # Bytes a clock.
-L2_OF_ONE, L2_OF_ALL, MEMORY = 80.0, 7300.0, 1300.0
+L2_OF_ONE, L2_OF_ALL, MEMORY = 120.0, 7300.0, 1250.0
 # From asking for a K block to having it.
-LATENCY = 1000.0
+LATENCY = 800.0
 # As in ``kernels.gluon.costs``: of a row that TMA fills with zeros.
 OUTSIDE_ROW_CLOCKS = 5.0
 # Limits that are near one another hinder one another: sums of this power.
-BLOCK_POWER, MEMORY_POWER = 6.0, 1.7
+BLOCK_POWER, MEMORY_POWER = 6.0, 1.5
 # From the launch to the first wave, beside the first slot's copy: where a block has a
 # multiprocessor to itself, where two share one (the next launch's blocks then find room beside this
 # one's last), and more for clusters.
-START, BESIDE_START, CLUSTER_START = 6500.0, 5200.0, 700.0
+START, BESIDE_START, CLUSTER_START = 7200.0, 6600.0, 900.0
 # From one unit to the next.
 ROUND_CLOCKS = 100.0
-FIRST_SLOT_RATE = 54.0
+FIRST_SLOT_RATE = 74.0
 # A K block's hand-over between the blocks of a cluster, and how much later its copy arrives.
-CLUSTER_BLOCK_CLOCKS, CLUSTER_LATENCY = 55.0, 500.0
+CLUSTER_BLOCK_CLOCKS, CLUSTER_LATENCY = 70.0, 440.0
 # From a wave's end to the next one's start, beside its FFMAs.
-WAVE_CLOCKS = 30.0
+WAVE_CLOCKS = 45.0
 # Rounding and staging one wave: at all, a column, a box.
-WRITE_CLOCKS, WRITE_COLUMN_CLOCKS, WRITE_BOX_CLOCKS = 150.0, 0.5, 280.0
+WRITE_CLOCKS, WRITE_COLUMN_CLOCKS, WRITE_BOX_CLOCKS = 170.0, 0.5, 160.0
 
 
 def estimate(work: Work, m: int, n: int) -> Estimate:
