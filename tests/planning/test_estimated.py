@@ -122,7 +122,7 @@ def test_what_is_missing_follows_from_the_ratio_of_the_estimates(
 
 def test_both_of_blockscales_kernels_serve_a_float16_layer() -> None:
     plan = plan_linear(request(2112, 7168), SM90, PlanPolicy(), BACKENDS)
-    assert plan.backends == ("gluon", "cuda")
+    assert plan.backends[:2] == ("gluon", "cuda")
     assert plan.choices[1].reason.startswith("estimated 1.")
 
 
