@@ -109,7 +109,7 @@ def test_the_choice_is_what_was_fastest_or_the_models_best(
 def test_factors_lose_little_on_shapes_that_their_fit_has_not_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """2.8 % at M of 128 and more by five-fold cross-validation over (N, K) (``cuda_fit.py``)."""
+    """1.6 % at M of 128 and more by five-fold cross-validation over (N, K) (``cuda_fit.py``)."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     fit, family = import_module("choice_fit"), import_module("cuda_fit").CUDA
     document = json.loads(TABLE.read_text(encoding="utf-8"))
@@ -120,7 +120,7 @@ def test_factors_lose_little_on_shapes_that_their_fit_has_not_seen(
             works = {one.work: one.us for one in shape.timed}
             chosen = min(works, key=lambda work: clocks(work, shape.m, shape.n, 132))
             losses.append(works[chosen] / shape.best - 1)
-    assert len(losses) > 30
+    assert len(losses) > 40
     assert sum(losses) / len(losses) < 0.03
 
 

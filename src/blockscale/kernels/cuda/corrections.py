@@ -37,7 +37,8 @@ def quantities(work: Work, m: int, memory_share: float, processors: int) -> tupl
     """What the model's error may depend on; most are logarithms, so that halves and doubles count.
 
     In order: blocks that run together, K blocks, the share of memory in the time, the share of rows
-    beyond M, M, tiles of rows, rounds, the last round's empty places.
+    beyond M, M, tiles of rows, rounds, the last round's empty places,
+    blocks on one multiprocessor.
     """
     turns = rounds(work)
     return (
@@ -49,6 +50,7 @@ def quantities(work: Work, m: int, memory_share: float, processors: int) -> tupl
         log2(row_tiles(work, m)),
         log2(turns),
         min(1.0, turns * work.blocks / (work.units * work.form.cluster) - 1),
+        log2(work.crowd),
     )
 
 

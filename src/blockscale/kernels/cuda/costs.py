@@ -74,7 +74,7 @@ def _block(work: Work, m: int) -> float:
     """One K block of one tile: the slowest of tensor cores, a consumer's chain, L2 and latency."""
     form = work.form
     # 64 x n x 128 takes 2 n clocks of the tensor cores; 64 x n FFMAs over 128 threads n / 2 more.
-    tensor = form.beside * form.consumers * form.waves * 2 * form.columns
+    tensor = work.crowd * form.consumers * form.waves * 2 * form.columns
     chain = form.waves * (2.5 * form.columns + WAVE_CLOCKS)
     arriving = (form.rows + form.columns) * K_BLOCK
     shared = {Share.NOTHING: 0, Share.ACTIVATION: form.rows, Share.WEIGHT: form.columns}
@@ -83,13 +83,13 @@ def _block(work: Work, m: int) -> float:
         BLOCK_POWER,
         chain,
         tensor,
-        form.beside * arriving / L2_OF_ONE,
+        work.crowd * arriving / L2_OF_ONE,
         work.blocks * asked / L2_OF_ALL,
         (LATENCY + (form.cluster - 1) * CLUSTER_LATENCY + chain) / form.stages,
     )
     tiles = row_tiles(work, m)
     outside = tiles * form.rows - m
     if outside:
-        filling = OUTSIDE_ROW_CLOCKS * outside * form.beside
+        filling = OUTSIDE_ROW_CLOCKS * outside * work.crowd
         block += (together(BLOCK_POWER, block, filling) - block) / tiles
     return block + (form.cluster - 1) * CLUSTER_BLOCK_CLOCKS

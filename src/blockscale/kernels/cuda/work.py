@@ -242,12 +242,17 @@ def late(form: Form) -> Form:
 
 
 def at_once(form: Form) -> Form:
-    """The same tile, written at once; in wide boxes where the usual ones are of 32 bytes a row."""
-    usual = usual_stores(form.rows, form.columns, form.out)
+    """The same tile, written at once; in wide boxes where the usual ones are of 32 bytes a row.
+
+    Through as many buffers as leave room for the most slots: a block's only tile is written once,
+    and 128x64 with 8 slots took 6 % less than with 7 (H100, 2026-11-26).
+    """
+    stores = usual_stores(form.rows, form.columns, form.out)
     box = widest_box(form.columns, form.out)
-    if usual.box_bytes >= min(64, box):
-        return with_stores(form, usual)
-    return with_stores(form, Stores(box, 2 if form.columns <= SCALE_BLOCK else 3))
+    if stores.box_bytes < min(64, box):
+        stores = Stores(box, 2 if form.columns <= SCALE_BLOCK else 3)
+    ways = [replace(stores, buffers=count) for count in range(stores.buffers, 0, -1)]
+    return max((with_stores(form, way) for way in ways), key=lambda found: found.stages)
 
 
 def with_stores(form: Form, stores: Stores) -> Form:
@@ -282,7 +287,10 @@ NEVER_LATE_COLUMNS = 160
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A form and its units: what a cluster computes at a time, one tile or two that share rows."""
+    """A form and its units: what a cluster computes at a time, one tile or two that share rows.
+
+    ``crowd``: blocks that the busiest multiprocessor has at a time.
+    """
 
     form: Form
     unit_rows: int
@@ -290,6 +298,7 @@ class Work:
     k_blocks: int
     band: int
     blocks: int
+    crowd: int = 1
 
     @property
     def units(self) -> int:
@@ -314,7 +323,8 @@ def make_work(
         band = square_band(form, clusters)
     band = max(1, min(band, unit_rows))
     blocks = min(clusters, unit_rows * unit_columns) * form.cluster
-    return Work(form, unit_rows, unit_columns, ceil(k / K_BLOCK), band, blocks)
+    crowd = ceil(blocks / processors)
+    return Work(form, unit_rows, unit_columns, ceil(k / K_BLOCK), band, blocks, crowd)
 
 
 def square_band(form: Form, clusters: int) -> int:
