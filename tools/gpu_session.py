@@ -79,54 +79,62 @@ NOT_TINY = (
 )
 # Most of a test's time is compiling: 200 s were not enough for one process (H100, 2026-11-26).
 AT_ONCE = ("-vv", "-p", "no:benchmark", "-n", "8", "--dist", "worksteal")
-OWN = ("--backends", "gluon,triton")
+OWN = ("--backends", "gluon,cuda,triton")
+# Two waves in flight, which no choice takes yet, beside the usual forms.
+FLIGHT = ("--tokens", "512,256,128,64", "--seconds", "60")
+FLIGHT += ("--shapes", "2112x7168,4096x7168,3072x6144,7168x2048,576x7168,32768x512")
+FLIGHT += ("--tiles", "128x64,64x64,64x128,128x96,64x96,64x32,128x128")
 SWEEP = "benchmarks/results/nvidia-h100-80gb-hbm3/gluon_sweep.jsonl"
 VARIANTS = ("--cases", "masked,contiguous", "--variants", "--dtypes", "bfloat16")
 DOCTOR = ("-m", "blockscale.cli.main", "doctor")
 # Which (N, K) of gemm.py are done; Git ignores it, as STATE.
 ROWS = ".cache/gemm_rows.jsonl"
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 # Together within a session's 30 minutes, but for compiling: one GPU's are counted at half.
 PLANNED = (
-    _tests("experts", 150, "tests/gpu/test_experts.py"),
-    _tests("transformers_experts", 90, "tests/gpu/test_transformers_experts.py"),
-    _tests("transformers", 120, "tests/gpu/test_transformers.py"),
-    _benchmark("moe_layer", 100),
-    _tests("cuda", 60, *(f"tests/gpu/{name}.py" for name in CUDA)),
+    # gemm.cu first: what follows has not run on a GPU since it was changed.
+    _tests("cuda", 90, *AT_ONCE, *(f"tests/gpu/{name}.py" for name in CUDA)),
+    _benchmark("gemm", 80, "--pass", "main", "--seconds", "70", "--state", ROWS),
+    _benchmark("gemm:rest", 90, "--pass", "rest", "--seconds", "80", "--state", ROWS),
+    _benchmark("grouped", 120, "--seconds", "90"),
+    Step("cuda_flight", ("benchmarks/cuda_stores.py", *FLIGHT, "--out", OWN_FILE), 90),
+    _benchmark("fp16_model", 60),
     # Without DeepGEMM, which would build for half a minute a shape while it prepares.
+    _benchmark("moe_layer", 100, *OWN),
     _benchmark("moe_layer:bfloat16", 100, "--dtype", "bfloat16", *OWN),
-    _benchmark("transformers_model", 130, *OWN),
     Step(
         "gpu_tests",
         ("tools/gpu_tests.py", *AT_ONCE, "tests/gpu", "tests/probe"),
         330,
         is_timed=False,
     ),
-    _benchmark("gemm", 80, "--pass", "main", "--seconds", "70", "--state", ROWS),
-    _benchmark("gemm:rest", 90, "--pass", "rest", "--seconds", "80", "--state", ROWS),
-    Step(
-        "cuda_sweep",
-        ("benchmarks/cuda_sweep.py", "--random", "--seconds", "150", "--out", OWN_FILE),
-        180,
-    ),
-    _benchmark("fp16_model", 60),
-    _benchmark("grouped", 120, "--seconds", "90"),
+    Step("sanitize", ("tools/sanitize.py", "--seconds", "110"), 230, is_timed=False),
+    _benchmark("counters", 110),
+    Step("doctor", (*DOCTOR, "--probe", "--seconds", "85", "--json"), 100),
+    # One rank: how far one GPU's logits move if a sum is rounded otherwise.
+    Step("one_rank", (*TORCHRUN, "1", "benchmarks/tensor_parallel.py", "--out", RECORDS), 120),
+    _benchmark("transformers_model", 280, *OWN),
     _benchmark("quantize", 80),
     _benchmark("call_overhead", 60),
-    Step("doctor", (*DOCTOR, "--probe", "--seconds", "85", "--json"), 100),
     Step(
         "tensor_parallel",
-        (*TORCHRUN, "benchmarks/tensor_parallel.py", "--out", RECORDS),
+        (*TORCHRUN, "2", "benchmarks/tensor_parallel.py", "--out", RECORDS),
         180,
         gpus=2,
     ),
 )
 # Where time is left.
 MORE = (
-    Step("sanitize", ("tools/sanitize.py", "--seconds", "110"), 230, is_timed=False),
-    _benchmark("counters", 110),
-    # What the next choices of tiles are fitted to: gluon_fit.py, grouped_fit.py.
+    _tests("experts", 150, "tests/gpu/test_experts.py"),
+    _tests("transformers_experts", 90, "tests/gpu/test_transformers_experts.py"),
+    _tests("transformers", 120, "tests/gpu/test_transformers.py"),
+    # What the next choices of tiles are fitted to: cuda_fit.py, gluon_fit.py, grouped_fit.py.
+    Step(
+        "cuda_sweep",
+        ("benchmarks/cuda_sweep.py", "--random", "--seconds", "150", "--out", OWN_FILE),
+        180,
+    ),
     Step(
         "gluon_sweep",
         ("benchmarks/gluon_sweep.py", "--after", SWEEP, "--seconds", "200", "--out", OWN_FILE),
