@@ -9,17 +9,31 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from blockscale.backends.reference import Reference
+from blockscale.planning.decision import Obstacle, Rejection
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from blockscale.backends.base import Multiply, MultiplyContiguous, MultiplyMasked
     from blockscale.kernels.step import Steps
     from blockscale.planning.decision import Offer
+    from blockscale.planning.device import Device
+    from blockscale.planning.request import LinearRequest
     from blockscale.tensor import BlockScaledTensor
 
 
-class Lies(Reference):
+class DenseOnly(Reference):
+    """No experts: their proofs would take most of a test's time."""
+
+    def evaluate(self, request: LinearRequest, device: Device) -> Offer | Sequence[Rejection]:
+        if request.experts is not None:
+            return [Rejection(self.name, Obstacle.GROUPING, "for dense layers")]
+        return super().evaluate(request, device)
+
+
+class Lies(DenseOnly):
     """Right but for the last element of the output."""
 
     name = "lies"
@@ -36,7 +50,7 @@ class Lies(Reference):
         return multiply
 
 
-class OtherSteps(Reference):
+class OtherSteps(DenseOnly):
     """Right by two calls, wrong by the one that layers make."""
 
     name = "other_steps"
@@ -49,7 +63,7 @@ class OtherSteps(Reference):
         return lambda _: step
 
 
-class Forgets(Reference):
+class Forgets(DenseOnly):
     """Leaves the last row unwritten."""
 
     name = "forgets"
@@ -67,7 +81,7 @@ class Forgets(Reference):
         return multiply
 
 
-class MisreadsScales(Reference):
+class MisreadsScales(DenseOnly):
     """Reads the weight's scales in the wrong order along K."""
 
     name = "misreads_scales"
@@ -77,7 +91,7 @@ class MisreadsScales(Reference):
         return super().bind(replace(weight, scales=turned), offer)
 
 
-class Crashes(Reference):
+class Crashes(DenseOnly):
     """Kills its process with a segmentation fault."""
 
     name = "crashes"
@@ -87,7 +101,7 @@ class Crashes(Reference):
         return super().prepare(weight, offer)
 
 
-class Hangs(Reference):
+class Hangs(DenseOnly):
     """Never answers."""
 
     name = "hangs"
@@ -97,7 +111,7 @@ class Hangs(Reference):
         return super().prepare(weight, offer)
 
 
-class Raises(Reference):
+class Raises(DenseOnly):
     """Raises, as a provider does that lacks a library."""
 
     name = "raises"
