@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from measured_table import TABLES, write_table  # noqa: E402 - the program beside this one
+
 # family, layout, tokens: what ``grouped_cases.Case.name`` says of a routed case.
 NAME = re.compile(r"minimax-(contiguous|masked|blocks(\d+))-t(\d+)-")
 BLOCK = 128
@@ -39,22 +44,8 @@ def main() -> None:
     machine: str = parser.parse_args().machine
     source = ROOT / "benchmarks" / "results" / machine / "grouped.jsonl"
     records = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    last = records[-1]
-    document = {
-        "schema": 1,
-        "device": last["machine"],
-        "packages": last["versions"],
-        "commit": last["commit"],
-        "date": last["date"],
-        "source": str(source.relative_to(ROOT)),
-        "columns": ["backend", "n", "k", "out_dtype", "m", "time_us", "experts"],
-    }
-    rows = table(records)
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    text = json.dumps(document, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n'
-    target = ROOT / "src" / "blockscale" / "probe" / "tables" / f"{machine}-experts.json"
-    target.write_text(text, encoding="utf-8")
-    print(f"{target.relative_to(ROOT)}: {len(rows)} times")
+    columns = ["backend", "n", "k", "out_dtype", "m", "time_us", "experts"]
+    write_table(TABLES / f"{machine}-experts.json", source, records[-1], columns, table(records))
 
 
 def table(records: Iterable[dict[str, Any]]) -> list[list[Any]]:

@@ -13,10 +13,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from blockscale.backends.registry import BACKENDS
 
 ROOT = Path(__file__).resolve().parent.parent
+TABLES = ROOT / "src" / "blockscale" / "probe" / "tables"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gemm_summary  # noqa: E402 - a program beside these tools, not a package
@@ -35,7 +37,15 @@ def main() -> None:
         for r in gemm_summary.counted(records)
         if r["backend"] in known
     }
-    last = records[-1]
+    columns = ["backend", "n", "k", "out_dtype", "m", "time_us"]
+    rows = [[*key, time_us] for key, time_us in times.items()]
+    write_table(TABLES / f"{machine}.json", source, records[-1], columns, rows)
+
+
+def write_table(
+    target: Path, source: Path, last: dict[str, Any], columns: list[str], rows: list[list[Any]]
+) -> None:
+    """A table with where its times are from; ``last``: the newest record of ``source``."""
     document = {
         "schema": 1,
         "device": last["machine"],
@@ -43,15 +53,13 @@ def main() -> None:
         "commit": last["commit"],
         "date": last["date"],
         "source": str(source.relative_to(ROOT)),
-        "columns": ["backend", "n", "k", "out_dtype", "m", "time_us"],
-        "rows": [[*key, time_us] for key, time_us in times.items()],
+        "columns": columns,
     }
-    target = ROOT / "src" / "blockscale" / "probe" / "tables" / f"{machine}.json"
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    text = json.dumps(document, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n'
     target.parent.mkdir(exist_ok=True)
-    rows = ",\n".join(json.dumps(row) for row in document.pop("rows"))
-    text = json.dumps(document, indent=1)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n'
     target.write_text(text, encoding="utf-8")
-    print(f"{target.relative_to(ROOT)}: {len(times)} times")
+    print(f"{target.relative_to(ROOT)}: {len(rows)} times")
 
 
 if __name__ == "__main__":

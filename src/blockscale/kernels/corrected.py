@@ -18,10 +18,12 @@ from functools import lru_cache
 from importlib import resources
 from math import ceil
 from operator import mul
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+
+Work = TypeVar("Work")
 
 # A correction is never more than this, as a logarithm.
 MOST = 0.5
@@ -81,6 +83,15 @@ def table_of(package: str) -> Table:
             for n, k, words in document["winners"]
         },
     )
+
+
+def work_named(
+    name: str | None, works: Iterable[Work], name_of: Callable[[Work], str]
+) -> Work | None:
+    """The one of ``works`` that a table calls ``name``; None if it has no name for it."""
+    if name is None:
+        return None
+    return next((work for work in works if name_of(work) == name), None)
 
 
 def bounded(values: tuple[float, ...], ranges: Iterable[tuple[float, float]]) -> tuple[float, ...]:

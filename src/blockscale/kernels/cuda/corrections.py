@@ -10,7 +10,7 @@ from functools import lru_cache
 from math import exp, log2
 from typing import TYPE_CHECKING
 
-from blockscale.kernels.corrected import Table, bounded, table_of
+from blockscale.kernels.corrected import Table, bounded, table_of, work_named
 from blockscale.kernels.cuda.costs import estimate, outside_share, rounds, row_tiles
 
 if TYPE_CHECKING:
@@ -84,10 +84,7 @@ def winner(
     works: Iterable[Work], m: int, shape: tuple[int, int], out_bytes: int, processors: int
 ) -> Work | None:
     """Which of ``works`` was measured to be the fastest; None where nothing was measured."""
-    name = shipped().winner(m, shape, out_bytes, processors)
-    if name is None:
-        return None
-    return next((work for work in works if winner_name(work) == name), None)
+    return work_named(shipped().winner(m, shape, out_bytes, processors), works, winner_name)
 
 
 def winner_name(work: Work) -> str:
