@@ -20,7 +20,7 @@ from choice_fit import PROCESSORS, TABLES, Family, fit_family
 if TYPE_CHECKING:
     from blockscale.kernels.cuda.work import Work
 
-TILE = re.compile(r"(\d+x\d+)s\d+(\+[ab])?b\d+(?:r\d+)?x\d+(x\d+)?(?:-late)? /\d+")
+TILE = re.compile(r"(\d+x\d+)s\d+(\+[ab])?b\d+(?:r\d+)?x\d+(x\d+)?(?:-late)?(?:w2)? /\d+")
 
 
 def time_of(work: Work, times: dict[str, float]) -> float | None:

@@ -34,7 +34,7 @@ from blockscale.kernels.cuda.build import compile_all
 from blockscale.kernels.cuda.choice import candidates, forms
 from blockscale.kernels.cuda.corrections import clocks
 from blockscale.kernels.cuda.product import CudaProduct
-from blockscale.kernels.cuda.work import at_once, late, written
+from blockscale.kernels.cuda.work import at_once, in_flight, late, written
 from blockscale.kernels.gluon.product import GluonProduct
 from gluon_sweep import TOKENS as EVERY_M
 from gluon_sweep import quantized_tokens, real_shapes, rotated_weights
@@ -75,7 +75,7 @@ def main() -> int:
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     every = set(forms(OUT))
     if options.written:
-        every = {way(form) for form in every for way in (at_once, late)}
+        every = {in_flight(way(form)) for form in every for way in (at_once, late)}
     compile_all(every, os.cpu_count() or 1)
     print(f"compiled {len(every)} forms in {time.monotonic() - started:.0f} s", flush=True)
     lines = []

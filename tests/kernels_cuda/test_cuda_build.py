@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +27,10 @@ from blockscale.kernels.cuda.work import (
     Share,
     Stores,
     When,
+    at_once,
     forms_to_compare,
+    in_flight,
+    late,
     make_form,
 )
 from blockscale.testing import sass
@@ -55,18 +57,20 @@ FEW_FORMS = [
     make_form(128, 112, DType.FLOAT16),
     make_form(128, 192, DType.FLOAT32, share=Share.WEIGHT),
     make_form(256, 128, DType.FLOAT16, stores=Stores(128, 3, 8, When.LATE)),
-    replace(make_form(128, 64, DType.FLOAT16), flight=2),
+    in_flight(at_once(make_form(128, 64, DType.FLOAT16))),
+    in_flight(late(make_form(128, 128, DType.FLOAT32))),
 ]
-LATE_FORMS = [
+CHOSEN_FORMS = [
+    in_flight(way(form)) for out in OUTPUTS for form in forms(out) for way in (at_once, late)
+]
+COMPARED_FORMS = [
     form
     for out in OUTPUTS
     for rows, columns in ((256, 128), (256, 112), (128, 192), (128, 144), (128, 128), (64, 128))
     for form in forms_to_compare(rows, columns, out)
 ]
 MANY_FORMS = [
-    form
-    for form in dict.fromkeys([*(form for out in OUTPUTS for form in forms(out)), *LATE_FORMS])
-    if form not in FEW_FORMS
+    form for form in dict.fromkeys([*CHOSEN_FORMS, *COMPARED_FORMS]) if form not in FEW_FORMS
 ]
 SOME_AND_MANY = [
     *FEW_FORMS,

@@ -24,6 +24,8 @@ from blockscale.kernels.cuda.work import (
     When,
     Work,
     aligned_scale_stride,
+    in_flight,
+    late,
     make_form,
     make_work,
 )
@@ -42,6 +44,7 @@ FEW_FORMS = [
     make_form(64, 112, FP16, beside=2),
     make_form(256, 112, FP16, stores=Stores(128, 2, 8, When.LATE)),
     replace(make_form(64, 64, FP16), flight=2),
+    in_flight(late(make_form(64, 48, BF16))),
 ]
 MANY_FORMS = [
     make_form(rows, columns, out, share=share, beside=2 if rows == 64 else 1)
@@ -77,6 +80,8 @@ MANY_FORMS = [
     make_form(64, 48, FP16, stores=Stores(64, 2, 8, When.LATE)),
     replace(make_form(128, 128, BF16), flight=2),
     replace(make_form(128, 48, FP32, share=Share.WEIGHT), flight=2),
+    in_flight(late(make_form(128, 128, FP16, share=Share.ACTIVATION))),
+    in_flight(late(make_form(128, 96, FP32))),
     replace(make_form(64, 32, BF16, beside=2), flight=2),
 ]
 machine = pytest.mark.machine

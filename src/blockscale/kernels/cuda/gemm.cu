@@ -74,7 +74,7 @@ constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 208;
 static_assert(OWN_ROWS % WAVE_ROWS == 0 && WAVES <= 2, "one or two waves a consumer");
 static_assert(COLUMNS % 16 == 0, "a pair of matrices is 16 columns wide");
 static_assert(COLUMNS <= 144 || SEGMENT >= COLUMNS - 128, "a tile meets two scale blocks at most");
-static_assert(FLIGHT == 1 || (FLIGHT == 2 && WAVES == 1 && WHEN == When::AT_ONCE && STAGES > 2),
+static_assert(FLIGHT == 1 || (FLIGHT == 2 && WAVES == 1 && STAGES > 2),
               "the next K block's wave runs while one is promoted");
 static_assert(BOX_COLUMNS <= COLUMNS, "a box lies inside of its tile");
 static_assert(BOX_ROWS == WARP_ROWS || (BOX_ROWS == WARP_ROWS / 2 && BOX_COLUMNS % 32 == 0),
@@ -342,52 +342,6 @@ DEVICE void multiply_tile(float (&results)[WAVES][SUMS], float (&wave)[SUMS], Ri
         multiply_block<COUNT>(results, wave, ring, is_full, own, own_columns, [](int) {});
 }
 
-// Of a wave that runs.
-struct Running {
-    Ring ring;
-    Scales scales;
-};
-
-// Starts the only wave of the next K block.
-DEVICE Running start_block(float (&wave)[SUMS], Ring& ring, const Own& own) {
-    barrier_wait(ring.full(), ring.parity);
-    start_wave(wave, own.a_slots + ring.slot * (A_BYTES / DESCRIPTOR_UNIT),
-               own.b_slots + ring.slot * (B_BYTES / DESCRIPTOR_UNIT));
-    const Running running{ring, read_scales<1>(ring, own.scales)};
-    ring.advance();
-    return running;
-}
-
-// Ends a wave, but not the PENDING ones that were started after it.
-template <int PENDING>
-DEVICE void end_block(float (&results)[SUMS], float (&wave)[SUMS], const Running& running,
-                      int own_columns) {
-    wgmma_wait<PENDING>();
-    pin(wave);
-    give_back(running.ring);
-    promote(results, wave, running.scales, 0, own_columns);
-}
-
-// All K blocks of a tile, two waves at a time: the tensor cores have one while another is promoted.
-DEVICE void multiply_blocks(float (&results)[SUMS], float (&even)[SUMS], float (&odd)[SUMS],
-                            Ring& ring, const Own& own, int own_columns, int k_blocks) {
-    Running first = start_block(even, ring, own);
-    int block = 1;
-    for (; block + 1 < k_blocks; block += 2) {
-        const Running second = start_block(odd, ring, own);
-        end_block<1>(results, even, first, own_columns);
-        first = start_block(even, ring, own);
-        end_block<1>(results, odd, second, own_columns);
-    }
-    if (block < k_blocks) {
-        const Running second = start_block(odd, ring, own);
-        end_block<1>(results, even, first, own_columns);
-        end_block<0>(results, odd, second, own_columns);
-    } else {
-        end_block<0>(results, even, first, own_columns);
-    }
-}
-
 // Gives back the slots of a tile that has no rows for this consumer.
 DEVICE void skip(Ring& ring, int k_blocks) {
     for (int block = 0; block < k_blocks; block++) {
@@ -397,6 +351,7 @@ DEVICE void skip(Ring& ring, int k_blocks) {
     }
 }
 
+#include <flight.cuh>
 #include <results.cuh>
 
 // A tile's results: written at its end, or each wave's while the next tile's first one runs. So the
@@ -440,8 +395,8 @@ DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& pr
         };
         if constexpr (FLIGHT == 2) {
             UNROLL for (int i = 0; i < SUMS; i++) odd[i] = 0;
-            begin(0);
-            multiply_blocks(results[0], wave, odd, ring, own, own_columns, problem.k_blocks);
+            multiply_blocks(results[0], wave, odd, ring, problem.k_blocks, own, own_columns,
+                            begin);
         } else if (WAVES == 1 || rows.waves == WAVES) {
             multiply_tile<WAVES>(results, wave, ring, problem.k_blocks, own, own_columns, begin);
         } else {

@@ -26,6 +26,7 @@ from blockscale.kernels.cuda.work import (
     Stores,
     When,
     Work,
+    in_flight,
     late,
     make_form,
     make_work,
@@ -81,7 +82,10 @@ def contiguous_works(
 def contiguous_forms(out: DType) -> tuple[Form, ...]:
     """Every form that could serve: alone, or two blocks that share the activation's rows."""
     return tuple(
-        replace(late(make_form(height, columns, out, share=share)), grouping=Grouping.CONTIGUOUS)
+        replace(
+            in_flight(late(make_form(height, columns, out, share=share))),
+            grouping=Grouping.CONTIGUOUS,
+        )
         for height, widths in TILES.items()
         for columns in widths
         for share in (Share.NOTHING, Share.ACTIVATION)
@@ -112,7 +116,10 @@ def masked_works(
 def masked_forms(out: DType) -> tuple[Form, ...]:
     """Every form that could serve slots."""
     found = [masked_form(form) for form in contiguous_forms(out)]
-    beside = [late(make_form(WAVE_ROWS, columns, out, beside=2)) for columns in TILES[WAVE_ROWS]]
+    beside = [
+        in_flight(late(make_form(WAVE_ROWS, columns, out, beside=2)))
+        for columns in TILES[WAVE_ROWS]
+    ]
     found += [masked_form(form) for form in beside if form.stages > LEAST_STAGES]
     return tuple(found)
 
