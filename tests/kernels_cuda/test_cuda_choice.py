@@ -43,9 +43,26 @@ def test_every_form_keeps_to_the_kernels_limits(form: Form) -> None:
     assert form.columns in WIDTHS
     assert form.columns * form.out.bytes >= form.stores.box_bytes
     # TMA copies up to 256 rows at a time, whole groups of 8 rows.
-    assert all(box.rows <= 256 for box in form.boxes)
-    assert form.boxes[0].rows % 8 == form.boxes[1].rows % 8 == 0
+    boxes = make_work(form, 4096, 4096, 4096, 132).boxes
+    assert all(box.rows <= 256 for box in boxes)
+    assert boxes[0].rows % 8 == boxes[1].rows % 8 == 0
     assert (form.consumers + 1) * 128 * form.beside <= 512
+
+
+@pytest.mark.parametrize(
+    ("share", "m", "rows"),
+    [
+        (Share.NOTHING, 1, 8),
+        (Share.NOTHING, 17, 24),
+        (Share.WEIGHT, 64, 64),
+        (Share.NOTHING, 120, 120),
+        (Share.NOTHING, 129, 128),
+        (Share.ACTIVATION, 1, 128),
+    ],
+)
+def test_no_more_rows_are_copied_than_an_only_tile_has(share: Share, m: int, rows: int) -> None:
+    form = make_form(128, 64, DType.FLOAT16, share=share)
+    assert make_work(form, m, 4096, 4096, 132).copied_rows == rows
 
 
 @pytest.mark.parametrize("form", ALL_FORMS, ids=lambda form: form.name + form.out.value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from blockscale.kernels.cuda.work import (
     When,
     Work,
     aligned_scale_stride,
+    at_once,
     in_flight,
     late,
     make_form,
@@ -32,6 +34,9 @@ from blockscale.kernels.cuda.work import (
 from blockscale.tensor import torch_dtype
 from blockscale.testing import cuda_machine
 from blockscale.testing.cuda_machine import FIRST, EmulationError, Trial
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.skipif(
     find_compiler() is None, reason="needs a C++ compiler (apt install g++)"
@@ -196,9 +201,23 @@ def documented_chain(problem: Problem) -> torch.Tensor:
     return torch.from_numpy(result)
 
 
+@pytest.mark.parametrize(("m", "rows", "columns"), [(1, 64, 48), (19, 64, 48), (65, 128, 64)])
+def test_what_lies_behind_the_only_tiles_rows_does_not_matter(
+    m: int, rows: int, columns: int
+) -> None:
+    work = make_work(in_flight(make_form(rows, columns, FP16)), m, 200, 784, processors=2)
+    assert work.copied_rows < rows
+    problem = Problem(m, 200, 784)
+    out = problem.run(work)
+    assert torch.equal(out, problem.expected.to(out.dtype))
+
+
+@pytest.mark.parametrize("when", [at_once, late])
 @pytest.mark.parametrize("blocks", range(1, 6))
-def test_two_waves_in_flight_end_with_any_number_of_blocks(blocks: int) -> None:
-    form = replace(make_form(64, 32, FP16), flight=2)
+def test_two_waves_in_flight_end_with_any_number_of_blocks(
+    blocks: int, when: Callable[[Form], Form]
+) -> None:
+    form = in_flight(when(make_form(64, 32, FP16)))
     problem = Problem(150, 104, 128 * blocks - 16)
     work = make_work(form, 150, 104, problem.k, processors=2)
     for seed in range(3):
@@ -247,8 +266,8 @@ BROKEN = {
     ),
     "more bytes are expected than come": (
         FEW_FORMS[2],
-        "A_BYTES + B_BYTES + A_SCALE_BYTES;",
-        "A_BYTES + B_BYTES + A_SCALE_BYTES + 16;",
+        "K_BLOCK + B_BYTES + A_SCALE_BYTES;",
+        "K_BLOCK + B_BYTES + A_SCALE_BYTES + 16;",
         "nothing can go on",
     ),
     "a block does not wait for the other's end": (

@@ -186,7 +186,16 @@ class Driver:
 def compute(form: Form, blocks: int, maps: list[Map], problem: launch.Problem) -> None:
     """One launch. Raises PretendError where descriptors and numbers do not go together."""
     names = ("a", "b", "a_scales", "out")
-    _require([one.box for one in maps] == list(form.boxes), f"{form.name}: boxes")
+    work = Work(
+        form,
+        problem.unit_rows,
+        problem.unit_columns,
+        problem.k_blocks,
+        problem.band,
+        blocks,
+        problem.copied_rows,
+    )
+    _require([one.box for one in maps] == list(work.boxes), f"{work.name}: boxes")
     a, b, a_scales, out = (one.matrix(name) for name, one in zip(names, maps, strict=True))
     m, n, k = problem.m, problem.n, a.shape[1]
     _require(b.shape[1] == k and n > 0 and b.shape[0] % n == 0, "N and K of both operands")
@@ -218,9 +227,6 @@ def compute(form: Form, blocks: int, maps: list[Map], problem: launch.Problem) -
         found = Operands(*operands, routing, is_masked=is_masked)
         (found.multiply if routing is None else found.multiply_groups)()
         return
-    work = Work(
-        form, problem.unit_rows, problem.unit_columns, problem.k_blocks, problem.band, blocks
-    )
     operands_a = (a.view(codes).view(slots, m, k) if is_masked else a.view(codes), a_scales)
     operands_b = (b.view(codes).view(groups, n, k), b_scales)
     if routing is None:

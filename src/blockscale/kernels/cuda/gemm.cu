@@ -83,7 +83,6 @@ static_assert(BOX_ROWS == WARP_ROWS || (BOX_ROWS == WARP_ROWS / 2 && BOX_COLUMNS
 // Bytes of one slot.
 constexpr u32 A_BYTES = ROWS * K_BLOCK, B_BYTES = COLUMNS * K_BLOCK, A_SCALE_BYTES = ROWS * 4;
 constexpr u32 B_SCALE_BYTES = 8, BARRIER_BYTES = 8;
-constexpr u32 COPIED_BYTES = A_BYTES + B_BYTES + A_SCALE_BYTES;
 constexpr u32 STAGING_BYTES = CONSUMERS * WARPS * BUFFERS * BOX_SIZE;
 
 // Offsets in shared memory.
@@ -115,6 +114,9 @@ struct Problem {
     int unit_columns;
     // Units go down columns in bands of so many rows of units.
     int band;
+    // Of a tile of the activation: all, or of the only tile those that exist. Rows behind them hold
+    // anything; they are multiplied, and never stored.
+    int copied_rows;
     // Contiguous: rows of a row block, and the group of each of them. Masked: how many groups, and
     // the rows of each that count; m is a slot's rows.
     int block_rows;
@@ -160,6 +162,7 @@ DEVICE void copy_rows(u32 target, const TensorMap& map, int k, int row, u32 barr
 // 2026-11-26).
 DEVICE void copy_operands(Ring ring, const TensorMap& a, const TensorMap& b,
                           const TensorMap& a_scales, const Problem& problem, int unit_rows) {
+    const u32 copied_bytes = problem.copied_rows * K_BLOCK + B_BYTES + A_SCALE_BYTES;
     wait_for_kernel_ahead();
     let_next_kernel_start();
     for (Units<Walker::THREAD> units(problem, unit_rows); units.are_left(); units.advance()) {
@@ -168,7 +171,7 @@ DEVICE void copy_operands(Ring ring, const TensorMap& a, const TensorMap& b,
         const int b_row = place.group * problem.n + place.column;
         for (int block = 0; block < problem.k_blocks; block++) {
             barrier_wait(ring.empty(), ring.parity ^ 1);
-            barrier_arrive_expecting(ring.full(), COPIED_BYTES);
+            barrier_arrive_expecting(ring.full(), copied_bytes);
             const u32 b_target = ring.memory + B_SLOTS + ring.slot * B_BYTES;
             copy_rows<COLUMNS, SHARE == Share::WEIGHT>(b_target, b, block * K_BLOCK, b_row,
                                                        ring.full());

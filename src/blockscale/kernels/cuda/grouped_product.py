@@ -153,7 +153,7 @@ class CudaGroupedProduct:
             work = self.masked_work(rows, expected_rows, dtype)
         else:
             work = self.contiguous_work(rows, length, dtype)
-        a_box, b_box, scale_box, out_box = work.form.boxes
+        a_box, b_box, scale_box, out_box = work.boxes
         count = slots[0] if slots else 1
         columns = aligned_scale_stride(rows) * SCALE_BYTES
         flat = (self._groups * self._n, self._k)
@@ -174,6 +174,7 @@ class CudaGroupedProduct:
             work.unit_rows,
             work.unit_columns,
             work.band,
+            work.copied_rows,
             0 if slots else rows // length,
             self._groups,
             routing,

@@ -32,6 +32,7 @@ class Problem(ctypes.Structure):
         ("unit_rows", ctypes.c_int),
         ("unit_columns", ctypes.c_int),
         ("band", ctypes.c_int),
+        ("copied_rows", ctypes.c_int),
         ("block_rows", ctypes.c_int),
         ("groups", ctypes.c_int),
         ("routing", ctypes.c_void_p),

@@ -141,7 +141,7 @@ class CudaProduct:
     def _launch(self, key: tuple) -> Launch:
         stream, m, dtype, out, codes, stride, scales, bias = key
         work = self.work(m, dtype)
-        a_box, b_box, scale_box, out_box = work.form.boxes
+        a_box, b_box, scale_box, out_box = work.boxes
         weight, pitch = self._data.data_ptr(), self._data.stride(0)
         columns = aligned_scale_stride(m) * SCALE_BYTES
         row = self._k if m == 1 else stride
@@ -161,5 +161,6 @@ class CudaProduct:
             work.unit_rows,
             work.unit_columns,
             work.band,
+            work.copied_rows,
         )
         return Launch(work, self._device, stream, Arguments(maps, problem), overlap=self._overlap)

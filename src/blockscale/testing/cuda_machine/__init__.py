@@ -144,7 +144,7 @@ def multiply(
     # The activation comes when the kernel ahead ends; until then its place holds NaN.
     arriving = torch.full_like(codes.contiguous().view(torch.uint8), 0xFF)
     final = codes.contiguous()
-    a_box, b_box, scale_box, out_box = form.boxes
+    a_box, b_box, scale_box, out_box = work.boxes
     problem = Problem(
         weight_scales.data_ptr(),
         0 if bias is None else bias.data_ptr(),
@@ -155,6 +155,7 @@ def multiply(
         work.unit_rows,
         work.unit_columns,
         work.band,
+        work.copied_rows,
         0 if routing is None else m // routing.numel(),
         slots,
         0 if routing is None else routing.data_ptr(),
