@@ -75,7 +75,8 @@ def main() -> int:
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     every = set(forms(OUT))
     if options.written:
-        every = {in_flight(way(form)) for form in every for way in (at_once, late)}
+        every = {way(form) for form in every for way in (at_once, late)}
+        every |= {in_flight(form) for form in every}
     compile_all(every, os.cpu_count() or 1)
     print(f"compiled {len(every)} forms in {time.monotonic() - started:.0f} s", flush=True)
     lines = []

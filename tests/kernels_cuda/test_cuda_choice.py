@@ -82,6 +82,8 @@ def test_writing_late_costs_a_slot_at_most(form: Form) -> None:
         (128, 192, (4096, 32768, 512), When.AT_ONCE),
         (128, 160, (4096, 24576, 1536), When.AT_ONCE),
         (128, 112, (256, 7168, 2048), When.AT_ONCE),
+        (128, 128, (1024, 4096, 7168), When.LATE),
+        (128, 64, (1024, 4096, 7168), When.AT_ONCE),
         (64, 128, (256, 4096, 7168), When.AT_ONCE),
     ],
 )
@@ -94,6 +96,18 @@ def test_a_tile_is_written_late_where_another_follows(
     assert found.form.stores.box_bytes >= 64
     assert replace(found, form=work.form) == work
     assert (found.form.rows, found.form.columns) == (rows, columns)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "m", "flight"),
+    [(128, 128, 512, 2), (128, 128, 1024, 2), (128, 128, 4096, 1), (128, 64, 4096, 2)]
+    + [(64, 64, 512, 2), (128, 144, 512, 1), (256, 96, 512, 1)],
+)
+def test_two_waves_are_in_flight_until_a_blocks_consumers_come_apart(
+    rows: int, columns: int, m: int, flight: int
+) -> None:
+    work = make_work(make_form(rows, columns, DType.FLOAT16), m, 4096, 7168, 132)
+    assert written(work).form.flight == flight
 
 
 @pytest.mark.parametrize("m", TOKENS)
@@ -109,6 +123,18 @@ def test_every_shape_is_covered_once(m: int, n: int, k: int) -> None:
         assert work.blocks % form.cluster == 0
         assert 0 < work.blocks <= 132 * form.beside
         assert (work.k_blocks - 1) * 128 < k <= work.k_blocks * 128
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "m", "flight"),
+    [(128, 128, 512, 2), (128, 128, 1024, 2), (128, 128, 4096, 1), (128, 64, 4096, 2)]
+    + [(64, 64, 512, 2), (128, 144, 512, 1), (256, 96, 512, 1)],
+)
+def test_two_waves_are_in_flight_until_a_blocks_consumers_come_apart(
+    rows: int, columns: int, m: int, flight: int
+) -> None:
+    work = make_work(make_form(rows, columns, DType.FLOAT16), m, 4096, 7168, 132)
+    assert written(work).form.flight == flight
 
 
 @pytest.mark.parametrize("m", TOKENS)
