@@ -7,7 +7,6 @@ The sweeps are ``cuda_sweep.py``'s.
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -15,26 +14,24 @@ from blockscale.formats import DType
 from blockscale.kernels.cuda import corrections
 from blockscale.kernels.cuda.choice import candidates
 from blockscale.kernels.cuda.costs import estimate
+from blockscale.kernels.cuda.work import in_flight, written
 from choice_fit import PROCESSORS, TABLES, Family, fit_family
 
 if TYPE_CHECKING:
     from blockscale.kernels.cuda.work import Work
 
-TILE = re.compile(r"(\d+x\d+)s\d+(\+[ab])?b\d+(?:r\d+)?x\d+(x\d+)?(?:-late)?(?:w2)? /\d+")
-
 
 def time_of(work: Work, times: dict[str, float]) -> float | None:
-    """Of this very form, else of the same tile however it was written, as older sweeps have it."""
-    if work.name in times:
-        return times[work.name]
-    wanted = corrections.winner_name(work)
-    return min((us for name, us in times.items() if tile_of(name) == wanted), default=None)
+    """Of this tile in the way in which it is written now, whatever its band was."""
+    wanted = written(work).form.name
+    found = [us for name, us in times.items() if name.partition(" /")[0] == wanted]
+    return min(found, default=None)
 
 
-def tile_of(name: str) -> str | None:
-    """A swept form as winners are called."""
-    found = TILE.fullmatch(name)
-    return found and f"{found[1]}{found[3] or ''}{found[2] or ''}"
+def is_new(work: Work) -> bool:
+    """Whether the first sweep with two waves in flight had it otherwise."""
+    has_several = work.units * work.form.cluster > work.blocks
+    return has_several and in_flight(work.form).flight > 1
 
 
 CUDA = Family(
@@ -46,7 +43,7 @@ CUDA = Family(
     forms=corrections.forms_of,
     winner_name=corrections.winner_name,
     time_of=time_of,
-    is_new=lambda _work: False,
+    is_new=is_new,
 )
 
 if __name__ == "__main__":
