@@ -19,6 +19,7 @@ from blockscale.kernels.cuda.grouped_choice import (
     ALIGNMENTS,
     choose_contiguous,
     choose_masked,
+    deeper,
     make_masked_work,
     masked_form,
 )
@@ -67,6 +68,7 @@ FORMS = [
         pytest.param(form, marks=machine)
         for form in (
             contiguous(256, 128, FP16, share=Share.ACTIVATION),
+            deeper(contiguous(256, 128, BF16, share=Share.ACTIVATION)),
             contiguous(128, 192, BF16, share=Share.ACTIVATION),
             contiguous(128, 160, FP32),
             contiguous(128, 128, FP16),
@@ -193,6 +195,7 @@ MASKED_FORMS = [
         for form in (
             masked(256, 112, FP16, share=Share.ACTIVATION),
             masked(128, 192, BF16),
+            deeper(masked(256, 128, FP16)),
             masked_form(late(make_form(64, 128, BF16, beside=2))),
             masked_form(make_form(256, 128, FP16)),
             masked(64, 64, FP32),

@@ -2,8 +2,9 @@
 
 Which rows belong to which group lies on the GPU; the host knows how many groups there are, how many
 row blocks there are at most, and of slots how many rows are likely to count. Whatever is chosen is
-right for any routing, only not as fast. The model is the dense kernel's (``costs``), on the rows
-that tiles are likely to compute.
+right for any routing, only not as fast. The model is the dense kernel's, corrected by its sweep
+(``corrections``) where groups have more than one wave of rows, on the tiles that they are likely to
+need.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from blockscale.kernels.corrected import together
-from blockscale.kernels.cuda.costs import MEMORY, MEMORY_POWER, estimate
+from blockscale.kernels.cuda import corrections
+from blockscale.kernels.cuda.costs import BLOCK_POWER, MEMORY, MEMORY_POWER, estimate
 from blockscale.kernels.cuda.work import (
     HALF_SHARED_BYTES,
     MAX_COLUMNS,
+    MOST_TURNS_IN_FLIGHT,
     SCALE_BYTES,
     SHARED_BYTES,
     WAVE_ROWS,
@@ -38,15 +41,22 @@ if TYPE_CHECKING:
 
 # Rows of a row block. Fewer would leave most of a wave's 64 rows empty.
 ALIGNMENTS = (64, 128)
-# Tiles by the rows that they have: those that the dense sweep found fastest from M of 1024 on.
-TILES = {64: (64, 96, 128, 192), 128: (96, 112, 128, 144, 160, 192), 256: (112, 128)}
+# Tiles by the rows that they have: those that the dense sweep found fastest from M of 1024 on, and
+# of whose error it has a factor.
+TILES = {64: (64, 96, 128, 192), 128: (96, 128, 144, 160, 192), 256: (112, 128)}
 # A tile of two row blocks is for row blocks of this many rows.
 WIDE_BLOCK = 128
 # The largest tiles, and stores that leave room for a fourth slot at 256x128.
 LARGE = ((128, 192), (256, 128))
 LOW_BOXES = Stores(128, 3, 8, When.LATE)
-# Of a tile's time, what half of its waves take: a consumer's chain binds, not the tensor cores.
-LEAST_OF_TILE = 0.6
+# A group's rows, as parts of the likely count: DeepGEMM's tests draw from 0.7 to 1.3.
+COUNTS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
+# Bytes a clock of weights that are read once (2.96 TB/s at 1755 MHz; H100, 2026-11-26), and how
+# often they are read where a group has several tiles of rows: 128x192 took 2.9 TB/s so.
+STREAM, READ_AGAIN = 1690.0, 1.7
+# Up to this many tiles of rows a group, its weight is streamed rather than kept in L2: a fourth
+# slot then gains 2 to 4 %, and loses 1 to 5 % at four tiles (H100, 2026-11-26).
+STREAMED_TILES = 1.5
 # Two blocks share a multiprocessor where each has more slots than these.
 LEAST_STAGES = 4
 
@@ -60,7 +70,7 @@ def choose_contiguous(
     ``shape``: (n, k) of a group's weight; ``processors``: the device's multiprocessors.
     """
     found = contiguous_works(rows, shape, out, processors)
-    return min(found, key=lambda work: contiguous_clocks(work, rows, shape[0]))
+    return min(found, key=lambda work: contiguous_clocks(work, rows, shape[0], processors))
 
 
 def contiguous_works(
@@ -72,16 +82,21 @@ def contiguous_works(
     for form in contiguous_forms(out):
         if form.rows > alignment and alignment < WIDE_BLOCK:
             continue
-        work = make_work(form, blocks * alignment, *shape, processors)
-        if form.share is Share.NOTHING or work.unit_columns > 1:
+        work = in_turns(make_work(form, blocks * alignment, *shape, processors))
+        if can_run(work):
             found.append(work)
     return found
+
+
+def can_run(work: Work) -> bool:
+    """Whether there are two tiles and two multiprocessors for a cluster."""
+    return work.form.share is Share.NOTHING or (work.unit_columns > 1 and work.blocks > 0)
 
 
 @lru_cache(maxsize=8)
 def contiguous_forms(out: DType) -> tuple[Form, ...]:
     """Every form that could serve: alone, or two blocks that share the activation's rows."""
-    return tuple(
+    found = [
         replace(
             in_flight(late(make_form(height, columns, out, share=share))),
             grouping=Grouping.CONTIGUOUS,
@@ -90,7 +105,19 @@ def contiguous_forms(out: DType) -> tuple[Form, ...]:
         for columns in widths
         for share in (Share.NOTHING, Share.ACTIVATION)
         if columns <= MAX_COLUMNS[height]
-    )
+    ]
+    return tuple(found + [deeper(form) for form in found if can_be_deeper(form)])
+
+
+def can_be_deeper(form: Form) -> bool:
+    """Whether there is room for a fourth slot of the largest tile."""
+    is_largest = (form.rows, form.columns) == LARGE[-1]
+    return is_largest and form.out.bytes < SCALE_BYTES
+
+
+def deeper(form: Form) -> Form:
+    """The same with one more slot, its results in lower boxes."""
+    return replace(form, stages=form.stages + 1, stores=LOW_BOXES)
 
 
 @lru_cache(maxsize=8192)
@@ -99,17 +126,34 @@ def choose_masked(
 ) -> Work:
     """What serves the ``rows``: slots, rows of a slot, and how many of them are likely to count."""
     found = masked_works(rows, shape, out, processors)
-    return min(found, key=lambda work: masked_clocks(work, rows, shape))
+    if min(rows[1:]) <= WAVE_ROWS:
+        return min(found, key=lambda work: low_clocks(work, rows, shape))
+    return min(found, key=lambda work: masked_clocks(work, rows, shape, processors))
 
 
 def masked_works(
     rows: tuple[int, int, int], shape: tuple[int, int], out: DType, processors: int
 ) -> list[Work]:
-    """Everything that ``choose_masked`` compares: tiles of one wave where one holds the rows."""
+    """Everything that ``choose_masked`` compares: tiles of one wave where one holds the rows.
+
+    The largest tile with its usual ring or a deeper one, by how its weights are read.
+    """
     is_low = min(rows[1:]) <= WAVE_ROWS
-    forms = [form for form in masked_forms(out) if (form.rows == WAVE_ROWS) == is_low]
-    found = [make_masked_work(form, rows[:2], shape, processors) for form in forms]
-    return [w for w in found if w.form.share is Share.NOTHING or w.unit_columns > 1]
+    is_streamed = likely_tiles(LARGE[-1][0], rows) <= STREAMED_TILES
+    forms = [
+        form
+        for form in masked_forms(out)
+        if (form.rows == WAVE_ROWS) == is_low
+        and (not can_be_deeper(form) or (form.stores == LOW_BOXES) == is_streamed)
+    ]
+    found = [
+        in_turns(
+            make_masked_work(form, rows[:2], shape, processors),
+            max(1, round(rows[0] * likely_tiles(form.rows, rows))),
+        )
+        for form in forms
+    ]
+    return [work for work in found if can_run(work)]
 
 
 @lru_cache(maxsize=8)
@@ -124,23 +168,61 @@ def masked_forms(out: DType) -> tuple[Form, ...]:
     return tuple(found)
 
 
-def masked_clocks(work: Work, rows: tuple[int, int, int], shape: tuple[int, int]) -> float:
-    """The model's time, for slots that all have about the likely rows.
+def likely_tiles(height: int, rows: tuple[int, int, int]) -> float:
+    """Tiles of ``height`` that a slot is likely to need, the mean; ``rows`` as elsewhere."""
+    _, slot_rows, likely = rows
+    counts = [max(1, min(slot_rows, part * likely)) for part in COUNTS]
+    return sum([ceil(count / height) for count in counts]) / len(counts)
 
-    A slot's last tile takes the time of its waves that hold rows; half a wave more is the mean.
+
+def masked_clocks(
+    work: Work, rows: tuple[int, int, int], shape: tuple[int, int], processors: int
+) -> float:
+    """The model's time where slots have more than a wave of rows.
+
+    A tile takes its time however few rows it has: blocks meet tiles of the same place in each
+    slot, and the busiest decides.
     """
-    slots, slot_rows, likely = rows
-    likely = max(1, min(likely, slot_rows))
+    n, k = shape
     tall = work.form.rows
-    part = 1.0 if tall == WAVE_ROWS else LEAST_OF_TILE
-    unit_rows = max(1, round(slots * max(part, (likely + WAVE_ROWS / 2) / tall)))
+    tiles = likely_tiles(tall, rows)
+    grown = with_unit_rows(work, max(1, round(rows[0] * tiles)))
+    found = corrections.clocks(grown, grown.unit_rows * tall, n, processors)
+    reads = min(READ_AGAIN, 1 + (READ_AGAIN - 1) * (tiles - 1))
+    return together(BLOCK_POWER, found, rows[0] * n * k * reads / STREAM)
+
+
+def low_clocks(work: Work, rows: tuple[int, int, int], shape: tuple[int, int]) -> float:
+    """The model's time where slots have at most a wave of rows; half a wave more is the mean."""
+    slots, slot_rows, likely = rows
+    n, k = shape
+    tall = work.form.rows
+    likely = max(1, min(likely, slot_rows))
+    unit_rows = max(1, round(slots * max(1.0, (likely + WAVE_ROWS / 2) / tall)))
+    # The model counts one weight's bytes; here each slot has its own.
+    found = estimate(with_unit_rows(work, unit_rows), unit_rows * tall, n)
+    return together(MEMORY_POWER, found.clocks, slots * n * k / MEMORY)
+
+
+def in_turns(work: Work, unit_rows: int | None = None) -> Work:
+    """With one wave in flight where blocks have many large tiles, as the dense kernel.
+
+    ``unit_rows``: rows of units that there are likely to be, if fewer than the work's.
+    """
+    form = work.form
+    if form.flight == 1 or form.rows == WAVE_ROWS:
+        return work
+    units = (unit_rows or work.unit_rows) * work.unit_columns
+    if units * form.cluster <= MOST_TURNS_IN_FLIGHT * work.blocks:
+        return work
+    return replace(work, form=replace(form, flight=1))
+
+
+def with_unit_rows(work: Work, unit_rows: int) -> Work:
+    """The same launch, were there so many rows of units in all slots together."""
     most = work.blocks // work.form.cluster
     blocks = min(most, unit_rows * work.unit_columns) * work.form.cluster
-    grown = replace(work, unit_rows=unit_rows, blocks=blocks)
-    n, k = shape
-    # The model counts one weight's bytes; here each slot has its own.
-    found = estimate(grown, unit_rows * tall, n)
-    return together(MEMORY_POWER, found.clocks, slots * n * k / MEMORY)
+    return replace(work, unit_rows=unit_rows, blocks=blocks)
 
 
 def masked_form(form: Form) -> Form:
@@ -163,33 +245,26 @@ def make_masked_work(
     return replace(one, unit_rows=unit_rows, blocks=blocks)
 
 
-def contiguous_clocks(work: Work, rows: tuple[int, int, int], n: int) -> float:
+def contiguous_clocks(work: Work, rows: tuple[int, int, int], n: int, processors: int) -> float:
     """The model's time, for row blocks that all belong to a group.
 
     A tile of two row blocks meets the end of a group in its middle half of the time, and then takes
-    two turns, of half its waves each.
+    two turns.
     """
     groups, blocks, alignment = rows
     form = work.form
-    per_tile = max(1, form.rows // alignment)
     turns = ceil(blocks * alignment / form.rows)
-    if per_tile > 1:
-        turns += round((min(groups, blocks) - 1) / 2 * (2 * LEAST_OF_TILE - 1))
+    if form.rows > alignment:
+        turns += round((min(groups, blocks) - 1) / 2)
     grown = replace(work, unit_rows=turns)
-    return estimate(grown, turns * form.rows, n).clocks
+    return corrections.clocks(grown, turns * form.rows, n, processors)
 
 
 def compared(works: list[Work]) -> list[Work]:
-    """What a sweep times of ``works``: large tiles, in bands of several heights; a deeper ring."""
+    """What a sweep times of ``works``: large tiles, in bands of several heights."""
     large = [work for work in works if (work.form.rows, work.form.columns) in LARGE]
-    found = [
+    return [
         replace(work, band=min(height * work.band, work.unit_rows))
         for work in large
         for height in (1, 2, 4)
     ]
-    for work in large:
-        form = work.form
-        if form.rows > WIDE_BLOCK and form.out.bytes < SCALE_BYTES:
-            deeper = replace(form, stages=form.stages + 1, stores=LOW_BOXES)
-            found.append(replace(work, form=deeper))
-    return found
