@@ -176,16 +176,16 @@ class Driver:
         _require(list(asked.block) == [form.threads, 1, 1], f"{form.name}: {list(asked.block)}")
         _require(asked.shared_bytes == form.shared_bytes, "shared memory as the form says")
         _require(self._shared[function.value] >= asked.shared_bytes, "shared memory was asked for")
-        maps = [Map.from_address(places[number]) for number in range(4)]
+        maps = [Map.from_address(places[number]) for number in range(5)]
         # Not from_address: the caller may keep one structure for many launches.
-        problem = launch.Problem.from_buffer_copy(launch.Problem.from_address(places[4]))
+        problem = launch.Problem.from_buffer_copy(launch.Problem.from_address(places[5]))
         done(lambda: compute(form, asked.grid[0], maps, problem))
         return 0
 
 
 def compute(form: Form, blocks: int, maps: list[Map], problem: launch.Problem) -> None:
     """One launch. Raises PretendError where descriptors and numbers do not go together."""
-    names = ("a", "b", "a_scales", "out")
+    names = ("a", "a_last", "b", "a_scales", "out")
     work = Work(
         form,
         problem.unit_rows,
@@ -193,10 +193,11 @@ def compute(form: Form, blocks: int, maps: list[Map], problem: launch.Problem) -
         problem.k_blocks,
         problem.band,
         blocks,
-        problem.copied_rows,
+        problem.last_rows,
     )
     _require([one.box for one in maps] == list(work.boxes), f"{work.name}: boxes")
-    a, b, a_scales, out = (one.matrix(name) for name, one in zip(names, maps, strict=True))
+    a, a_last, b, a_scales, out = (one.matrix(name) for name, one in zip(names, maps, strict=True))
+    _require(a_last.data_ptr() == a.data_ptr() and a_last.shape == a.shape, "one activation")
     m, n, k = problem.m, problem.n, a.shape[1]
     _require(b.shape[1] == k and n > 0 and b.shape[0] % n == 0, "N and K of both operands")
     groups = b.shape[0] // n

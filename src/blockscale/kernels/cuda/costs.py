@@ -88,7 +88,7 @@ def _block(work: Work, m: int) -> float:
         (LATENCY + (form.cluster - 1) * CLUSTER_LATENCY + chain) / form.stages,
     )
     tiles = row_tiles(work, m)
-    outside = (tiles - 1) * form.rows + work.copied_rows - m
+    outside = (tiles - 1) * form.rows + work.last_rows - m
     if outside:
         filling = OUTSIDE_ROW_CLOCKS * outside * work.crowd
         block += (together(BLOCK_POWER, block, filling) - block) / tiles

@@ -114,9 +114,9 @@ struct Problem {
     int unit_columns;
     // Units go down columns in bands of so many rows of units.
     int band;
-    // Of a tile of the activation: all, or of the only tile those that exist. Rows behind them hold
-    // anything; they are multiplied, and never stored.
-    int copied_rows;
+    // Of the activation's last tile, what `a_last` copies: about those that exist. The slot's other
+    // rows hold anything; they are multiplied, and never stored.
+    int last_rows;
     // Contiguous: rows of a row block, and the group of each of them. Masked: how many groups, and
     // the rows of each that count; m is a slot's rows.
     int block_rows;
@@ -160,15 +160,19 @@ DEVICE void copy_rows(u32 target, const TensorMap& map, int k, int row, u32 barr
 // One thread. A warp for each operand instead took 6 to 15 % more at 64 rows; weights that were
 // copied before the kernel ahead had ended held up its last blocks, and up to 4 % more in all (H100,
 // 2026-11-26).
-DEVICE void copy_operands(Ring ring, const TensorMap& a, const TensorMap& b,
-                          const TensorMap& a_scales, const Problem& problem, int unit_rows) {
-    const u32 copied_bytes = problem.copied_rows * K_BLOCK + B_BYTES + A_SCALE_BYTES;
+DEVICE void copy_operands(Ring ring, const TensorMap& a, const TensorMap& a_last,
+                          const TensorMap& b, const TensorMap& a_scales, const Problem& problem,
+                          int unit_rows) {
     wait_for_kernel_ahead();
     let_next_kernel_start();
     for (Units<Walker::THREAD> units(problem, unit_rows); units.are_left(); units.advance()) {
         const Place place = units.place();
         const int a_row = place.slot * problem.m + place.row;
         const int b_row = place.group * problem.n + place.column;
+        const bool is_last = SHARE != Share::ACTIVATION && place.row + ROWS > problem.m;
+        const TensorMap& rows = is_last ? a_last : a;
+        const u32 copied_bytes =
+            (is_last ? problem.last_rows : ROWS) * K_BLOCK + B_BYTES + A_SCALE_BYTES;
         for (int block = 0; block < problem.k_blocks; block++) {
             barrier_wait(ring.empty(), ring.parity ^ 1);
             barrier_arrive_expecting(ring.full(), copied_bytes);
@@ -176,7 +180,7 @@ DEVICE void copy_operands(Ring ring, const TensorMap& a, const TensorMap& b,
             copy_rows<COLUMNS, SHARE == Share::WEIGHT>(b_target, b, block * K_BLOCK, b_row,
                                                        ring.full());
             const u32 a_target = ring.memory + A_SLOTS + ring.slot * A_BYTES;
-            copy_rows<ROWS, SHARE == Share::ACTIVATION>(a_target, a, block * K_BLOCK, a_row,
+            copy_rows<ROWS, SHARE == Share::ACTIVATION>(a_target, rows, block * K_BLOCK, a_row,
                                                         ring.full());
             const u32 scales = ring.memory + A_SCALE_SLOTS + ring.slot * A_SCALE_BYTES;
             tma_load(scales, a_scales, place.row, place.slot * problem.k_blocks + block,
@@ -426,8 +430,8 @@ DEVICE void prepare_barriers(u32 memory) {
 
 // Blocks: a multiple of CLUSTER; THREADS threads, SHARED_BYTES of shared memory.
 KERNEL(THREADS, BESIDE)
-block_fp8_gemm(CONSTANT TensorMap a, CONSTANT TensorMap b, CONSTANT TensorMap a_scales,
-               CONSTANT TensorMap out, CONSTANT Problem problem) {
+block_fp8_gemm(CONSTANT TensorMap a, CONSTANT TensorMap a_last, CONSTANT TensorMap b,
+               CONSTANT TensorMap a_scales, CONSTANT TensorMap out, CONSTANT Problem problem) {
     const int warp = warp_index();
     Ring ring{shared_memory()};
     if (warp == 0 && lane_index() == 0) prepare_barriers(ring.memory);
@@ -444,10 +448,11 @@ block_fp8_gemm(CONSTANT TensorMap a, CONSTANT TensorMap b, CONSTANT TensorMap a_
         if constexpr (MOVES_REGISTERS) give_registers<PRODUCER_REGISTERS>();
         if (warp == CONSUMERS * WARPS && is_elected()) {
             prefetch_map(a);
+            prefetch_map(a_last);
             prefetch_map(b);
             prefetch_map(a_scales);
             prefetch_map(out);
-            copy_operands(ring, a, b, a_scales, problem, unit_rows);
+            copy_operands(ring, a, a_last, b, a_scales, problem, unit_rows);
         }
         if (warp == CONSUMERS * WARPS + 1) copy_weight_scales(ring, problem, unit_rows);
         sync_warp();

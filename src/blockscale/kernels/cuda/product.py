@@ -141,12 +141,13 @@ class CudaProduct:
     def _launch(self, key: tuple) -> Launch:
         stream, m, dtype, out, codes, stride, scales, bias = key
         work = self.work(m, dtype)
-        a_box, b_box, scale_box, out_box = work.boxes
+        a_box, last_box, b_box, scale_box, out_box = work.boxes
         weight, pitch = self._data.data_ptr(), self._data.stride(0)
         columns = aligned_scale_stride(m) * SCALE_BYTES
         row = self._k if m == 1 else stride
         maps = (
             self._maps(codes, (m, self._k), row, a_box, *CODES),
+            self._maps(codes, (m, self._k), row, last_box, *CODES),
             self._maps(weight, (self._n, self._k), pitch, b_box, *CODES),
             self._maps(scales, (work.k_blocks, m), columns, scale_box, *SCALES),
             self._maps(out, (m, self._n), self._n * dtype.itemsize, out_box, *RESULTS[dtype]),
@@ -161,6 +162,6 @@ class CudaProduct:
             work.unit_rows,
             work.unit_columns,
             work.band,
-            work.copied_rows,
+            work.last_rows,
         )
         return Launch(work, self._device, stream, Arguments(maps, problem), overlap=self._overlap)

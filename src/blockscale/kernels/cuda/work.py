@@ -290,7 +290,7 @@ MOST_TURNS_IN_FLIGHT = 4
 class Work:
     """A form and its units: what a cluster computes at a time, one tile or two that share rows.
 
-    ``copied_rows``: of each tile of the activation. ``crowd``: blocks that the busiest
+    ``last_rows``: what is copied of the activation's last tile. ``crowd``: blocks that the busiest
     multiprocessor has at a time.
     """
 
@@ -300,7 +300,7 @@ class Work:
     k_blocks: int
     band: int
     blocks: int
-    copied_rows: int
+    last_rows: int
     crowd: int = 1
 
     @property
@@ -309,14 +309,15 @@ class Work:
         return self.unit_rows * self.unit_columns
 
     @property
-    def boxes(self) -> tuple[Box, Box, Box, Box]:
-        """Of the activation's codes, the weight's codes, the activation's scales, the result."""
+    def boxes(self) -> tuple[Box, Box, Box, Box, Box]:
+        """Of the activation's codes, its last tile's, the weight's, scales, the result."""
         form = self.form
-        a_rows = self.copied_rows // (2 if form.share is Share.ACTIVATION else 1)
+        shared = 2 if form.share is Share.ACTIVATION else 1
         b_rows = form.columns // (2 if form.share is Share.WEIGHT else 1)
         element, stores = form.out.bytes, form.stores
         return (
-            Box(a_rows, K_BLOCK, 1, ROW_BYTES),
+            Box(form.rows // shared, K_BLOCK, 1, ROW_BYTES),
+            Box(self.last_rows // shared, K_BLOCK, 1, ROW_BYTES),
             Box(b_rows, K_BLOCK, 1, ROW_BYTES),
             Box(1, form.rows, SCALE_BYTES, 0),
             Box(stores.box_rows, stores.box_bytes // element, element, stores.box_bytes),
@@ -347,20 +348,22 @@ def make_work(
         ceil(k / K_BLOCK),
         band,
         blocks,
-        copied_rows=copied_rows(form, m),
+        last_rows=last_rows(form, m),
         crowd=ceil(blocks / processors),
     )
 
 
-def copied_rows(form: Form, m: int) -> int:
-    """Of an only tile no more than M, in whole patterns of the swizzle.
+def last_rows(form: Form, m: int) -> int:
+    """Of the last tile's rows those that exist, in whole patterns of the swizzle.
 
     TMA takes its time for rows beyond M too, which it fills with zeros: 64x32 took 17.1 us for 8
-    tokens where it took 13.3 for 64 (N 4096, K 7168, H100, 2026-11-26).
+    tokens where it took 13.3 for 64 (N 4096, K 7168, H100, 2026-11-26). Blocks that copy halves for
+    each other copy all; so do tiles of row blocks, which start anywhere.
     """
-    if m >= form.rows or form.share is Share.ACTIVATION:
+    if form.share is Share.ACTIVATION or form.grouping is Grouping.CONTIGUOUS:
         return form.rows
-    return ceil(m / SWIZZLE_ROWS) * SWIZZLE_ROWS
+    rest = m - (ceil(m / form.rows) - 1) * form.rows
+    return ceil(rest / SWIZZLE_ROWS) * SWIZZLE_ROWS
 
 
 def square_band(form: Form, clusters: int) -> int:

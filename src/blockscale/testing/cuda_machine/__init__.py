@@ -72,6 +72,7 @@ class _Map(ctypes.Structure):
 class _Run(ctypes.Structure):
     _fields_ = (
         ("a", _Map),
+        ("a_last", _Map),
         ("b", _Map),
         ("a_scales", _Map),
         ("out", _Map),
@@ -144,7 +145,7 @@ def multiply(
     # The activation comes when the kernel ahead ends; until then its place holds NaN.
     arriving = torch.full_like(codes.contiguous().view(torch.uint8), 0xFF)
     final = codes.contiguous()
-    a_box, b_box, scale_box, out_box = work.boxes
+    a_box, last_box, b_box, scale_box, out_box = work.boxes
     problem = Problem(
         weight_scales.data_ptr(),
         0 if bias is None else bias.data_ptr(),
@@ -155,7 +156,7 @@ def multiply(
         work.unit_rows,
         work.unit_columns,
         work.band,
-        work.copied_rows,
+        work.last_rows,
         0 if routing is None else m // routing.numel(),
         slots,
         0 if routing is None else routing.data_ptr(),
@@ -163,6 +164,7 @@ def multiply(
     scale_rows = slots * work.k_blocks
     run = _Run(
         _map(arriving.data_ptr(), slots * m, k, k, a_box),
+        _map(arriving.data_ptr(), slots * m, k, k, last_box),
         _map(weight.data_ptr(), weight.numel() // k, k, weight.stride(-2), b_box, is_weight=True),
         _map(scales.data_ptr(), scale_rows, m, aligned_scale_stride(m), scale_box),
         _map(out.data_ptr(), m, n, out.stride(-2), out_box),

@@ -3,7 +3,7 @@
 
 // Descriptors, arrays and numbers of one launch; the same words in cuda_machine/__init__.py.
 struct Run {
-    TensorMap a, b, a_scales, out;
+    TensorMap a, a_last, b, a_scales, out;
     Problem problem;
     long b_scale_count, bias_bytes, routing_count;
     // Until the kernel ahead has ended, the activation is NaN.
@@ -32,7 +32,7 @@ extern "C" const char* run(const Run* run) {
         {reinterpret_cast<const char*>(run->problem.routing), run->routing_count * sizeof(int)}};
     launch.kernel_ahead = [run] { std::memcpy(run->a.data, run->a_codes, run->a_bytes); };
     launch.kernel = [run] {
-        block_fp8_gemm(run->a, run->b, run->a_scales, run->out, run->problem);
+        block_fp8_gemm(run->a, run->a_last, run->b, run->a_scales, run->out, run->problem);
     };
     failure = machine::run(launch);
     return failure.c_str();
