@@ -14,7 +14,7 @@ from blockscale.formats import DType
 from blockscale.kernels.cuda import corrections
 from blockscale.kernels.cuda.choice import candidates
 from blockscale.kernels.cuda.costs import estimate
-from blockscale.kernels.cuda.work import in_flight, written
+from blockscale.kernels.cuda.work import written
 from choice_fit import PROCESSORS, TABLES, Family, fit_family
 
 if TYPE_CHECKING:
@@ -28,12 +28,6 @@ def time_of(work: Work, times: dict[str, float]) -> float | None:
     return min(found, default=None)
 
 
-def is_new(work: Work) -> bool:
-    """Whether the first sweep with two waves in flight had it otherwise."""
-    has_several = work.units * work.form.cluster > work.blocks
-    return has_several and in_flight(work.form).flight > 1
-
-
 CUDA = Family(
     TABLES / "cuda" / "tables" / "cuda.json",
     candidates=lambda m, n, k: candidates(m, n, k, DType.FLOAT16, PROCESSORS),
@@ -43,7 +37,7 @@ CUDA = Family(
     forms=corrections.forms_of,
     winner_name=corrections.winner_name,
     time_of=time_of,
-    is_new=is_new,
+    is_new=lambda _work: False,
 )
 
 if __name__ == "__main__":
