@@ -13,7 +13,8 @@ worked through by one CUDA graph each; graphs are replayed in turns. A result th
 float64 product of the dequantized operands is reported and not timed. Activations are quantized.
 
 ``--variants``: also tiles that could serve, to see what the choice loses. Speeds are relative
-to DeepGEMM on the same operands (bfloat16 output, the only one that it has).
+to DeepGEMM on the same operands (bfloat16 output, the only one that it has); the summary at the end
+is ``grouped_summary.py``'s.
 """
 
 from __future__ import annotations
@@ -25,12 +26,10 @@ import os
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,6 +66,7 @@ from grouped_cases import (
     wide_rows,
     wide_weight,
 )
+from grouped_summary import summary
 from record import append, need_gpu, record
 from timing import interleaved
 
@@ -126,20 +126,17 @@ def main() -> int:
     started = time.monotonic()
     compile_all(cases)
     print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
-    ratios: dict[tuple[str, str], list[float]] = defaultdict(list)
+    lines: list[dict[str, Any]] = []
     for case in cases:
         if time.monotonic() - started > options.seconds:
             print("out of time", flush=True)
             break
         try:
-            measure(case, options, ratios)
+            lines += measure(case, options)
         except torch.cuda.OutOfMemoryError:
             print(f"{case.name}: out of memory", flush=True)
         torch.cuda.empty_cache()
-    print("speed relative to deep_gemm bfloat16: geometric mean (worst) of N cases")
-    for (family, name), found in ratios.items():
-        mean = geometric_mean(found)
-        print(f"  {family:22s} {name:24s} {mean:.3f} ({min(found):.3f}) {len(found)}", flush=True)
+    print(summary(lines), flush=True)
     return 0
 
 
@@ -181,10 +178,8 @@ def compile_case(case: Case, options: argparse.Namespace) -> None:
     torch.cuda.synchronize()
 
 
-def measure(
-    case: Case, options: argparse.Namespace, ratios: dict[tuple[str, str], list[float]]
-) -> None:
-    """Time one case and print, write and collect what came of it."""
+def measure(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time one case; print, write and return what came of it."""
     copies = make_copies(case)
     right = [timed for timed in everything(case, copies, options) if is_right(timed, copies[0])]
     timings = interleaved({t.name: t.run for t in right}, rounds=options.rounds, replays=2)
@@ -197,6 +192,7 @@ def measure(
         base = masked_times.get(key)
     rows, active = sum(copies[0].counts), sum(count > 0 for count in copies[0].counts)
     print(f"{case.name}: {rows} rows in {active} groups, {len(copies)} copies", flush=True)
+    lines = []
     for timed in right:
         us, timing = times[timed.name], timings[timed.name]
         moved = active * case.n * case.k + rows * (case.k + 2 * case.n)
@@ -208,12 +204,6 @@ def measure(
             f"{gb_s:6.0f} GB/s  x{ratio:.3f}  {timed.detail}",
             flush=True,
         )
-        if timed.is_chosen and base:
-            label = f"{timed.backend} {timed.dtype}"
-            where = case.layout if case.alignment == ALIGNMENT else f"blocks {case.alignment}"
-            ratios[f"{case.family} {where}", label].append(ratio)
-            if timed.backend != "deep_gemm" and case.alignment == ALIGNMENT:
-                ratios["all", label].append(ratio)
         line = record(
             "grouped",
             m=rows,
@@ -237,6 +227,8 @@ def measure(
             timing="cuda_graph",
         )
         write(line, options)
+        lines.append(line)
+    return lines
 
 
 def write(line: dict[str, Any], options: argparse.Namespace) -> None:
