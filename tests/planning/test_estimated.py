@@ -12,7 +12,7 @@ from blockscale.formats import FP8_128X128_FP32, K_MAJOR, DType
 from blockscale.planning.decision import Obstacle, Offer, OperandForm
 from blockscale.planning.device import Device, Measurement
 from blockscale.planning.explain import explain_linear
-from blockscale.planning.planner import plan_linear
+from blockscale.planning.planner import plan_experts, plan_linear
 from blockscale.planning.policy import PlanPolicy
 from blockscale.planning.request import LinearRequest
 from blockscale.planning.timed import MOST_RANGES
@@ -133,11 +133,8 @@ def test_without_nvrtcs_binding_gluon_serves_alone_and_the_plan_says_why() -> No
     assert reason.obstacle is Obstacle.NOT_INSTALLED
 
 
-@pytest.mark.parametrize("experts", [None, 8])
-def test_float32_results_and_experts_are_not_estimated(experts: int | None) -> None:
-    dtype = DType.FLOAT32 if experts is None else FP16
-    asked = replace(request(dtype=dtype), experts=experts)
-    plan = plan_linear(asked, SM90, PlanPolicy(), BACKENDS)
+def test_float32_results_are_not_estimated() -> None:
+    plan = plan_linear(request(dtype=DType.FLOAT32), SM90, PlanPolicy(), BACKENDS)
     assert ranges(plan) == [("gluon", 0, None)]
 
 
@@ -146,3 +143,47 @@ def test_plans_of_the_same_layer_are_equal_and_have_few_ranges() -> None:
         plan = plan_linear(request(n, k), SM90, PlanPolicy(), BACKENDS)
         assert plan == plan_linear(request(n, k), SM90, PlanPolicy(), BACKENDS)
         assert len(plan.choices) <= MOST_RANGES + 1
+
+
+def weights(experts: int, hidden: int, inner: int) -> list[LinearRequest]:
+    shapes = (("w13", 2 * inner, hidden), ("w2", hidden, inner))
+    return [
+        LinearRequest(f"mlp.{name}", n, k, FP8_128X128_FP32, FP16, FP16, experts=experts)
+        for name, n, k in shapes
+    ]
+
+
+OWN = [backend for backend in BACKENDS if backend.name in {"gluon", "cuda"}]
+
+
+def test_the_weights_of_experts_are_estimated_together() -> None:
+    """Alone w13 would go to cuda from 443 tokens on, by its K, and w2 to gluon."""
+    w13, w2 = weights(8, 7168, 2048)
+    assert [c.offer.backend for c in plan_linear(w13, SM90, PlanPolicy(), OWN).choices] == [
+        "gluon",
+        "cuda",
+    ]
+    assert ranges(plan_linear(w2, SM90, PlanPolicy(), OWN)) == [("gluon", 0, None)]
+    together = plan_experts([w13, w2], SM90, PlanPolicy(), OWN)
+    assert ranges(together[0]) == ranges(together[1]) == [("gluon", 0, None)]
+    assert all(plan.choices[0].reason.startswith("estimated") for plan in together)
+
+
+def test_experts_of_long_k_are_shared_by_rows_of_a_group() -> None:
+    plans = plan_experts(weights(8, 7168, 7168), SM90, PlanPolicy(), OWN)
+    assert ranges(plans[0]) == ranges(plans[1])
+    (few, many) = plans[0].choices
+    assert (few.offer.backend, many.offer.backend) == ("gluon", "cuda")
+    # 256 to 512 rows of each, 8 for each token.
+    assert 256 <= many.m_range.min_m <= 512
+
+
+def test_experts_with_float32_results_keep_the_order_of_preference() -> None:
+    both = [
+        replace(one, activation_dtype=DType.FLOAT32, out_dtype=DType.FLOAT32)
+        for one in weights(8, 7168, 7168)
+    ]
+    plans = plan_experts(both, SM90, PlanPolicy(), OWN)
+    assert {(plan.choices[0].offer.backend, plan.choices[0].reason) for plan in plans} == {
+        ("gluon", "")
+    }

@@ -94,9 +94,13 @@ class Gluon:
         )
 
     def estimate_us(self, request: LinearRequest, device: Device, m: int) -> float | None:
-        """Of a dense 16-bit product, from an H100's sweep; None below 32 tokens."""
+        """Of a 16-bit product, as an H100 ran them; of a dense one None below 32 tokens."""
+        from blockscale.kernels import grouped_times
         from blockscale.kernels.calibration import gluon_us
 
+        if request.experts is not None:
+            shape = (request.n, request.k)
+            return grouped_times.gluon_us(m, request.experts, shape, request.out_dtype)
         processors = device.sm_count or SM_COUNT
         return gluon_us(m, request.n, request.k, request.out_dtype, processors)
 

@@ -174,7 +174,7 @@ class EstimatingBackend(PlannableBackend, Protocol):
     """A backend that can say how long it would take, comparably with others that can."""
 
     def estimate_us(self, request: LinearRequest, device: Device, m: int) -> float | None:
-        """Microseconds for ``m`` tokens of a dense layer that it would serve.
+        """Microseconds for ``m`` tokens of a layer, or of a stack of experts, that it would serve.
 
         A pure function, milliseconds at most; None where it has no estimate.
         """

@@ -4,7 +4,8 @@ Some backends can say what they would take (``EstimatingBackend``). Where nothin
 their estimates choose among them, if the most preferred backend is one of them: nothing is known of
 one that cannot estimate. Where something was measured, a backend that is missing in the table, or
 whose table is of another (N, K), takes the time of an estimating one that was measured, times the
-ratio of their estimates for this very layer.
+ratio of their estimates for these very layers. The weights of a set of experts are such layers: one
+backend runs them all.
 """
 
 from __future__ import annotations
@@ -25,25 +26,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Estimates:
-    """What the backends that can estimate say about one layer."""
+    """What the backends that can estimate say about layers that are decided together."""
 
-    request: LinearRequest
+    requests: Sequence[LinearRequest]
     device: Device
     backends: Sequence[EstimatingBackend]
 
     def at(self, m: int) -> dict[str, float]:
-        """Microseconds by backend; empty unless all of them have an answer."""
+        """Microseconds of all layers by backend; empty unless there is an answer to each."""
         found: dict[str, float] = {}
         for backend in self.backends:
-            time_us = backend.estimate_us(self.request, self.device, m)
-            if time_us is None:
-                return {}
-            found[backend.name] = time_us
+            found[backend.name] = 0.0
+            for request in self.requests:
+                time_us = backend.estimate_us(request, self.device, m)
+                if time_us is None:
+                    return {}
+                found[backend.name] += time_us
         return found
 
 
 def timed_for(
-    request: LinearRequest,
+    requests: Sequence[LinearRequest],
     device: Device,
     preferred: Sequence[str],
     backends: Iterable[PlannableBackend],
@@ -51,12 +54,13 @@ def timed_for(
 ) -> tuple[Timed, ...]:
     """Times of the backends named ``preferred``, in rising order of M; empty if there are none.
 
-    ``preferred``: those that would serve the layer on one prepared weight, most preferred first.
-    ``measured``: as a table has it for this layer or one near it.
+    ``requests``: a dense layer, or the weights of a set of experts, whose times count together.
+    ``preferred``: those that would serve them on one prepared weight, most preferred first.
+    ``measured``: as a table has it for these layers or some near them.
     """
     able = [b for b in backends if b.name in preferred and isinstance(b, EstimatingBackend)]
-    if len(able) > 1 and request.experts is None:
-        estimates = _Estimates(request, device, able)
+    if len(able) > 1:
+        estimates = _Estimates(requests, device, able)
         if measured:
             measured = tuple(_completed(one, estimates) for one in measured)
         elif preferred[0] in {backend.name for backend in able}:

@@ -88,7 +88,7 @@ def plan_experts(
     # Who names the backends has also said in which order they are wanted.
     measurements = device.measurements if policy.backends is None else ()
     measured = ranges_of_set(requests, measurements)
-    setting = _Setting(device, policy, backends, measured)
+    setting = _Setting(device, policy, backends, measured, tuple(requests))
     return tuple(
         _decided(request, answers, setting)
         for request, answers in zip(
@@ -127,19 +127,20 @@ def _answers(
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
-    """Whom and what a decision is for; ``measured``: of the layers that are decided together."""
+    """Whom and what a decision is for; ``requests``: those that are decided together."""
 
     device: Device
     policy: PlanPolicy
     backends: Sequence[PlannableBackend]
     measured: tuple[Timed, ...]
+    requests: tuple[LinearRequest, ...]
 
-    def times(self, request: LinearRequest, preferred: Sequence[Offer]) -> tuple[Timed, ...]:
+    def times(self, preferred: Sequence[Offer]) -> tuple[Timed, ...]:
         """What the offers, all on one prepared weight, would take; empty if nothing is known."""
         if self.policy.backends is not None:
             return ()
         names = [offer.backend for offer in preferred]
-        return timed_for(request, self.device, names, self.backends, self.measured)
+        return timed_for(self.requests, self.device, names, self.backends, self.measured)
 
 
 def _decided(request: LinearRequest, answers: _Answers, setting: _Setting) -> LinearPlan:
@@ -152,7 +153,7 @@ def _decided(request: LinearRequest, answers: _Answers, setting: _Setting) -> Li
             raise PlanError(unservable_message(plan, setting.device))
         return plan
     sharing = [offer for offer in admissible if offer.weight == anchor.weight]
-    times = setting.times(request, sharing)
+    times = setting.times(sharing)
     choices = _cover(sharing, times)
     rejected += _not_chosen(admissible, choices, anchor, _Ranking(request, times))
     step = conversion_step(request, anchor.weight)
