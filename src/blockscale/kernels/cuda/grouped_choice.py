@@ -70,7 +70,26 @@ def choose_contiguous(
     ``shape``: (n, k) of a group's weight; ``processors``: the device's multiprocessors.
     """
     found = contiguous_works(rows, shape, out, processors)
+    pairs = [work for work in found if is_deep_pair(work) and is_several(work)]
+    if pairs:
+        found = [work for work in found if not can_be_deeper(work.form) or work in pairs]
     return min(found, key=lambda work: contiguous_clocks(work, rows, shape[0], processors))
+
+
+def is_deep_pair(work: Work) -> bool:
+    """Whether it is the largest tile in pairs with a fourth slot.
+
+    Where blocks have several tiles it took less than that tile with three slots, alone or in pairs,
+    and with four alone, in all of eight cases: 0 to 7 %, each timed as a variant
+    (``grouped.py --variants``, H100, 2026-11-26). The dense sweep has no such stores.
+    """
+    form = work.form
+    return can_be_deeper(form) and form.stores == LOW_BOXES and form.share is Share.ACTIVATION
+
+
+def is_several(work: Work) -> bool:
+    """Whether blocks have several tiles each."""
+    return work.units * work.form.cluster > work.blocks
 
 
 def contiguous_works(
