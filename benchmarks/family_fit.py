@@ -1,6 +1,6 @@
 """Fits microseconds to the clocks of both kernel families, and says what choosing by them loses.
 
-    python benchmarks/family_fit.py SWEEP [--write] [--folds 5]
+    python benchmarks/family_fit.py SWEEP... [--write] [--folds 5]
 
 SWEEP: ``cuda_sweep.py``'s, which times the forms of gemm.cu and what Gluon's choice takes on each
 shape. A loss is chosen / faster of the two families, Gluon by its choice of today and gemm.cu by
@@ -76,18 +76,18 @@ class Shape:
 def main() -> int:
     """Read, validate, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sweep", type=Path)
+    parser.add_argument("sweeps", type=Path, nargs="+")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--folds", type=int, default=5)
     options = parser.parse_args()
-    shapes = read(options.sweep)
+    shapes = [shape for sweep in options.sweeps for shape in read(sweep)]
     ranges = ranges_of(shapes)
     print(f"{len(shapes)} shapes, {len({(s.n, s.k) for s in shapes})} different (N, K)")
     validate(shapes, ranges, options.folds)
     if options.write:
         kept = parts(shapes, HELD_OUT)
         factors = fit([shape for shape in shapes if kept[shape.n, shape.k]], ranges)
-        write(options.sweep, shapes, ranges, factors)
+        write(options.sweeps, shapes, ranges, factors)
     return 0
 
 
@@ -195,11 +195,13 @@ def plan_of(n: int, k: int, ranges: Ranges, factors: Factors) -> list[tuple[int,
     return [(0, "gluon"), *((one.min_m, one.backend) for one in in_ranges(points, FAMILIES))]
 
 
-def write(sweep: Path, shapes: Sequence[Shape], ranges: Ranges, factors: Factors) -> None:
+def write(
+    sweeps: Sequence[Path], shapes: Sequence[Shape], ranges: Ranges, factors: Factors
+) -> None:
     """The table that ships, with where it comes from."""
-    head = json.loads(sweep.read_text(encoding="utf-8").splitlines()[0])
-    path = str(sweep.resolve().relative_to(ROOT))
-    log = ["git", "log", "-1", "--format=%h %cs", "--", path]
+    head = json.loads(sweeps[0].read_text(encoding="utf-8").splitlines()[0])
+    paths = [str(sweep.resolve().relative_to(ROOT)) for sweep in sweeps]
+    log = ["git", "log", "-1", "--format=%h %cs", "--", *paths]
     said = subprocess.run(log, cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603 - git
     commit, _, date = said.stdout.strip().partition(" ")
     kept = parts(shapes, HELD_OUT)
@@ -209,7 +211,7 @@ def write(sweep: Path, shapes: Sequence[Shape], ranges: Ranges, factors: Factors
         "packages": head["versions"],
         "commit": commit,
         "date": date,
-        "source": path,
+        "sources": paths,
         "held_out": sorted(pair for pair, part in kept.items() if not part),
         "least_m": min(shape.m for shape in shapes),
         "ranges": ranges,

@@ -187,7 +187,8 @@ struct UnitsOf<Grouping::MASKED, WALKER> {
         }
         const int start = group > 0 ? read(ends + 4 * (group - 1)) : 0;
         const int tiles = read(ends + 4 * group) - start;
-        Place found = place_of(problem, tiles, unit - start * problem.unit_columns);
+        const int inside = unit - start * problem.unit_columns;
+        Place found = place_of(problem, tiles, turned(inside, tiles));
         found.group = found.slot = group;
         found.end = same(rows_of_group(problem, group));
         return found;
@@ -202,6 +203,14 @@ struct UnitsOf<Grouping::MASKED, WALKER> {
     }
 
   private:
+    // The tiles of a column upside down in every other round. Of groups with two tiles each, an
+    // even number of blocks would otherwise always give half of them the first, which is full, and
+    // half the second: these run ahead, and read weights that have left L2 when the others come.
+    DEVICE int turned(int inside, int tiles) const {
+        const int row = inside % tiles;
+        const int round = (unit - row) / (grid_size() / CLUSTER);
+        return tiles <= problem.band && round % 2 ? inside + tiles - 1 - 2 * row : inside;
+    }
     DEVICE int read(u32 address) const { return same(load_shared_integer(address)); }
     DEVICE int same(int value) const { return WALKER == Walker::WARP ? uniform(value) : value; }
 };
