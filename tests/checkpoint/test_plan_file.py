@@ -77,7 +77,7 @@ def test_a_plan_for_a_named_cpu_fits_this_one(fp8_checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(("tensor", "expert"), [(8, 1), (8, 8)])
 def test_a_rank_that_needs_remedies_fits_again(tmp_path: Path, tensor: int, expert: int) -> None:
-    write_model_headers(tmp_path, minimax_m25())
+    write_model_headers(tmp_path, minimax_m25(layers=4))
     checkpoint = read_checkpoint(tmp_path)
     layers = read_layers(checkpoint)
     options = RequestOptions(DType.FLOAT16, Parallelism(tensor, expert))

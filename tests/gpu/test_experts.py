@@ -200,9 +200,10 @@ def test_the_same_bits_on_every_run(name: str) -> None:
     assert all(torch.equal(layer(hidden, ids, weights), first) for _ in range(5))
 
 
-def test_an_update_reaches_a_captured_graph() -> None:
-    layer = layer_of("triton")
-    held = on_gpu(*case(4))
+@pytest.mark.parametrize(("name", "tokens"), [("gluon", 4), ("triton", 1), ("triton", 4)])
+def test_an_update_reaches_a_captured_graph(name: str, tokens: int) -> None:
+    layer = layer_of(name)
+    held = on_gpu(*case(tokens))
     layer(*held)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -214,7 +215,7 @@ def test_an_update_reaches_a_captured_graph() -> None:
         doubled.scales.mul_(2)
         layer.update_expert(expert, [expert_of(w13, expert)], [doubled])
     graph.replay()
-    assert torch.equal(out.cpu(), cases.exact_result(*case(4)) * 2)
+    assert torch.equal(out.cpu(), cases.exact_result(*case(tokens)) * 2)
 
 
 FORMS = [

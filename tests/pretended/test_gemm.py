@@ -13,14 +13,31 @@ import pytest
 pytest.importorskip("triton", reason="pip install triton: its interpreter runs the kernels")
 
 ROOT = Path(__file__).parent.parent.parent
+# Each run reads its state from files; one process saves two imports of torch and Triton.
+PROGRAM = """
+import json, runpy, sys
+
+common, *runs = json.loads(sys.argv[1])
+sys.path.insert(0, "benchmarks")
+for run in runs:
+    sys.argv = ["benchmarks/gemm.py", *common, *run]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as ended:
+        assert ended.code == 0, ended
+    print("end of run", flush=True)
+"""
 
 
-def run(folder: Path, *arguments: str) -> str:
-    command = ["-m", "blockscale.testing.pretend_gpu", "benchmarks/gemm.py", "--smoke"]
-    files = ["--state", str(folder / "state"), "--out", str(folder / "records")]
-    few = ["--backends", "gluon,bf16_matmul", "--rounds", "2", "--tokens", "1,5"]
+def outputs(folder: Path, *runs: list[str]) -> list[str]:
+    """What each of some runs prints, one after the other."""
+    common = ["--smoke", "--state", str(folder / "state"), "--out", str(folder / "records")]
+    common += ["--backends", "gluon,bf16_matmul", "--rounds", "2", "--tokens", "1,5"]
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    command = ["-m", "blockscale.testing.pretend_gpu", str(program), json.dumps([common, *runs])]
     done = subprocess.run(
-        [sys.executable, *command, *files, *few, *arguments],
+        [sys.executable, *command],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -28,16 +45,22 @@ def run(folder: Path, *arguments: str) -> str:
         env={**os.environ, "TRITON_INTERPRET": "1", "SOURCE_COMMIT": "abc1234"},
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    return done.stdout
+    *printed, rest = done.stdout.split("end of run\n")
+    assert not rest
+    return printed
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """Whole (N, K) only, in order, each once; the planner's choice is marked."""
-    both = ("--shapes", "128x128,256x128")
-    first = run(tmp_path, "--pass", "main", "--shapes", "128x128")
+    both = "128x128,256x128"
+    first, second, stopped = outputs(
+        tmp_path,
+        ["--pass", "main", "--shapes", "128x128"],
+        ["--shapes", both],
+        ["--shapes", f"{both},128x256", "--seconds", "0"],
+    )
     assert "1 rows in" in first
     assert "left: nothing" in first
-    second = run(tmp_path, *both)
     assert "3 rows in" in second
     assert "left: nothing" in second
     lines = [json.loads(line) for line in (tmp_path / "records").read_text().splitlines()]
@@ -56,7 +79,5 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
         assert r["planned"] == (r["backend"] == "gluon")
         assert r["commit"] == "abc1234"
         assert r["deep_gemm_us"] is None
-    stopped = run(tmp_path, "--shapes", "128x128,256x128,128x256", "--seconds", "0")
     assert "0 rows in" in stopped
     assert "left: main 128x256, rest 128x256" in stopped
-    assert len((tmp_path / "records").read_text().splitlines()) == len(lines)

@@ -18,21 +18,35 @@ from blockscale.planning.device import Device, Proof, Verdict
 from blockscale.planning.planner import plan_linear
 from blockscale.planning.policy import PlanPolicy
 from blockscale.planning.request import LinearRequest
+from blockscale.probe import items
 from blockscale.probe.proving import Pace, keep_proof, load_proofs, proofs_path, prove, save_proofs
 
 HERE = str(Path(__file__).parent)
 FP32 = (DType.FLOAT32,)
+ALL_EXPERT_SHAPES = items.EXPERT_SHAPES
 
 
 @pytest.fixture
 def bad_backends(monkeypatch: pytest.MonkeyPatch) -> object:
-    """The module of bad backends, importable here and in child processes."""
+    """The module of bad backends, importable here and in child processes.
+
+    They are checked with two dense shapes, one of them with several blocks of K, and with
+    ``one_expert_shape`` if asked for: ``test_good_backends_are_proven`` goes through all.
+    """
+    monkeypatch.setattr(items, "SHAPES", items.SHAPES[:2])
+    monkeypatch.setattr(items, "EXPERT_SHAPES", ())
     monkeypatch.syspath_prepend(HERE)
     monkeypatch.setenv("PYTHONPATH", HERE, prepend=os.pathsep)
     import bad_backends
 
     yield bad_backends
     sys.modules.pop("bad_backends", None)
+
+
+@pytest.fixture
+def one_expert_shape(bad_backends: object, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001 - comes after it
+    """Beside the dense shapes."""
+    monkeypatch.setattr(items, "EXPERT_SHAPES", ALL_EXPERT_SHAPES[:1])
 
 
 def test_good_backends_are_proven() -> None:
@@ -67,6 +81,7 @@ def test_bad_backends_are_excluded_with_their_reason(
     assert words in proof.detail
 
 
+@pytest.mark.usefixtures("one_expert_shape")
 @pytest.mark.parametrize(
     ("name", "arrangement", "words"),
     [
@@ -116,18 +131,21 @@ def test_bad_products_over_experts_are_excluded_with_their_reason(
 
 
 def test_a_backend_that_hangs_is_stopped(bad_backends: object) -> None:
-    proof, *_ = prove([bad_backends.Hangs()], FP32, Pace(time_limit_s=8, children=3))
+    proof, *_ = prove([bad_backends.Hangs()], FP32, Pace(time_limit_s=6, children=3))
     assert proof.verdict is Verdict.FAILED
-    assert "no answer within 8 s" in proof.detail
+    assert "no answer within 6 s" in proof.detail
 
 
+@pytest.mark.usefixtures("one_expert_shape")
 def test_shapes_may_be_checked_by_several_children_at_once(bad_backends: object) -> None:
     """The same proofs, in the same order, told as they are found."""
     told: list[Proof] = []
-    proofs = prove([bad_backends.Lies(), Reference()], FP32, Pace(children=3), told.append)
+    proofs = prove([bad_backends.Lies(), Reference()], FP32, Pace(children=2), told.append)
     lies, reference = (proof for proof in proofs if proof.arrangement is None)
+    # Lies refuses experts.
+    assert [proof.backend for proof in proofs] == ["lies", *["reference"] * 3]
     assert "fingerprint weight, M=1: 1 of 64 elements differ" in lies.detail
-    assert "5 shapes" in reference.detail
+    assert "2 shapes" in reference.detail
     assert set(told) == set(proofs)
 
 

@@ -3,8 +3,9 @@
 Needs ``TRITON_INTERPRET=1`` before Triton is imported. Some things of it are replaced: they are not
 what a GPU computes (casts: it breaks ties upwards; FMA: it rounds twice; the minimum of a number
 and a NaN, which is the number; inline assembly), or numpy 2.5 refuses them (an array as the bound
-of a loop), or they take a hundred times too long (reductions by a function of ours, an element at a
-time in Python, which go by halves of an axis here: the same for what may be reduced in any order).
+of a loop), or they take too long: reductions by a function of ours, an element at a time in Python,
+which go by halves of an axis here (the same for what may be reduced in any order), and what it does
+anew at every call of a function.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def repairs() -> Iterator[tuple[object, str, object]]:
 
     yield interpreter, "_convert_float", _convert
     yield interpreter, "_patch_lang_tensor", _counting(interpreter)
+    yield interpreter, "_patch_lang", _once(interpreter)
+    yield interpreter, "_get_np_dtype", _remembering(interpreter)
     yield interpreter.InterpreterBuilder, "create_fma", _fused(interpreter)
     yield interpreter.ReduceOps, "generic_reduce", _by_halves
     yield interpreter.InterpreterBuilder, "create_minnumf", _smaller_number
@@ -139,6 +142,45 @@ def _counting(interpreter: Any) -> Callable[..., None]:  # noqa: ANN401 - Triton
         scope.set_attr(tensor, "__index__", lambda value: value.handle.data.item())
 
     return patch
+
+
+def _once(interpreter: Any) -> Callable[..., object]:  # noqa: ANN401 - Triton's module
+    """Where a kernel calls a function, ``triton.language`` is patched already: by the kernel."""
+    import triton.language as tl  # noqa: PLC0415 - only where it is installed
+
+    original = interpreter._patch_lang  # noqa: SLF001 - it has no other hook
+    ours: dict[int, tuple[object, object]] = {}
+
+    def state(lang: Any) -> tuple[object, object]:  # noqa: ANN401 - a module
+        return lang.range, vars(lang.tensor).get("__index__")
+
+    def patch(function: Any) -> object:  # noqa: ANN401 - a kernel or a function of one
+        langs = [one for one in function.__globals__.values() if one is tl or one is tl.core]
+        if langs and all(ours.get(id(lang)) == state(lang) for lang in langs):
+            return interpreter._LangPatchScope()  # noqa: SLF001 - nothing to restore
+        scope = original(function)
+        ours.update((id(lang), state(lang)) for lang in langs)
+        return scope
+
+    return patch
+
+
+def _remembering(interpreter: Any) -> Callable[[Any], object]:  # noqa: ANN401 - Triton's module
+    """The original makes a table of all types at every call."""
+    import triton.language as tl  # noqa: PLC0415 - only where it is installed
+
+    original = interpreter._get_np_dtype  # noqa: SLF001 - it has no other hook
+    known: dict[str, object] = {}
+
+    def numpy_type(dtype: Any) -> object:  # noqa: ANN401 - one of Triton's
+        element = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+        if isinstance(element, tl.pointer_type):
+            return original(element)
+        if element.name not in known:
+            known[element.name] = original(element)
+        return known[element.name]
+
+    return numpy_type
 
 
 def _fused(interpreter: Any) -> Callable[..., object]:  # noqa: ANN401 - Triton's module
