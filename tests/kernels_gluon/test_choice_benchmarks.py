@@ -43,11 +43,12 @@ def test_a_sweep_after_another_asks_what_was_chosen_untimed_then_the_baseline(
 
 @pytest.mark.parametrize("kernels", ["gluon", "cuda"])
 def test_the_table_that_ships_is_what_the_fit_writes(benchmark: Any, kernels: str) -> None:
-    """The same winners from the committed sweep, and factors for every form."""
+    """The same winners from the committed sweeps, and factors for every form."""
     fit = benchmark("choice_fit")
     family = getattr(benchmark(f"{kernels}_fit"), kernels.upper())
-    shapes = fit.read(family, H100 / f"{kernels}_sweep.jsonl")
     table = table_of(f"blockscale.kernels.{kernels}")
+    document = json.loads(family.table.read_text(encoding="utf-8"))
+    shapes = [shape for source in document["sources"] for shape in fit.read(family, ROOT / source)]
     assert fit.winners(shapes, table) == table.winners
 
 

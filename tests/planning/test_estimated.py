@@ -138,6 +138,28 @@ def test_float32_results_are_not_estimated() -> None:
     assert ranges(plan) == [("gluon", 0, None)]
 
 
+@dataclass(frozen=True)
+class From(Plain):
+    """Knows nothing of fewer than ``least_m`` tokens."""
+
+    least_m: int
+    us: float
+
+    def estimate_us(self, request: LinearRequest, device: Device, m: int) -> float | None:
+        assert request.n
+        assert device.name
+        return self.us if m >= self.least_m else None
+
+
+def test_below_what_is_estimated_the_preferred_one_serves() -> None:
+    """At 16 both know something; 16 speaks for half of it and more."""
+    backends = [From("slow", 8, 2.0), From("fast", 16, 1.0)]
+    plan = plan_linear(request(), SM90, PlanPolicy(), backends)
+    assert ranges(plan) == [("slow", 0, 11), ("fast", 12, None)]
+    backends = [From("slow", 8, 2.0), From("fast", 10**6, 1.0)]
+    assert ranges(plan_linear(request(), SM90, PlanPolicy(), backends)) == [("slow", 0, None)]
+
+
 def test_plans_of_the_same_layer_are_equal_and_have_few_ranges() -> None:
     for n, k in ((4096, 7168), (576, 7168), (7168, 2048), (32768, 512), (64, 128)):
         plan = plan_linear(request(n, k), SM90, PlanPolicy(), BACKENDS)

@@ -69,13 +69,14 @@ def timed_for(
 
 
 def _estimated(estimates: _Estimates) -> tuple[Timed, ...]:
-    found = []
-    for start, m in zip(starts_of(TOKENS), TOKENS, strict=True):
-        times = estimates.at(m)
-        if not times:
-            return ()
-        found.append(Timed(start, m, times, frozenset(times)))
-    return tuple(found)
+    known = [(m, times) for m in TOKENS if (times := estimates.at(m))]
+    if not known:
+        return ()
+    starts = starts_of([m for m, _ in known])
+    return tuple(
+        Timed(start, m, times, frozenset(times))
+        for start, (m, times) in zip(starts, known, strict=True)
+    )
 
 
 def _completed(point: Timed, estimates: _Estimates) -> Timed:

@@ -14,8 +14,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-# Token counts that backends are asked about.
-TOKENS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
+# Token counts that backends are asked about; below the least that all of them know, the order of
+# preference stands.
+TOKENS = (
+    8,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+    192,
+    256,
+    384,
+    512,
+    768,
+    1024,
+    1536,
+    2048,
+    3072,
+    4096,
+    8192,
+)
 # Whoever is not the most preferred must be faster by this, as a logarithm.
 LEAST_GAIN = 0.01
 # A switch costs this: a range between two of another backend saves twice as much or is none.
