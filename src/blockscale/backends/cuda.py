@@ -87,7 +87,7 @@ class Cuda:
         )
 
     def estimate_us(self, request: LinearRequest, device: Device, m: int) -> float | None:
-        """Of a 16-bit product, as an H100 ran them; of a dense one None below 32 tokens."""
+        """Of a 16-bit product, as an H100 ran them; None below the sweep's fewest tokens."""
         from blockscale.kernels import grouped_times
         from blockscale.kernels.calibration import cuda_us
 
