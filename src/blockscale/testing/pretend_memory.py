@@ -112,6 +112,11 @@ class Graph:
 
     def __init__(self, *_: object, **__: object) -> None:
         self._steps: list[Callable[[], None]] = []
+        self._pool: list[object] = []
+
+    def keep(self, memory: object) -> None:
+        """What is allocated while it is captured stays its own, as a graph's memory pool does."""
+        self._pool.append(memory)
 
     def add(self, step: Callable[[], None]) -> None:
         """One more operator or launch; what it uses stays alive with it."""
@@ -129,6 +134,7 @@ class Graph:
     def reset(self) -> None:
         """Forget everything."""
         self._steps.clear()
+        self._pool.clear()
 
 
 class PretendTensor(torch.Tensor):
@@ -155,6 +161,8 @@ class PretendTensor(torch.Tensor):
         super().__init__()
         self.held = held
         self._allocation = MEMORY.hold(held)
+        if SITUATION.graph is not None:
+            SITUATION.graph.keep((held, self._allocation))
 
     def data_ptr(self) -> int:
         """Where the values are."""
