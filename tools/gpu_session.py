@@ -80,7 +80,7 @@ NOT_TINY = (
 # Most of a test's time is compiling: 200 s were not enough for one process (H100, 2026-11-26).
 AT_ONCE = ("-vv", "-p", "no:benchmark", "-n", "8", "--dist", "worksteal")
 OWN = ("--backends", "gluon,cuda,triton")
-# Two waves in flight, which no choice takes yet, beside the usual forms.
+# Ways to write small tiles, each with one and with two waves in flight.
 FLIGHT = ("--tokens", "512,256,128,64", "--seconds", "60")
 FLIGHT += ("--shapes", "2112x7168,4096x7168,3072x6144,7168x2048,576x7168,32768x512")
 FLIGHT += ("--tiles", "128x64,64x64,64x128,128x96,64x96,64x32,128x128")
