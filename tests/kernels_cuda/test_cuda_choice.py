@@ -15,11 +15,13 @@ from blockscale.formats import DType
 from blockscale.kernels.cuda.choice import candidates, choose, forms
 from blockscale.kernels.cuda.corrections import clocks, forms_of, shipped, winner, winner_name
 from blockscale.kernels.cuda.work import (
+    EARLY_BLOCKS,
     HALF_SHARED_BYTES,
     OUTPUTS,
     SHARED_BYTES,
     WIDTHS,
     Form,
+    Grouping,
     Share,
     When,
     late,
@@ -65,6 +67,30 @@ def test_every_form_keeps_to_the_kernels_limits(form: Form) -> None:
 def test_no_more_rows_are_copied_than_the_last_tile_has(share: Share, m: int, rows: int) -> None:
     form = make_form(128, 64, DType.FLOAT16, share=share)
     assert make_work(form, m, 4096, 4096, 132).last_rows == rows
+
+
+@pytest.mark.parametrize(
+    ("share", "m", "n", "k", "early"),
+    [
+        (Share.NOTHING, 1, 7168, 2048, True),
+        (Share.NOTHING, 64, 24576, 1536, True),
+        (Share.NOTHING, 64, 7168, 7168, False),
+        (Share.NOTHING, 64, 32768, 3072, False),
+        (Share.NOTHING, 129, 7168, 2048, False),
+        (Share.ACTIVATION, 64, 7168, 2048, False),
+    ],
+)
+def test_weights_come_early_where_few_tokens_have_few_k_blocks(
+    share: Share, m: int, n: int, k: int, early: bool
+) -> None:
+    work = make_work(make_form(128, 64, DType.FLOAT16, share=share), m, n, k, 132)
+    assert work.early_blocks == (EARLY_BLOCKS if early else 0)
+
+
+@pytest.mark.parametrize("grouping", [Grouping.CONTIGUOUS, Grouping.MASKED])
+def test_no_weights_come_early_before_it_is_known_whose(grouping: Grouping) -> None:
+    form = replace(make_form(64, 64, DType.FLOAT16), grouping=grouping)
+    assert make_work(form, 1, 7168, 2048, 132).early_blocks == 0
 
 
 @pytest.mark.parametrize("form", ALL_FORMS, ids=lambda form: form.name + form.out.value)

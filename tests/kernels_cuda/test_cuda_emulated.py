@@ -18,6 +18,7 @@ import torch
 from blockscale.formats import DType
 from blockscale.kernels.cpu.build import find_compiler
 from blockscale.kernels.cuda.work import (
+    EARLY_BLOCKS,
     SHARED_BYTES,
     Form,
     Share,
@@ -212,6 +213,17 @@ def test_what_lies_behind_the_last_tiles_rows_does_not_matter(
     assert torch.equal(out, problem.expected.to(out.dtype))
 
 
+@pytest.mark.parametrize("blocks", [1, EARLY_BLOCKS, EARLY_BLOCKS + 1, 15])
+def test_weights_that_come_before_the_kernel_ahead_has_ended_are_used_once(blocks: int) -> None:
+    form = in_flight(make_form(64, 32, FP16))
+    problem = Problem(21, 104, 128 * blocks - 16)
+    work = make_work(form, 21, 104, problem.k, processors=2)
+    assert work.early_blocks == EARLY_BLOCKS
+    for seed in range(3):
+        out = problem.run(work, trial=Trial(seed))
+        assert torch.equal(out, problem.expected.to(out.dtype))
+
+
 @pytest.mark.parametrize("when", [at_once, late])
 @pytest.mark.parametrize("blocks", range(1, 6))
 def test_two_waves_in_flight_end_with_any_number_of_blocks(
@@ -260,14 +272,14 @@ BROKEN = {
     ),
     "a slot is filled before it is empty": (
         FEW_FORMS[2],
-        "            barrier_wait(ring.empty(), ring.parity ^ 1);\n            barrier_arrive_exp",
-        "            barrier_arrive_exp",
+        "                barrier_wait(ring.empty(), ring.parity ^ 1);\n                copy_weight",
+        "                copy_weight",
         "fills a slot|more arrivals",
     ),
     "more bytes are expected than come": (
         FEW_FORMS[2],
-        "K_BLOCK + B_BYTES + A_SCALE_BYTES;",
-        "K_BLOCK + B_BYTES + A_SCALE_BYTES + 16;",
+        "(K_BLOCK + SCALE_BYTES) + B_BYTES);",
+        "(K_BLOCK + SCALE_BYTES) + B_BYTES + 16);",
         "nothing can go on",
     ),
     "a block does not wait for the other's end": (
@@ -290,9 +302,15 @@ BROKEN = {
     ),
     "the activation is read too early": (
         FEW_FORMS[2],
-        "    wait_for_kernel_ahead();\n    let_next",
-        "    let_next",
+        "    wait_for_kernel_ahead();\n    if (problem.early_blocks == 0) let_next",
+        "    if (problem.early_blocks == 0) let_next",
         "before the kernel ahead has ended",
+    ),
+    "weights that came early are copied again": (
+        FEW_FORMS[4],
+        "            if (block >= early) {",
+        "            {",
+        "more arrivals|fills a slot|nothing can go on",
     ),
     "wgmma is not fenced": (
         FEW_FORMS[2],
@@ -358,7 +376,7 @@ IN_THE_DEFAULT_RUN = ("stores are not fenced", "a slot is read before it is full
 )
 def test_the_machine_notices_a_broken_kernel(name: str) -> None:
     form, piece, instead, words = BROKEN[name]
-    shape = shape_for(form)
+    shape = (37, *shape_for(form)[1:]) if "early" in name else shape_for(form)
     problem = Problem(*shape)
     work = make_work(form, *shape, processors=2)
     # Chance decides what happens first; a fault that never shows would be a fault of the test.

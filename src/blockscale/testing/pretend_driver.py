@@ -176,16 +176,16 @@ class Driver:
         _require(list(asked.block) == [form.threads, 1, 1], f"{form.name}: {list(asked.block)}")
         _require(asked.shared_bytes == form.shared_bytes, "shared memory as the form says")
         _require(self._shared[function.value] >= asked.shared_bytes, "shared memory was asked for")
-        maps = [Map.from_address(places[number]) for number in range(5)]
+        maps = [Map.from_address(places[number]) for number in range(6)]
         # Not from_address: the caller may keep one structure for many launches.
-        problem = launch.Problem.from_buffer_copy(launch.Problem.from_address(places[5]))
+        problem = launch.Problem.from_buffer_copy(launch.Problem.from_address(places[6]))
         done(lambda: compute(form, asked.grid[0], maps, problem))
         return 0
 
 
 def compute(form: Form, blocks: int, maps: list[Map], problem: launch.Problem) -> None:
     """One launch. Raises PretendError where descriptors and numbers do not go together."""
-    names = ("a", "a_last", "b", "a_scales", "out")
+    names = ("a", "a_last", "b", "a_scales", "a_scales_last", "out")
     work = Work(
         form,
         problem.unit_rows,
@@ -196,8 +196,11 @@ def compute(form: Form, blocks: int, maps: list[Map], problem: launch.Problem) -
         problem.last_rows,
     )
     _require([one.box for one in maps] == list(work.boxes), f"{work.name}: boxes")
-    a, a_last, b, a_scales, out = (one.matrix(name) for name, one in zip(names, maps, strict=True))
-    _require(a_last.data_ptr() == a.data_ptr() and a_last.shape == a.shape, "one activation")
+    a, a_last, b, a_scales, a_scales_last, out = (
+        one.matrix(name) for name, one in zip(names, maps, strict=True)
+    )
+    for one, last in ((a, a_last), (a_scales, a_scales_last)):
+        _require(last.data_ptr() == one.data_ptr() and last.shape == one.shape, "one activation")
     m, n, k = problem.m, problem.n, a.shape[1]
     _require(b.shape[1] == k and n > 0 and b.shape[0] % n == 0, "N and K of both operands")
     groups = b.shape[0] // n

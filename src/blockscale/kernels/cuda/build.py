@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "gemm.cu"
-HEADERS = ("primitives.cuh", "wgmma.cuh", "units.cuh", "flight.cuh", "results.cuh")
+HEADERS = ("primitives.cuh", "wgmma.cuh", "units.cuh", "producer.cuh", "flight.cuh", "results.cuh")
 KERNEL = "block_fp8_gemm"
 OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17")
 

@@ -81,8 +81,9 @@ static_assert(BOX_ROWS == WARP_ROWS || (BOX_ROWS == WARP_ROWS / 2 && BOX_COLUMNS
               "four matrices are 16 rows of 16 columns, or 8 rows of 32");
 
 // Bytes of one slot.
-constexpr u32 A_BYTES = ROWS * K_BLOCK, B_BYTES = COLUMNS * K_BLOCK, A_SCALE_BYTES = ROWS * 4;
-constexpr u32 B_SCALE_BYTES = 8, BARRIER_BYTES = 8;
+constexpr u32 SCALE_BYTES = 4, B_SCALE_BYTES = 2 * SCALE_BYTES, BARRIER_BYTES = 8;
+constexpr u32 A_BYTES = ROWS * K_BLOCK, B_BYTES = COLUMNS * K_BLOCK;
+constexpr u32 A_SCALE_BYTES = ROWS * SCALE_BYTES;
 constexpr u32 STAGING_BYTES = CONSUMERS * WARPS * BUFFERS * BOX_SIZE;
 
 // Offsets in shared memory.
@@ -114,9 +115,11 @@ struct Problem {
     int unit_columns;
     // Units go down columns in bands of so many rows of units.
     int band;
-    // Of the activation's last tile, what `a_last` copies: about those that exist. The slot's other
-    // rows hold anything; they are multiplied, and never stored.
+    // Of the activation's last tile, what `a_last` and `a_scales_last` copy: about those that exist.
+    // The slot's other rows hold anything; they are multiplied, and never stored.
     int last_rows;
+    // K blocks whose weights are copied before the kernel ahead has ended.
+    int early_blocks;
     // Contiguous: rows of a row block, and the group of each of them. Masked: how many groups, and
     // the rows of each that count; m is a slot's rows.
     int block_rows;
@@ -143,87 +146,7 @@ struct Ring {
     }
 };
 
-// ---- producer
-
-// This block's part of an operand of SIZE rows; from `row` on all of it, or half of it to both.
-template <int SIZE, bool SHARED>
-DEVICE void copy_rows(u32 target, const TensorMap& map, int k, int row, u32 barrier) {
-    if (SHARED) {
-        const int rank = block_index() % CLUSTER;
-        const int half = SIZE / 2 * rank;
-        tma_load_multicast(target + half * K_BLOCK, map, k, row + half, barrier, 3);
-    } else {
-        tma_load(target, map, k, row, barrier);
-    }
-}
-
-// One thread. A warp for each operand instead took 6 to 15 % more at 64 rows; weights that were
-// copied before the kernel ahead had ended held up its last blocks, and up to 4 % more in all (H100,
-// 2026-11-26).
-DEVICE void copy_operands(Ring ring, const TensorMap& a, const TensorMap& a_last,
-                          const TensorMap& b, const TensorMap& a_scales, const Problem& problem,
-                          int unit_rows) {
-    wait_for_kernel_ahead();
-    let_next_kernel_start();
-    for (Units<Walker::THREAD> units(problem, unit_rows); units.are_left(); units.advance()) {
-        const Place place = units.place();
-        const int a_row = place.slot * problem.m + place.row;
-        const int b_row = place.group * problem.n + place.column;
-        const bool is_last = SHARE != Share::ACTIVATION && place.row + ROWS > problem.m;
-        const TensorMap& rows = is_last ? a_last : a;
-        const u32 copied_bytes =
-            (is_last ? problem.last_rows : ROWS) * K_BLOCK + B_BYTES + A_SCALE_BYTES;
-        for (int block = 0; block < problem.k_blocks; block++) {
-            barrier_wait(ring.empty(), ring.parity ^ 1);
-            barrier_arrive_expecting(ring.full(), copied_bytes);
-            const u32 b_target = ring.memory + B_SLOTS + ring.slot * B_BYTES;
-            copy_rows<COLUMNS, SHARE == Share::WEIGHT>(b_target, b, block * K_BLOCK, b_row,
-                                                       ring.full());
-            const u32 a_target = ring.memory + A_SLOTS + ring.slot * A_BYTES;
-            copy_rows<ROWS, SHARE == Share::ACTIVATION>(a_target, rows, block * K_BLOCK, a_row,
-                                                        ring.full());
-            const u32 scales = ring.memory + A_SCALE_SLOTS + ring.slot * A_SCALE_BYTES;
-            tma_load(scales, a_scales, place.row, place.slot * problem.k_blocks + block,
-                     ring.full());
-            ring.advance();
-        }
-    }
-}
-
-// One warp: each lane reads the scale of one K block; they come into the slots one by one. So no
-// consumer waits for a load from memory.
-DEVICE void copy_weight_scales(Ring ring, const Problem& problem, int unit_rows) {
-    const int lane = lane_index();
-    const int last_row = (problem.n - 1) / SCALE_BLOCK;
-    wait_for_kernel_ahead();
-    for (Units<Walker::WARP> units(problem, unit_rows); units.are_left(); units.advance()) {
-        const Place place = units.place();
-        const float* scales =
-            problem.b_scales + place.group * (last_row + 1) * problem.b_scale_stride;
-        // A tile beyond the last column, and a tile's columns beyond it, take any scale.
-        const int first_row = smaller(place.column / SCALE_BLOCK, last_row);
-        const int next_row = smaller(first_row + 1, last_row);
-        for (int base = 0; base < problem.k_blocks; base += WARP) {
-            const int here = smaller(problem.k_blocks - base, WARP);
-            const int block = base + smaller(lane, here - 1);
-            const float first = load_global(scales + first_row * problem.b_scale_stride + block);
-            const float next =
-                SCALE_ROWS == 1
-                    ? first
-                    : load_global(scales + next_row * problem.b_scale_stride + block);
-            for (int owner = 0; owner < here; owner++) {
-                barrier_wait(ring.empty(), ring.parity ^ 1);
-                if (lane == owner) {
-                    const u32 target = ring.memory + B_SCALE_SLOTS + ring.slot * B_SCALE_BYTES;
-                    store_shared_pair(target, first, next);
-                    barrier_arrive(ring.full());
-                }
-                sync_warp();
-                ring.advance();
-            }
-        }
-    }
-}
+#include <producer.cuh>
 
 // ---- consumers
 
@@ -259,6 +182,8 @@ DEVICE Scales read_scales(const Ring& ring, u32 own) {
         scales.a[wave][0] = load_shared(a + 4 * (wave * WAVE_ROWS));
         scales.a[wave][1] = load_shared(a + 4 * (wave * WAVE_ROWS + 8));
     }
+    // All lanes have read when one gives the slot back.
+    sync_warp();
     return scales;
 }
 
@@ -431,7 +356,8 @@ DEVICE void prepare_barriers(u32 memory) {
 // Blocks: a multiple of CLUSTER; THREADS threads, SHARED_BYTES of shared memory.
 KERNEL(THREADS, BESIDE)
 block_fp8_gemm(CONSTANT TensorMap a, CONSTANT TensorMap a_last, CONSTANT TensorMap b,
-               CONSTANT TensorMap a_scales, CONSTANT TensorMap out, CONSTANT Problem problem) {
+               CONSTANT TensorMap a_scales, CONSTANT TensorMap a_scales_last,
+               CONSTANT TensorMap out, CONSTANT Problem problem) {
     const int warp = warp_index();
     Ring ring{shared_memory()};
     if (warp == 0 && lane_index() == 0) prepare_barriers(ring.memory);
@@ -451,8 +377,10 @@ block_fp8_gemm(CONSTANT TensorMap a, CONSTANT TensorMap a_last, CONSTANT TensorM
             prefetch_map(a_last);
             prefetch_map(b);
             prefetch_map(a_scales);
+            prefetch_map(a_scales_last);
             prefetch_map(out);
-            copy_operands(ring, a, a_last, b, a_scales, problem, unit_rows);
+            const Operands operands{a, a_last, b, a_scales, a_scales_last};
+            copy_operands(ring, operands, problem, unit_rows);
         }
         if (warp == CONSUMERS * WARPS + 1) copy_weight_scales(ring, problem, unit_rows);
         sync_warp();

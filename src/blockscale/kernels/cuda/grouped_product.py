@@ -153,7 +153,7 @@ class CudaGroupedProduct:
             work = self.masked_work(rows, expected_rows, dtype)
         else:
             work = self.contiguous_work(rows, length, dtype)
-        a_box, last_box, b_box, scale_box, out_box = work.boxes
+        a_box, last_box, b_box, scale_box, last_scale_box, out_box = work.boxes
         count = slots[0] if slots else 1
         columns = aligned_scale_stride(rows) * SCALE_BYTES
         flat = (self._groups * self._n, self._k)
@@ -163,6 +163,7 @@ class CudaGroupedProduct:
             self._maps(codes, (count * rows, self._k), stride, last_box, *CODES),
             self._maps(self._data.data_ptr(), flat, self._k, b_box, *CODES),
             self._maps(scales, (count * work.k_blocks, rows), columns, scale_box, *SCALES),
+            self._maps(scales, (count * work.k_blocks, rows), columns, last_scale_box, *SCALES),
             self._maps(out, (*slots, rows, self._n), pitch, out_box, *RESULTS[dtype]),
         )
         problem = Problem(
@@ -176,6 +177,7 @@ class CudaGroupedProduct:
             work.unit_columns,
             work.band,
             work.last_rows,
+            work.early_blocks,
             0 if slots else rows // length,
             self._groups,
             routing,

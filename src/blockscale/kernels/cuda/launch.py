@@ -33,6 +33,7 @@ class Problem(ctypes.Structure):
         ("unit_columns", ctypes.c_int),
         ("band", ctypes.c_int),
         ("last_rows", ctypes.c_int),
+        ("early_blocks", ctypes.c_int),
         ("block_rows", ctypes.c_int),
         ("groups", ctypes.c_int),
         ("routing", ctypes.c_void_p),
@@ -49,7 +50,7 @@ def function_of(form: Form, device: int) -> ctypes.c_void_p:  # noqa: ARG001 - t
 class Arguments:
     """What a launch reads and writes: descriptors in the kernel's order, and its numbers."""
 
-    maps: tuple[TensorMap, TensorMap, TensorMap, TensorMap, TensorMap]
+    maps: tuple[TensorMap, TensorMap, TensorMap, TensorMap, TensorMap, TensorMap]
     problem: Problem
 
 

@@ -134,12 +134,16 @@ DEVICE void prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
+// How long L2 keeps what is copied: the words that `createpolicy` gives for all of the bytes.
+constexpr u64 EVICTED_AS_USUAL = 0x1000000000000000, EVICTED_FIRST = 0x12f0000000000000;
+
 // Copies the box at (column, row) into shared memory; `barrier` counts its bytes.
-DEVICE void tma_load(u32 target, const TensorMap& map, int column, int row, u32 barrier) {
+DEVICE void tma_load(u32 target, const TensorMap& map, int column, int row, u32 barrier,
+                     u64 policy = EVICTED_AS_USUAL) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%2, %3}], [%4];" ::"r"(target),
-        "l"(&map), "r"(column), "r"(row), "r"(barrier)
+        ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
+        "l"(&map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
         : "memory");
 }
 

@@ -37,8 +37,9 @@ class CudaProduct:
 
     ``weight``: (n, k) E4M3FN, on an SM90 device, one float32 scale a 128x128 block, K-major. Its
     storages are read on every call. ``overlap``: launches may start before the kernel ahead of them
-    in the stream has ended (programmatic dependent launch), and wait for its end before they read
-    or write anything.
+    in the stream has ended (programmatic dependent launch). For few tokens they may read weights at
+    once; they wait before they read anything else: whoever writes weights must have another kernel
+    run between that and the product, as quantizing the activation is one.
 
     Needs no workspace: calls on different streams may run at the same time. Deterministic: the same
     bits on every run, and whatever tile serves a shape.
@@ -141,7 +142,7 @@ class CudaProduct:
     def _launch(self, key: tuple) -> Launch:
         stream, m, dtype, out, codes, stride, scales, bias = key
         work = self.work(m, dtype)
-        a_box, last_box, b_box, scale_box, out_box = work.boxes
+        a_box, last_box, b_box, scale_box, last_scale_box, out_box = work.boxes
         weight, pitch = self._data.data_ptr(), self._data.stride(0)
         columns = aligned_scale_stride(m) * SCALE_BYTES
         row = self._k if m == 1 else stride
@@ -150,6 +151,7 @@ class CudaProduct:
             self._maps(codes, (m, self._k), row, last_box, *CODES),
             self._maps(weight, (self._n, self._k), pitch, b_box, *CODES),
             self._maps(scales, (work.k_blocks, m), columns, scale_box, *SCALES),
+            self._maps(scales, (work.k_blocks, m), columns, last_scale_box, *SCALES),
             self._maps(out, (m, self._n), self._n * dtype.itemsize, out_box, *RESULTS[dtype]),
         )
         problem = Problem(
@@ -163,5 +165,6 @@ class CudaProduct:
             work.unit_columns,
             work.band,
             work.last_rows,
+            work.early_blocks,
         )
         return Launch(work, self._device, stream, Arguments(maps, problem), overlap=self._overlap)

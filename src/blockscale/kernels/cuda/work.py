@@ -280,6 +280,8 @@ def forms_to_compare(rows: int, columns: int, out: DType) -> tuple[Form, ...]:
     return tuple(form for form in dict.fromkeys(found) if form.stages >= LEAST_STAGES)
 
 
+# Copied before the kernel ahead has ended, and for which blocks: with more K blocks in all.
+EARLY_BLOCKS, MOST_BLOCKS_IF_EARLY = 4, 40
 # Late, tiles of this width take longer where K is long (``cuda_stores.py``, H100, 2026-11-26).
 NEVER_LATE_COLUMNS = 160
 # Late and with two waves in flight: tiles that a block has, one after the other.
@@ -309,8 +311,24 @@ class Work:
         return self.unit_rows * self.unit_columns
 
     @property
-    def boxes(self) -> tuple[Box, Box, Box, Box, Box]:
-        """Of the activation's codes, its last tile's, the weight's, scales, the result."""
+    def early_blocks(self) -> int:
+        """K blocks whose weights a block copies before the kernel ahead has ended.
+
+        Where all tokens fit into one tile's rows and a block has few K blocks. H200, 2026-11-26, M
+        of 1 to 64: 3 to 10 % less at K of 512 to 3072; at K of 6144 and 7168, where a block waits
+        for its chain of K blocks and not for memory, up to 6 % more (perf-log G29).
+        """
+        form = self.form
+        if self.unit_rows > 1 or form.share is not Share.NOTHING:
+            return 0
+        if form.grouping is not Grouping.NOTHING:
+            return 0
+        own_blocks = self.units / self.blocks * self.k_blocks
+        return EARLY_BLOCKS if own_blocks <= MOST_BLOCKS_IF_EARLY else 0
+
+    @property
+    def boxes(self) -> tuple[Box, Box, Box, Box, Box, Box]:
+        """Codes of the activation, of its last tile, of the weight; both tiles' scales; results."""
         form = self.form
         shared = 2 if form.share is Share.ACTIVATION else 1
         b_rows = form.columns // (2 if form.share is Share.WEIGHT else 1)
@@ -320,6 +338,7 @@ class Work:
             Box(self.last_rows // shared, K_BLOCK, 1, ROW_BYTES),
             Box(b_rows, K_BLOCK, 1, ROW_BYTES),
             Box(1, form.rows, SCALE_BYTES, 0),
+            Box(1, self.last_rows, SCALE_BYTES, 0),
             Box(stores.box_rows, stores.box_bytes // element, element, stores.box_bytes),
         )
 
@@ -357,8 +376,9 @@ def last_rows(form: Form, m: int) -> int:
     """Of the last tile's rows those that exist, in whole patterns of the swizzle.
 
     TMA takes its time for rows beyond M too, which it fills with zeros: 64x32 took 17.1 us for 8
-    tokens where it took 13.3 for 64 (N 4096, K 7168, H100, 2026-11-26). Blocks that copy halves for
-    each other copy all; so do tiles of row blocks, which start anywhere.
+    tokens where it took 13.3 for 64 (N 4096, K 7168, H100, 2026-11-26), and for their scales: one
+    token took 24 % more with a box of 64 scales than with 8 (H200, 2026-11-26). Blocks that copy
+    halves for each other copy all; so do tiles of row blocks, which start anywhere.
     """
     if form.share is Share.ACTIVATION or form.grouping is Grouping.CONTIGUOUS:
         return form.rows

@@ -31,7 +31,7 @@ KERNELS = Path(__file__).parents[2] / "kernels" / "cuda"
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unused")
 TIME_LIMIT_S = 300
 # What is compiled as it is; the machine has its own of the other files.
-SOURCES = ("gemm.cu", "units.cuh", "flight.cuh", "results.cuh")
+SOURCES = ("gemm.cu", "units.cuh", "producer.cuh", "flight.cuh", "results.cuh")
 CACHE = Path(tempfile.gettempdir()) / "blockscale-cuda-machine"
 
 
@@ -75,6 +75,7 @@ class _Run(ctypes.Structure):
         ("a_last", _Map),
         ("b", _Map),
         ("a_scales", _Map),
+        ("a_scales_last", _Map),
         ("out", _Map),
         ("problem", Problem),
         ("b_scale_count", ctypes.c_long),
@@ -145,7 +146,7 @@ def multiply(
     # The activation comes when the kernel ahead ends; until then its place holds NaN.
     arriving = torch.full_like(codes.contiguous().view(torch.uint8), 0xFF)
     final = codes.contiguous()
-    a_box, last_box, b_box, scale_box, out_box = work.boxes
+    a_box, last_box, b_box, scale_box, last_scale_box, out_box = work.boxes
     problem = Problem(
         weight_scales.data_ptr(),
         0 if bias is None else bias.data_ptr(),
@@ -157,6 +158,7 @@ def multiply(
         work.unit_columns,
         work.band,
         work.last_rows,
+        work.early_blocks,
         0 if routing is None else m // routing.numel(),
         slots,
         0 if routing is None else routing.data_ptr(),
@@ -167,6 +169,7 @@ def multiply(
         _map(arriving.data_ptr(), slots * m, k, k, last_box),
         _map(weight.data_ptr(), weight.numel() // k, k, weight.stride(-2), b_box, is_weight=True),
         _map(scales.data_ptr(), scale_rows, m, aligned_scale_stride(m), scale_box),
+        _map(scales.data_ptr(), scale_rows, m, aligned_scale_stride(m), last_scale_box),
         _map(out.data_ptr(), m, n, out.stride(-2), out_box),
         problem,
         weight_scales.numel(),

@@ -109,6 +109,13 @@ struct Block {
     Meeting block_meeting;
 };
 
+// What may be read by a load from global memory; weights before the kernel ahead has ended.
+struct Array {
+    const char* start;
+    std::size_t bytes;
+    bool is_weight = false;
+};
+
 struct Launch {
     int grid = 0, cluster = 1, threads = 0;
     u32 shared_bytes = 0;
@@ -122,8 +129,7 @@ struct Launch {
     // Of the kernel ahead: not run until the threads wait for it, or later.
     std::function<void()> kernel_ahead;
     bool is_ahead_done = false;
-    // What may be read by a load from global memory.
-    std::vector<std::pair<const char*, std::size_t>> readable;
+    std::vector<Array> readable;
     std::function<void()> kernel;
     jmp_buf scheduler;
     Thread* running = nullptr;

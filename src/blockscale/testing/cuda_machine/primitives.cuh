@@ -117,7 +117,11 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
 
 DEVICE void prefetch_map(const TensorMap&) {}
 
-DEVICE void tma_load(u32 target, const TensorMap& map, int column, int row, u32 barrier) {
+// What a real Hopper's L2 keeps for how long; here it has none.
+constexpr u64 EVICTED_AS_USUAL = 0, EVICTED_FIRST = 1;
+
+DEVICE void tma_load(u32 target, const TensorMap& map, int column, int row, u32 barrier,
+                     u64 = EVICTED_AS_USUAL) {
     machine::maybe_yield();
     machine::load(machine::own_block(), map, target, column, row, barrier);
 }

@@ -1,0 +1,121 @@
+// What fills the ring of slots: one thread has TMA copy both operands, a warp puts the weight's
+// scales beside them. Part of gemm.cu, in whose words it is written.
+#pragma once
+
+// What is read: codes and scales of the activation and of its last tile, codes of the weight.
+struct Operands {
+    const TensorMap& a;
+    const TensorMap& a_last;
+    const TensorMap& b;
+    const TensorMap& a_scales;
+    const TensorMap& a_scales_last;
+};
+
+// This block's part of an operand of SIZE rows; from `row` on all of it, or half of it to both.
+template <int SIZE, bool SHARED>
+DEVICE void copy_rows(u32 target, const TensorMap& map, int k, int row, u32 barrier, u64 policy) {
+    if (SHARED) {
+        const int rank = block_index() % CLUSTER;
+        const int half = SIZE / 2 * rank;
+        tma_load_multicast(target + half * K_BLOCK, map, k, row + half, barrier, 3);
+    } else {
+        tma_load(target, map, k, row, barrier, policy);
+    }
+}
+
+// Opens a free slot for one K block of a tile, and copies its weights.
+DEVICE void copy_weight(const Ring& ring, const Operands& operands, const Problem& problem,
+                        const Place& place, int block) {
+    const bool is_last = SHARE != Share::ACTIVATION && place.row + ROWS > problem.m;
+    const int rows = is_last ? problem.last_rows : ROWS;
+    barrier_arrive_expecting(ring.full(), rows * (K_BLOCK + SCALE_BYTES) + B_BYTES);
+    // Read once, by the tile's only rows: what is read again should stay instead. 1 to 4 % less
+    // (H200, 2026-11-26).
+    const u64 policy = problem.unit_rows == 1 ? EVICTED_FIRST : EVICTED_AS_USUAL;
+    copy_rows<COLUMNS, SHARE == Share::WEIGHT>(
+        ring.memory + B_SLOTS + ring.slot * B_BYTES, operands.b, block * K_BLOCK,
+        place.group * problem.n + place.column, ring.full(), policy);
+}
+
+// Fills the rest of a slot: one K block of a tile's rows, and their scales.
+DEVICE void copy_activation(const Ring& ring, const Operands& operands, const Problem& problem,
+                            const Place& place, int block) {
+    const bool is_last = SHARE != Share::ACTIVATION && place.row + ROWS > problem.m;
+    copy_rows<ROWS, SHARE == Share::ACTIVATION>(
+        ring.memory + A_SLOTS + ring.slot * A_BYTES, is_last ? operands.a_last : operands.a,
+        block * K_BLOCK, place.slot * problem.m + place.row, ring.full(), EVICTED_AS_USUAL);
+    tma_load(ring.memory + A_SCALE_SLOTS + ring.slot * A_SCALE_BYTES,
+             is_last ? operands.a_scales_last : operands.a_scales, place.row,
+             place.slot * problem.k_blocks + block, ring.full());
+}
+
+// The first K blocks' weights of the first tile, which no kernel ahead writes (product.py); how many.
+DEVICE int copy_early(Ring ring, const Operands& operands, const Problem& problem) {
+    const int early = smaller(problem.early_blocks, smaller(STAGES, problem.k_blocks));
+    const Place place = place_of(problem, problem.unit_rows, block_index() / CLUSTER);
+    for (int block = 0; block < early; block++) {
+        copy_weight(ring, operands, problem, place, block);
+        ring.advance();
+    }
+    return early;
+}
+
+// One thread. A warp for each operand instead took 6 to 15 % more at 64 rows (H100, 2026-11-26).
+//
+// Where weights are copied early, the next kernel starts when this one has asked for all it reads:
+// its own early copies then fill the memory's pause between the two. Layers took 2 % less than with
+// it started at once, M of 16 and 64 (H200, 2026-11-26).
+DEVICE void copy_operands(Ring ring, const Operands& operands, const Problem& problem,
+                          int unit_rows) {
+    int early = GROUPING == Grouping::NOTHING ? copy_early(ring, operands, problem) : 0;
+    wait_for_kernel_ahead();
+    if (problem.early_blocks == 0) let_next_kernel_start();
+    for (Units<Walker::THREAD> units(problem, unit_rows); units.are_left(); units.advance()) {
+        const Place place = units.place();
+        for (int block = 0; block < problem.k_blocks; block++) {
+            if (block >= early) {
+                barrier_wait(ring.empty(), ring.parity ^ 1);
+                copy_weight(ring, operands, problem, place, block);
+            }
+            copy_activation(ring, operands, problem, place, block);
+            ring.advance();
+        }
+        early = 0;
+    }
+    if (problem.early_blocks > 0) let_next_kernel_start();
+}
+
+// One warp: each lane reads the scale of one K block; they come into the slots one by one. So no
+// consumer waits for a load from memory.
+DEVICE void copy_weight_scales(Ring ring, const Problem& problem, int unit_rows) {
+    const int lane = lane_index();
+    const int last_row = (problem.n - 1) / SCALE_BLOCK;
+    if (problem.early_blocks == 0) wait_for_kernel_ahead();
+    for (Units<Walker::WARP> units(problem, unit_rows); units.are_left(); units.advance()) {
+        const Place place = units.place();
+        const float* scales =
+            problem.b_scales + place.group * (last_row + 1) * problem.b_scale_stride;
+        // A tile beyond the last column, and a tile's columns beyond it, take any scale.
+        const int first_row = smaller(place.column / SCALE_BLOCK, last_row);
+        const int next_row = smaller(first_row + 1, last_row);
+        for (int base = 0; base < problem.k_blocks; base += WARP) {
+            const int here = smaller(problem.k_blocks - base, WARP);
+            const int block = base + smaller(lane, here - 1);
+            const float first = load_global(scales + first_row * problem.b_scale_stride + block);
+            const float next =
+                SCALE_ROWS == 1
+                    ? first
+                    : load_global(scales + next_row * problem.b_scale_stride + block);
+            for (int owner = 0; owner < here; owner++) {
+                barrier_wait(ring.empty(), ring.parity ^ 1);
+                if (lane == owner) {
+                    const u32 target = ring.memory + B_SCALE_SLOTS + ring.slot * B_SCALE_BYTES;
+                    store_shared_pair(target, first, next);
+                    barrier_arrive(ring.full());
+                }
+                sync_warp();
+                ring.advance();
+            }
+        }
+    }
+}
