@@ -79,7 +79,9 @@ def accumulate(ring, blocks, slot, phase, FIRST: gl.constexpr, COLUMNS: gl.const
 
     Between the end of a wave and the start of the next stand its FFMAs and nothing else. While the
     tensor cores work, the slot before is released, the next one is waited for and its scales are
-    loaded (docs/perf-log.md G12).
+    loaded (docs/perf-log.md G12); not after the last block, for that slot may be being filled. One
+    thread's arrival releases a slot. Triton has a barrier of the partition's warps in front of it
+    (3.6, ``Membar.cpp``): all of them have read the slot by then.
     """
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     full = ring[4]
@@ -96,7 +98,6 @@ def accumulate(ring, blocks, slot, phase, FIRST: gl.constexpr, COLUMNS: gl.const
         a = ring[0].index(slot)
         b = ring[1].index(slot).slice(0, COLUMNS, dim=0).permute((1, 0))
         own = a.slice(FIRST, WAVE_ROWS, dim=0)
-        following, following_phase = next_slot(slot, phase, STAGES)
         this0 = scale0
         this1 = scale1
         partial = warpgroup_mma(own, b, partial, use_acc=False, is_async=True)
@@ -112,9 +113,11 @@ def accumulate(ring, blocks, slot, phase, FIRST: gl.constexpr, COLUMNS: gl.const
         if REST > 0:
             rest = ring[6].index(slot).permute((1, 0))
             rest_partial = warpgroup_mma(own, rest, rest_partial, use_acc=False, is_async=True)
-        mbarrier.wait(full.index(following), following_phase, pred=block + 1 < blocks)
-        # After the last block: of a slot that may be being filled, and not used.
-        scale0, scale1 = _load_scales(ring, following, FIRST, REST, TWO_WAVES, ROWS)
+        # Here, not above: one instruction fewer in the loop (ptxas 12.8).
+        following, following_phase = next_slot(slot, phase, STAGES)
+        if block + 1 < blocks:
+            mbarrier.wait(full.index(following), following_phase)
+            scale0, scale1 = _load_scales(ring, following, FIRST, REST, TWO_WAVES, ROWS)
         if REST > 0:
             rest_partial = warpgroup_mma_wait(0, deps=(rest_partial,))
             result1 = _promote(result1, rest_partial, this1)
@@ -150,16 +153,16 @@ def accumulate_tokens(ring, blocks, slot, phase, BW: gl.constexpr, BT: gl.conste
     mbarrier.wait(full.index(slot), phase)
     scale = _load_token_scales(ring, slot, BT, TOKENS)
     for block in range(blocks):
-        following, following_phase = next_slot(slot, phase, STAGES)
         this = scale
         partial = warpgroup_mma(
             b_slots.index(slot), a_slots.index(slot).permute((1, 0)), partial, use_acc=False,
             is_async=True)  # fmt: skip
         mbarrier.arrive(empty.index(slot_before(slot, STAGES)), count=1, pred=block > 0)
         partition_barrier()
-        mbarrier.wait(full.index(following), following_phase, pred=block + 1 < blocks)
-        # After the last block: of a slot that may be being filled, and not used.
-        scale = _load_token_scales(ring, following, BT, TOKENS)
+        following, following_phase = next_slot(slot, phase, STAGES)
+        if block + 1 < blocks:
+            mbarrier.wait(full.index(following), following_phase)
+            scale = _load_token_scales(ring, following, BT, TOKENS)
         partial = warpgroup_mma_wait(0, deps=(partial,))
         result += partial * gl.expand_dims(this, 0)
         slot = following
