@@ -109,7 +109,7 @@ PLANNED = (
     # Without DeepGEMM, which would build for half a minute a shape while it prepares.
     _benchmark("moe_layer", 100, *OWN),
     _benchmark("moe_layer:bfloat16", 100, "--dtype", "bfloat16", *OWN),
-    Step("sanitize", ("tools/sanitize.py", "--seconds", "110"), 230, is_timed=False),
+    Step("sanitize", ("tools/sanitize.py", "--seconds", "150"), 340, is_timed=False),
     _benchmark("counters", 110),
     Step("doctor", (*DOCTOR, "--probe", "--seconds", "85", "--json"), 100),
     # One rank: how far one GPU's logits move if a sum is rounded otherwise.

@@ -71,9 +71,10 @@ def test_a_quick_part_of_the_gpu_tests_passes() -> None:
 
 @SLOW
 def test_every_case_of_the_sanitizer_is_right() -> None:
-    output = pretended("tools/sanitize.py", "--cases", "gluon", "layers", "quantizers", "experts")
+    output = pretended("tools/sanitize.py", "--cases")
     assert "WRONG" not in output
-    assert output.count("error") > 30, output
+    assert "FAILED" not in output
+    assert output.count("error") > 100, output
 
 
 @SLOW

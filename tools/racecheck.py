@@ -1,0 +1,180 @@
+"""Reads racecheck's report and tells apart how Triton hands its warps their work.
+
+``gl.warp_specialize`` becomes a loop of the worker warps (Triton 3.6,
+``ConvertWarpSpecializeToLLVM.cpp``). They wait at barrier 1, where all threads of the block meet,
+and read a byte of shared memory that says which partition is theirs. They meet there again before
+the partition begins and once more at its end. The other warps write those bytes before the first
+meeting. At the kernel's end, after the third, they write "no more", and all meet a fourth time. So
+between each of these writes and each of these reads stands a barrier of the whole block: no race
+(``tests/kernels_gluon/test_hand_over.py`` finds those barriers in the PTX).
+
+racecheck reports one all the same, in nearly every launch (H200, 2026-11-26); why, its
+documentation does not say. So nothing is believed without a control: a kernel that does nothing but
+hand over work (``hand_over.py``). Where racecheck finds fault with that too, such reports are no
+findings; where it does not, they are.
+
+Triton puts these accesses on the line of the kernel's ``def`` and on the last statement's, the one
+with the ``gl.warp_specialize(``. No access of ours is on those lines (the same test).
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+ROOT = Path(__file__).resolve().parent.parent
+# The kernel that does nothing else, and where all of them are.
+CONTROL = "hand_over_kernel"
+CONTROL_SOURCE = ROOT / "tools" / "hand_over.py"
+KERNELS = ROOT / "src" / "blockscale" / "kernels" / "gluon"
+
+ACCESS = r"(?P<kind>\w+) access at (?P<kernel>.+)\+0x[0-9a-f]+(?: in (?P<file>.+):(?P<line>\d+))?"
+FIRST = re.compile(rf"^=+ \w+: Race reported between {ACCESS}$")
+OTHER = re.compile(rf"^=+ +and {ACCESS} \[(?P<hazards>\d+) hazards\]$")
+SUMMARY = re.compile(r"^=+ RACECHECK SUMMARY: (\d+) hazards? displayed")
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Of shared memory, by an instruction; without a line if the kernel was built without."""
+
+    kind: str
+    kernel: str
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        """As racecheck has it."""
+        return f"{self.kind} {self.kernel} {self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Race:
+    """One report: an access and those that it races with."""
+
+    accesses: tuple[Access, ...]
+    hazards: int
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{' / '.join(map(str, self.accesses))} [{self.hazards} hazards]"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The reports of a run: findings, and hand-overs of the kernels and of the control.
+
+    ``unread``: reports that racecheck counts and that were not understood, or the whole run's end.
+    """
+
+    findings: tuple[Race, ...]
+    hand_overs: tuple[Race, ...]
+    control: tuple[Race, ...]
+    unread: str = ""
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether there is nothing to look at."""
+        return not self.findings and not self.unread
+
+    @property
+    def lines(self) -> Iterator[str]:
+        """Both counts, and every finding."""
+        yield f"findings: {len(self.findings)}"
+        yield from (f"  {race}" for race in self.findings)
+        own, control = len(self.hand_overs), len(self.control)
+        if own or control:
+            yield (
+                f"reports of how Triton hands work to warps: {own}, and {control} of the control, "
+                f"which does nothing else: no findings"
+            )
+        if self.unread:
+            yield self.unread
+
+
+def judge(output: str, hand_overs: Mapping[str, frozenset[tuple[str, int]]]) -> Verdict:
+    """What a run's output says; ``hand_overs`` as from ``hand_over_lines``."""
+    races = tuple(read_races(output))
+    handed = [race for race in races if is_hand_over(race, hand_overs)]
+    control = tuple(race for race in handed if race.accesses[0].kernel == CONTROL)
+    # Without a control nothing says that they are Triton's.
+    believed = tuple(race for race in handed if race not in control) if control else ()
+    findings = tuple(race for race in races if race not in (*believed, *control))
+    return Verdict(findings, believed, control, _unread(output, len(races)))
+
+
+def read_races(output: str) -> Iterator[Race]:
+    """The reports, in order."""
+    accesses: list[Access] = []
+    hazards = 0
+    for line in output.splitlines():
+        first, other = FIRST.match(line), OTHER.match(line)
+        if first or not other:
+            if hazards:
+                yield Race(tuple(accesses), hazards)
+            accesses, hazards = [_access(first)] if first else [], 0
+        elif accesses:
+            accesses.append(_access(other))
+            hazards += int(other["hazards"])
+    if hazards:
+        yield Race(tuple(accesses), hazards)
+
+
+def is_hand_over(race: Race, hand_overs: Mapping[str, frozenset[tuple[str, int]]]) -> bool:
+    """Whether all its accesses are one kernel's, on lines where it hands over work."""
+    kernels = {access.kernel for access in race.accesses}
+    if len(kernels) != 1:
+        return False
+    lines = hand_overs.get(kernels.pop(), frozenset())
+    return all((access.file, access.line) in lines for access in race.accesses)
+
+
+def hand_over_lines(
+    sources: Iterable[Path] = (CONTROL_SOURCE, *sorted(KERNELS.glob("*.py"))),
+) -> dict[str, frozenset[tuple[str, int]]]:
+    """By kernel, the (file, line) that Triton puts its hand-over of work on.
+
+    Of each function that calls ``gl.warp_specialize``: its ``def``, and the calls with what they
+    stand in.
+    """
+    found = {}
+    for path in sources:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and _specializes(node):
+                lines = {node.lineno}
+                lines |= {
+                    inner.lineno
+                    for inner in ast.walk(node)
+                    if isinstance(inner, ast.stmt) and _specializes(inner)
+                }
+                found[node.name] = frozenset((path.name, line) for line in lines)
+    return found
+
+
+def _specializes(node: ast.AST) -> bool:
+    return any(
+        isinstance(inner, ast.Call)
+        and isinstance(inner.func, ast.Attribute)
+        and inner.func.attr == "warp_specialize"
+        for inner in ast.walk(node)
+    )
+
+
+def _access(match: re.Match[str]) -> Access:
+    file = Path(match["file"] or "").name
+    return Access(match["kind"], match["kernel"], file, int(match["line"] or 0))
+
+
+def _unread(output: str, races: int) -> str:
+    counts = [int(match[1]) for line in output.splitlines() if (match := SUMMARY.match(line))]
+    if not counts:
+        return "no summary: racecheck did not come to its end"
+    if sum(counts) != races:
+        return f"racecheck counts {sum(counts)} reports, {races} were understood"
+    return ""
