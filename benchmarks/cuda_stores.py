@@ -2,6 +2,7 @@
 
     python benchmarks/cuda_stores.py --out FILE [--seconds 90] [--shapes 24576x1536,...]
                                      [--tokens 4096,...] [--tiles 256x128,...] [--bands 4,8]
+                                     [--out-dtype float32]
 
 For each (N, K), M and tile every way of ``kernels.cuda.work.forms_to_compare``, and what
 ``kernels.gluon.choice`` chooses, in turns as ``cuda_sweep.py`` does, whose lines it writes. At the
@@ -23,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from blockscale.formats import DType
 from blockscale.kernels.cuda.build import compile_all
 from blockscale.kernels.cuda.work import forms_to_compare, late, make_work
-from cuda_sweep import OUT, measure
+from cuda_sweep import OUT_DTYPES, measure
 from record import machine, versions
 
 if TYPE_CHECKING:
@@ -46,11 +48,13 @@ def main() -> int:
     parser.add_argument("--tokens", default=TOKENS)
     parser.add_argument("--tiles", default=TILES)
     parser.add_argument("--bands")
+    parser.add_argument("--out-dtype", choices=OUT_DTYPES, default="float16")
     options = parser.parse_args()
     started = time.monotonic()
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     tiles = [tuple(map(int, tile.split("x"))) for tile in options.tiles.split(",")]
-    by_tile = {(rows, columns): forms_to_compare(rows, columns, OUT) for rows, columns in tiles}
+    out = DType(options.out_dtype)
+    by_tile = {(rows, columns): forms_to_compare(rows, columns, out) for rows, columns in tiles}
     every = [form for forms in by_tile.values() for form in forms]
     compile_all(every, os.cpu_count() or 1)
     print(f"compiled {len(every)} forms in {time.monotonic() - started:.0f} s", flush=True)
@@ -63,7 +67,7 @@ def main() -> int:
                 print("out of time", flush=True)
                 break
             works = works_of(every, (m, n, k), processors, options.bands)
-            lines.append(measure(m, n, k, works))
+            lines.append(measure((m, n, k), out, works))
             file.write(json.dumps(lines[-1]) + "\n")
             file.flush()
             print_line(lines[-1])

@@ -2,12 +2,12 @@
 
     python benchmarks/cuda_sweep.py --out FILE [--seconds 200] [--shapes 4096x7168,...]
                                     [--tokens 128,...] [--most 16] [--far 1.6]
-                                    [--random --seed 0] [--written]
+                                    [--random --seed 0] [--written] [--out-dtype float32]
 
 For each (N, K) and M the candidates that the model of ``kernels.cuda.choice`` holds for at most
 ``--far`` times as slow as its best, at most ``--most``, and what ``kernels.gluon.choice`` chooses:
-CUDA graphs over weights rotated beyond L2, candidates in turns, float16 output. One JSON line for
-each (M, N, K), as ``gluon_sweep.py`` writes them: {"m", "n", "k", "times": {work: us}, "clocks":
+CUDA graphs over weights rotated beyond L2, candidates in turns. One JSON line for each (M, N, K),
+as ``gluon_sweep.py`` writes them: {"m", "n", "k", "out_dtype", "times": {work: us}, "clocks":
 {work: the model's}}. At the end how the model's choice compares with the fastest, and the fastest
 with Gluon. ``--random``: then (N, K) of real models with six M each, until the time is up.
 ``--written``: the same tiles, each written as if it were chosen (``work.written``).
@@ -36,6 +36,7 @@ from blockscale.kernels.cuda.corrections import clocks
 from blockscale.kernels.cuda.product import CudaProduct
 from blockscale.kernels.cuda.work import at_once, in_flight, late, written
 from blockscale.kernels.gluon.product import GluonProduct
+from blockscale.tensor import torch_dtype
 from gluon_sweep import TOKENS as EVERY_M
 from gluon_sweep import quantized_tokens, real_shapes, rotated_weights
 from record import machine, versions
@@ -53,7 +54,7 @@ SHAPES = (
 TOKENS = "256,1024,128,4096,512,2048,64,8192,32,16"
 RANDOM_TOKENS = tuple(m for m in EVERY_M if m >= 8)
 WARM_UP_ROUNDS, ROUNDS, REPLAYS = 2, 7, 3
-OUT = DType.FLOAT16
+OUT_DTYPES = ("float16", "bfloat16", "float32")
 
 
 def main() -> int:
@@ -68,12 +69,14 @@ def main() -> int:
     parser.add_argument("--random", action="store_true", help="go on with shapes of real models")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--written", action="store_true", help="written as what is chosen is")
+    parser.add_argument("--out-dtype", choices=OUT_DTYPES, default="float16")
     options = parser.parse_args()
     started = time.monotonic()
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     points = [(int(m), n, k) for m in options.tokens.split(",") for n, k in shapes]
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    every = set(forms(OUT))
+    out = DType(options.out_dtype)
+    every = set(forms(out))
     if options.written:
         every = {way(form) for form in every for way in (at_once, late)}
         every |= {in_flight(form) for form in every}
@@ -86,10 +89,10 @@ def main() -> int:
             if time.monotonic() - started > options.seconds:
                 print("out of time", flush=True)
                 break
-            works = near(m, n, k, processors, options.far)[: options.most]
+            works = near((m, n, k), out, processors, options.far)[: options.most]
             if options.written:
-                works = [written(work) for work in works]
-            lines.append(measure(m, n, k, works))
+                works = list(dict.fromkeys(written(work) for work in works))
+            lines.append(measure((m, n, k), out, works))
             file.write(json.dumps(lines[-1]) + "\n")
             file.flush()
             print_line(lines[-1])
@@ -97,10 +100,11 @@ def main() -> int:
     return 0
 
 
-def near(m: int, n: int, k: int, processors: int, far: float) -> list[Work]:
+def near(shape: tuple[int, int, int], out: DType, processors: int, far: float) -> list[Work]:
     """Candidates, the model's best first, none that it holds for ``far`` times as slow."""
+    m, n, _k = shape
     found = sorted(
-        candidates(m, n, k, OUT, processors), key=lambda work: clocks(work, m, n, processors)
+        candidates(*shape, out, processors), key=lambda work: clocks(work, m, n, processors)
     )
     limit = far * clocks(found[0], m, n, processors)
     return [work for work in found if clocks(work, m, n, processors) <= limit]
@@ -115,26 +119,28 @@ def drawn(seed: int) -> Iterator[tuple[int, int, int]]:
         yield from ((m, n, k) for m in draw.sample(RANDOM_TOKENS, 6))
 
 
-def measure(m: int, n: int, k: int, candidates: list[Work]) -> dict[str, Any]:
+def measure(shape: tuple[int, int, int], out: DType, candidates: list[Work]) -> dict[str, Any]:
     """Microseconds of one product by candidate; Gluon's under its own name."""
+    m, n, k = shape
+    dtype = torch_dtype(out)
     weights = rotated_weights(n, k)
     activation = quantized_tokens(m, k)
-    out = torch.empty((m, n), dtype=torch.float16, device="cuda")
+    results = torch.empty((m, n), dtype=dtype, device="cuda")
     graphs = {}
     products = [CudaProduct(weight) for weight in weights]
     for work in candidates:
         for product in products:
-            product.use(work, m, torch.float16)
-        graphs[work.name] = captured(products, activation, out)
+            product.use(work, m, dtype)
+        graphs[work.name] = captured(products, activation, results)
     gluon = [GluonProduct(weight) for weight in weights]
-    graphs[f"gluon {gluon[0].work(m, torch.float16).name}"] = captured(gluon, activation, out)
+    graphs[f"gluon {gluon[0].work(m, dtype).name}"] = captured(gluon, activation, results)
     # Right after M = 2048 what M = 64 takes was up to 30 % too long without (H100, 2026-11-26).
     replay_in_turns(graphs, WARM_UP_ROUNDS, REPLAYS)
     taken = replay_in_turns(graphs, ROUNDS, REPLAYS)
     times = {name: round(statistics.median(t) / len(weights), 3) for name, t in taken.items()}
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     model = {work.name: round(clocks(work, m, n, processors)) for work in candidates}
-    return {"m": m, "n": n, "k": k, "times": times, "clocks": model}
+    return {"m": m, "n": n, "k": k, "out_dtype": out.value, "times": times, "clocks": model}
 
 
 def captured(

@@ -46,6 +46,7 @@ def install() -> None:
     replacements: list[tuple[object, str, object]] = [
         (driver, "driver", lambda: DRIVER),
         (launch, "compile_form", packed),
+        (build, "compile_form", packed),
         (build, "nvrtc", lambda: None),
     ]
     for owner, name, replacement in replacements:
