@@ -22,6 +22,7 @@ from blockscale.testing import gluon_machine
 from blockscale.testing.gluon_kernels import load_kernels
 from blockscale.testing.gluon_machine import EmulationError, Program
 from blockscale.testing.gluon_problem import KERNELS, Problem
+from blockscale.testing.gluon_races import Clock, History, merge
 
 TILES = ((256, 128), (128, 128), (128, 64), (128, 32), (64, 128), (64, 32))
 PART_TILES = ((128, 192), (128, 96), (64, 192), (64, 96))
@@ -157,6 +158,15 @@ BROKEN = {
     "one piece too few": ("draw_ticket(ticket) == pieces - 1", "draw_ticket(ticket) == pieces - 2"),
 }
 KINDS = {"one piece too few": "split"}
+# What no result would show: a scale that is read and not used.
+WAITED_FOR = """\
+        if block + 1 < blocks:
+            mbarrier.wait(full.index(following), following_phase)
+"""
+READ_ANYWAY = """\
+        mbarrier.wait(full.index(following), following_phase, pred=block + 1 < blocks)
+        if True:
+"""
 
 
 @pytest.mark.parametrize("fault", BROKEN)
@@ -171,6 +181,37 @@ def test_the_pretend_gpu_finds_a_broken_kernel(fault: str, monkeypatch: pytest.M
     except EmulationError:
         return
     assert not torch.equal(result, problem.product.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("tile", [(256, 128), (128, 192), (64, 64)], ids=str)
+def test_the_pretend_gpu_finds_a_race_whatever_came_first(tile: tuple[int, int]) -> None:
+    """As racecheck found it on an H200: scales of a slot that was perhaps being filled."""
+    problem = Problem(330, 392, 768)
+    work = dense(tile, "plain", 330, 392, 768)
+    kernels = load_kernels((WAITED_FOR, READ_ANYWAY))
+    with pytest.raises(EmulationError, match="a race"):
+        problem.run(work, kernels=kernels)
+    assert torch.equal(problem.run(work).double(), problem.product)
+
+
+def test_one_access_has_seen_another_by_arrivals_and_waits_alone() -> None:
+    memory = torch.zeros(4, 8)
+    for waits in (True, False):
+        history, first, second = History(), Clock(), Clock()
+        known: dict[int, int] = {}
+        assert not history.races(memory[1], first, writes=True)
+        first.publish(known)
+        if waits:
+            merge(second.seen, known)
+        assert not history.races(memory[0], second, writes=True), "other bytes"
+        assert history.races(memory[1, 2:4], second, writes=False) is not waits
+        # Two that only read never race; what the first does later is not known either.
+        assert not history.races(memory[2], first, writes=False)
+        assert not history.races(memory[2], second, writes=False)
+        assert history.races(memory[2], second, writes=True)
+        child = first.child()
+        assert not history.races(memory[3], child, writes=True)
+        assert history.races(memory[3], first, writes=False), "a copy that was not waited for"
 
 
 @pytest.mark.parametrize("programs", [1, 2, 7, 132])

@@ -44,7 +44,7 @@ FORMS = (
 )
 KERNELS = [form.name for form in FORMS]
 # The byte that a worker reads, and the bytes of several that the others write: constants.
-READ = re.compile(r"ld\.shared\.b8\s+%r\d+, \[%r\d+\+\d+\];")
+READ = re.compile(r"ld\.shared\.b8\s+%rs?\d+, \[%r\d+\+\d+\];")
 WRITE = re.compile(r"st\.shared\.(v2\.)?b32\s+\[global_smem\+\d+\], ([-\d]+|\{[-\d]+, [-\d]+\});")
 # Whatever touches shared memory.
 TOUCHES = re.compile(

@@ -4,7 +4,7 @@ The kernels' own source is executed, with stand-ins for the Gluon language: part
 mbarriers count arrivals and bytes, TMA copies run later and in any order, clip at the edges and
 fill with zeros. What hardware would let pass in silence raises here: a slot that is filled while
 it is read, a staging buffer that is overwritten before it was stored, shared memory that is stored
-without a fence, a wait that never ends.
+without a fence, any two accesses that nothing orders (``gluon_races``), a wait that never ends.
 
 It says nothing about layouts, registers or speed: that is for the compiler's tests and a GPU.
 """
@@ -36,6 +36,7 @@ from blockscale.testing.gluon_machine import (
     bits,
     thread,
 )
+from blockscale.testing.gluon_races import Clock, History, merge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -211,11 +212,15 @@ def _specialize(
         msg = "the other program of the pair did not start"
         raise EmulationError(msg) from error
 
-    def work(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        machine.enter(program)
+    def work(clock: Clock, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        machine.enter(program, clock)
         program.guard(partial(function, *arguments))
 
-    workers = [threading.Thread(target=work, args=partition) for partition in partitions[1:]]
+    clock = thread().clock
+    workers = [
+        threading.Thread(target=work, args=(clock.child(), *partition))
+        for partition in partitions[1:]
+    ]
     for worker in workers:
         worker.start()
     function, arguments = partitions[0]
@@ -233,8 +238,9 @@ def _allocate(dtype: ElementType, shape: Sequence[int], layout: Any) -> Any:  # 
         return SimpleNamespace(index=lambda number: barriers[int(machine.plain(number))])
     data = torch.empty(tuple(shape), dtype=dtype.torch)
     data.view(torch.uint8).fill_(machine.NAN_BYTE)
-    program.memory.append(data)
-    return Shared(data)
+    view = Shared(data, History())
+    program.memory.append(view)
+    return view
 
 
 def _new_barriers(program: machine.Program, count: int, *, is_pairs: bool) -> list[Barrier]:
@@ -349,13 +355,15 @@ def _load_box(
 
     def start(target: Shared, barrier: Barrier) -> None:
         barrier.program.reach()
+        clock = thread().clock.child()
+        target.access(clock, writes=True)
         target.data.view(torch.uint8).fill_(machine.NAN_BYTE)
 
         def copy() -> None:
             filled = torch.zeros_like(target.data)
             filled[where] = source
             target.data.copy_(filled)
-            barrier.complete_bytes(box.block_type.nbytes)
+            barrier.complete_bytes(box.block_type.nbytes, clock)
 
         program.submit(copy)
 
@@ -377,8 +385,9 @@ def _store_box(box: Box, coordinates: Sequence[int], source: Shared) -> None:
         return  # What both have, the first one stores.
     target, where = box.clip(coordinates, source.shape)
     before = bits(source.data)
-    done = threading.Event()
-    state.stores.append(done)
+    done, clock = threading.Event(), state.clock.child()
+    source.access(clock, writes=False)
+    state.stores.append((done, clock))
 
     def copy() -> None:
         _check(torch.equal(before, bits(source.data)), "a buffer changed before it was stored")
@@ -393,14 +402,16 @@ def _store_box(box: Box, coordinates: Sequence[int], source: Shared) -> None:
 def _wait_for_stores(pending: int) -> None:
     state = thread()
     older = state.stores[: len(state.stores) - pending]
-    state.program.wait_for(lambda: all(done.is_set() for done in older), "stores")
+    state.program.wait_for(lambda: all(done.is_set() for done, _ in older), "stores")
+    for _, clock in older:
+        merge(state.clock.seen, clock.seen)
 
 
 def _start_product(a: Shared, b: Shared, acc: Any, *, use_acc: bool, is_async: bool) -> Unfinished:  # noqa: ANN401 - Value or Unfinished
     _check(not use_acc and is_async, "every wave starts from zero and is waited for")
     shape = tuple(acc.data.shape)
     _check(shape == (a.data.shape[0], b.data.shape[1]), "the accumulator has another shape")
-    return Unfinished(a.data, b.data, (bits(a.data), bits(b.data)))
+    return Unfinished.start(a, b)
 
 
 def _finish_products(outstanding: int, deps: tuple[Any, ...]) -> Any:  # noqa: ANN401 - as many as deps

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from blockscale.testing.gluon_races import Clock, History, merge
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -158,10 +160,11 @@ class Box:
 
 
 class Shared:
-    """A view of shared memory."""
+    """A view of shared memory; ``history``: the allocation's accesses."""
 
-    def __init__(self, data: torch.Tensor) -> None:
+    def __init__(self, data: torch.Tensor, history: History) -> None:
         self.data = data
+        self.history = history
         self.dtype = ELEMENT_TYPES[data.dtype]
         self.layout = SimpleNamespace(swizzle_byte_width=128, element_bitwidth=8 * data.itemsize)
 
@@ -175,21 +178,28 @@ class Shared:
         """Bytes from the start of the allocation."""
         return int(self.data.storage_offset()) * self.data.itemsize
 
+    def access(self, clock: Clock, *, writes: bool) -> None:
+        """Raise if nothing orders an earlier access before this one."""
+        if self.history.races(self.data, clock, writes=writes):
+            does = "written" if writes else "read"
+            msg = f"a race: shared memory is {does} and nothing says that another is done with it"
+            raise EmulationError(msg)
+
     def index(self, number: int) -> Shared:
         """One of several equal parts."""
-        return Shared(self.data[int(plain(number))])
+        return Shared(self.data[int(plain(number))], self.history)
 
     def slice(self, start: int, length: int, dim: int = 0) -> Shared:
         """Neighbouring rows or columns."""
-        return Shared(self.data.narrow(dim, start, length))
+        return Shared(self.data.narrow(dim, start, length), self.history)
 
     def permute(self, order: Sequence[int]) -> Shared:
         """Axes in another order."""
-        return Shared(self.data.permute(*order))
+        return Shared(self.data.permute(*order), self.history)
 
     def reshape(self, shape: Sequence[int]) -> Shared:
         """The same elements under another shape."""
-        return Shared(self.data.view(*shape))
+        return Shared(self.data.view(*shape), self.history)
 
     def _reinterpret(self, dtype: ElementType, shape: Sequence[int], layout: Any) -> Shared:  # noqa: ANN401, ARG002 - Gluon's signature
         """What a program of a pair has of rows that are declared for both: as many as it sees."""
@@ -200,6 +210,7 @@ class Shared:
 
     def load(self, layout: Any) -> Value:  # noqa: ANN401, ARG002 - Gluon's signature
         """A copy in registers."""
+        self.access(thread().clock, writes=False)
         return Value(self.data.clone())
 
     def store(self, value: Value) -> None:
@@ -207,6 +218,7 @@ class Shared:
         if value.data.shape != self.data.shape or value.data.dtype != self.data.dtype:
             msg = f"stored {value.data.shape} {value.data.dtype} into {self.data.shape}"
             raise EmulationError(msg)
+        self.access(thread().clock, writes=True)
         self.data.copy_(value.data)
         thread().is_fenced = False
 
@@ -229,6 +241,9 @@ class Barrier:
     pending: int = 0
     expected_bytes: int = 0
     phases: int = 0
+    # What those know that have arrived, and what they knew when the last phase ended.
+    arriving: dict[int, int] = field(default_factory=dict)
+    released: dict[int, int] = field(default_factory=dict)
 
     def arrive(self, count: int, expected_bytes: int = 0) -> None:
         """Count arrivals."""
@@ -239,22 +254,27 @@ class Barrier:
             if self.pending < 0:
                 msg = "more arrivals than the barrier was made for"
                 raise EmulationError(msg)
+            thread().clock.publish(self.arriving)
             self._complete()
 
-    def complete_bytes(self, count: int) -> None:
-        """Count copied bytes."""
+    def complete_bytes(self, count: int, clock: Clock) -> None:
+        """Count copied bytes; ``clock``: the copy's."""
         self.program.reach()
         with self.program.condition:
             self.expected_bytes -= count
+            clock.publish(self.arriving)
             self._complete()
 
     def wait(self, parity: int) -> None:
         """Until the phase of this parity has ended."""
         self.program.wait_for(lambda: self.phases % 2 != parity, f"a barrier, parity {parity}")
+        with self.program.condition:
+            merge(thread().clock.seen, self.released)
 
     def _complete(self) -> None:
         if self.pending == 0 and self.expected_bytes == 0:
             self.phases += 1
+            self.released = dict(self.arriving)
             self.pending = self.count
             self.program.condition.notify_all()
 
@@ -263,16 +283,26 @@ class Barrier:
 class Unfinished:
     """A wgmma in flight. Its operands must not change until it has been waited for."""
 
-    a: torch.Tensor
-    b: torch.Tensor
+    a: Shared
+    b: Shared
     before: tuple[torch.Tensor, torch.Tensor]
+
+    @classmethod
+    def start(cls, a: Shared, b: Shared) -> Unfinished:
+        """It reads from now on."""
+        for operand in (a, b):
+            operand.access(thread().clock, writes=False)
+        return cls(a, b, (bits(a.data), bits(b.data)))
 
     def finish(self) -> Value:
         """The product, in float64 and rounded to float32 once."""
-        if not all(map(torch.equal, self.before, (bits(self.a), bits(self.b)))):
-            msg = "an operand changed while the tensor cores read it"
-            raise EmulationError(msg)
-        return Value((self.a.double() @ self.b.double()).float())
+        for operand, before in zip((self.a, self.b), self.before, strict=True):
+            # Until now.
+            operand.access(thread().clock, writes=False)
+            if not torch.equal(before, bits(operand.data)):
+                msg = "an operand changed while the tensor cores read it"
+                raise EmulationError(msg)
+        return Value((self.a.data.double() @ self.b.data.double()).float())
 
 
 @dataclass(slots=True)
@@ -287,7 +317,7 @@ class Program:
     grid: tuple[int, int]
     seed: int
     pair: list[Program] = field(default_factory=list)
-    memory: list[torch.Tensor] = field(default_factory=list)
+    memory: list[Shared] = field(default_factory=list)
     barriers: list[Barrier] = field(default_factory=list)
     start: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
     condition: threading.Condition = field(default_factory=threading.Condition)
@@ -313,10 +343,12 @@ class Program:
         """What lies in this program where ``view`` and ``barrier`` lie in the calling one."""
         caller = thread().program
         storage = view.data.untyped_storage().data_ptr()
-        at = [data.untyped_storage().data_ptr() for data in caller.memory].index(storage)
-        data = self.memory[at].view(-1).view(view.data.dtype)
+        at = [own.data.untyped_storage().data_ptr() for own in caller.memory].index(storage)
+        data = self.memory[at].data.view(-1).view(view.data.dtype)
         data = data.as_strided(view.data.shape, view.data.stride(), view.data.storage_offset())
-        return Shared(data), self.barriers[[b is barrier for b in caller.barriers].index(True)]
+        return Shared(data, self.memory[at].history), self.barriers[
+            [b is barrier for b in caller.barriers].index(True)
+        ]
 
     def wait_for(self, ready: Callable[[], bool], what: str) -> None:
         """Block until ``ready``, another thread's error, or for too long."""
@@ -376,13 +408,15 @@ _LOCAL = threading.local()
 ATOMIC = threading.Lock()
 
 
-def enter(program: Program) -> None:
-    """Let this thread be one of the program's."""
-    _LOCAL.state = SimpleNamespace(program=program, is_fenced=True, stores=[])
+def enter(program: Program, clock: Clock | None = None) -> None:
+    """Let this thread be one of the program's; ``clock``: if another one has started it."""
+    _LOCAL.state = SimpleNamespace(
+        program=program, is_fenced=True, stores=[], clock=clock or Clock()
+    )
 
 
 def thread() -> Any:  # noqa: ANN401 - a namespace
-    """This thread's program, its stores, and whether it has fenced what it wrote."""
+    """This thread's program, clock, stores, and whether it has fenced what it wrote."""
     return _LOCAL.state
 
 
