@@ -8,9 +8,10 @@ meeting. At the kernel's end, after the third, they write "no more", and all mee
 between each of these writes and each of these reads stands a barrier of the whole block: no race
 (``tests/kernels_gluon/test_hand_over.py`` finds those barriers in the PTX).
 
-racecheck reports one all the same, in nearly every launch (H200, 2026-11-26); why, its
-documentation does not say. So nothing is believed without a control: a kernel that does nothing but
-hand over work (``hand_over.py``). Where racecheck finds fault with that too, such reports are no
+racecheck reports one all the same, in nearly every launch (H200, 2026-11-26). Why is not known: the
+tool is closed, and its documentation says nothing of barriers that warps reach at different places
+of the code. So nothing is believed without a control: a kernel whose warps are handed work and
+share nothing (``hand_over.py``). Where racecheck finds fault with that too, such reports are no
 findings; where it does not, they are.
 
 Triton puts these accesses on the line of the kernel's ``def`` and on the last statement's, the one
@@ -92,7 +93,7 @@ class Verdict:
         if own or control:
             yield (
                 f"reports of how Triton hands work to warps: {own}, and {control} of the control, "
-                f"which does nothing else: no findings"
+                f"which shares nothing else: no findings"
             )
         if self.unread:
             yield self.unread

@@ -44,9 +44,13 @@ COUNTS, SLOT_ROWS = (0, 65, 190, 1), 200
 ALIGNMENTS = (64, 128)
 # Rows of a slot that are said to be likely: few and many to a tile.
 LIKELY = (40, 150)
-ROUNDS = (0, 96)
+# Of the control: meetings of a partition's warps, and mbarriers.
+CONTROLS = ((0, 0), (96, 0), (96, 2))
 # Relative Frobenius error: far above what any output dtype rounds, far below a wrong scale.
 MAX_ERROR = 5e-3
+
+# Processes that compile, half a gigabyte each.
+MOST_WORKERS = 16
 
 Found = tuple[str, float]
 Work = TypeVar("Work")
@@ -92,7 +96,8 @@ def compile_cases() -> list[str]:
         need_nvrtc()
         forms += cuda_forms()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+    workers = min(MOST_WORKERS, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, context) as pool:
         return [words for words in pool.map(compile_one, dict.fromkeys(forms)) if words]
 
 
@@ -443,8 +448,9 @@ def _control() -> Iterator[Found]:
 
     from hand_over import wrong_counts
 
-    for rounds in ROUNDS:
-        yield f"hand-over {rounds} rounds", wrong_counts(rounds)
+    for rounds, mbarriers in CONTROLS:
+        name = f"hand-over, {rounds} rounds, {mbarriers} mbarriers"
+        yield name, wrong_counts(rounds, mbarriers)
 
 
 FAMILIES: dict[str, Callable[[], Iterator[Found]]] = {

@@ -42,6 +42,8 @@ FORMS = (
     Form(grouped_variant(256, 128, 2, 32), torch.float16, overlap=True),
     Form(grouped_small_variant(64, 8, 2, 256), BF16, overlap=True),
 )
+# The control without and with mbarriers.
+CONTROLS = [f"{racecheck.CONTROL} {mbarriers}" for mbarriers in (0, 2)]
 KERNELS = [form.name for form in FORMS]
 # The byte that a worker reads, and the bytes of several that the others write: constants.
 READ = re.compile(r"ld\.shared\.b8\s+%rs?\d+, \[%r\d+\+\d+\];")
@@ -55,14 +57,14 @@ MEETING = "barrier.sync"
 
 @cache
 def ptx(name: str) -> str:
-    if name != racecheck.CONTROL:
+    if name not in CONTROLS:
         form = FORMS[KERNELS.index(name)]
         return str(compile_form(form, SM90).asm["ptx"])
     kernel = hand_over.hand_over_kernel
     source = GluonSource(
         kernel,
-        {"out": "*i32", "rounds": "i32", "PRODUCER_REGISTERS": "constexpr"},
-        constexprs={(2,): hand_over.PRODUCER_REGISTERS},
+        dict(zip(kernel.arg_names, ("*i32", "i32", "constexpr", "constexpr"), strict=True)),
+        constexprs={(2,): int(name.split()[1]), (3,): hand_over.PRODUCER_REGISTERS},
     )
     options = {"num_warps": hand_over.WARPS, "maxnreg": hand_over.REGISTERS}
     return str(triton.compile(source, target=SM90, options=options).asm["ptx"])
@@ -88,7 +90,7 @@ def hand_over_lines(text: str) -> frozenset[tuple[str, int]]:
     return racecheck.hand_over_lines()[name[1]]
 
 
-@pytest.mark.parametrize("name", [*KERNELS, racecheck.CONTROL])
+@pytest.mark.parametrize("name", [*KERNELS, *CONTROLS])
 def test_on_the_lines_left_out_are_bytes_that_say_whose_work_is_whose(name: str) -> None:
     text = ptx(name)
     lines = hand_over_lines(text)
@@ -102,7 +104,7 @@ def test_on_the_lines_left_out_are_bytes_that_say_whose_work_is_whose(name: str)
     assert not any(READ.fullmatch(code) or WRITE.fullmatch(code) for code in elsewhere)
 
 
-@pytest.mark.parametrize("name", [*KERNELS, racecheck.CONTROL])
+@pytest.mark.parametrize("name", [*KERNELS, *CONTROLS])
 def test_all_threads_meet_between_each_write_and_each_read(name: str) -> None:
     """A worker meets the others, reads, meets them; they write, and then they meet."""
     codes = [
@@ -126,8 +128,10 @@ def test_all_threads_meet_between_each_write_and_each_read(name: str) -> None:
     assert before[-1] in meetings
 
 
-def test_the_control_has_no_shared_memory_but_triton_s() -> None:
-    text = ptx(racecheck.CONTROL)
-    touching = [code for _, code in located(text) if TOUCHES.search(code)]
-    assert touching
-    assert all(READ.fullmatch(code) or WRITE.fullmatch(code) for code in touching)
+@pytest.mark.parametrize("name", CONTROLS)
+def test_the_control_has_no_shared_memory_but_triton_s(name: str) -> None:
+    touching = [code for _, code in located(ptx(name)) if TOUCHES.search(code)]
+    others = [code for code in touching if not READ.fullmatch(code) and not WRITE.fullmatch(code)]
+    assert len(others) < len(touching)
+    assert all("mbarrier." in code for code in others)
+    assert bool(others) is (name == CONTROLS[1])
