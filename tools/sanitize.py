@@ -11,6 +11,8 @@ Triton hands work to warps is counted and printed apart (``racecheck.py`` says w
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -48,22 +50,38 @@ def watch(tool: str, seconds: float) -> int:
     command += ["--cases"]
     started = time.monotonic()
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds
-        )
+        status, said = run(command, seconds)
     except FileNotFoundError:
         print("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
         return 2
-    except subprocess.TimeoutExpired as error:
-        said = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
-        print(said)
+    print(said)
+    is_clean = is_content(tool, said) and status == 0
+    spent = time.monotonic() - started
+    if status is None:
         print(f"{tool}: out of time after {seconds:g} s")
         return 1
-    print(done.stdout + done.stderr)
-    is_clean = done.returncode == 0 and is_content(tool, done.stdout)
-    spent = time.monotonic() - started
     print(f"{tool}: {'clean' if is_clean else 'FOUND SOMETHING'} in {spent:.0f} s")
     return 0 if is_clean else 1
+
+
+def run(command: list[str], seconds: float) -> tuple[int | None, str]:
+    """Exit status, none if it was out of time, and what it printed until then."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        # What it watches is a child of its own, and would stay on the GPU.
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        return None, said
+    return process.returncode, said
 
 
 def is_content(tool: str, output: str) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 from itertools import product
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -18,9 +18,6 @@ from blockscale.formats import DType
 from blockscale.kernels.cuda import choice as cuda_choice
 from blockscale.kernels.cuda import grouped_choice
 from blockscale.kernels.cuda.work import Grouping, Share, When, written
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 # Weight scales: a producer's store, and consumers' loads after a tile's last block.
 SCALES = """\
@@ -206,6 +203,26 @@ def test_a_tool_s_word_decides_the_exit_status(
     asked = (tmp_path / "asked").read_text()
     assert f"--tool {tool} --print-limit 0" in asked
     assert asked.split()[-1] == "--cases"
+
+
+def test_out_of_time_what_was_found_is_said_and_nothing_is_left_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_sanitizer(tmp_path, SCALES)
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(
+        program.read_text() + f"sleep 60 &\necho $! > {tmp_path}/child\nwait\n", encoding="utf-8"
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert sanitize.watch("racecheck", 1) == 1
+    said = capsys.readouterr().out
+    assert "racecheck: findings: 1" in said
+    assert "racecheck: no summary" in said
+    assert said.splitlines()[-1] == "racecheck: out of time after 1 s"
+    child = (tmp_path / "child").read_text().strip()
+    state = Path(f"/proc/{child}/stat")
+    # Gone, or dead and not yet collected by whoever is its parent now.
+    assert not state.exists() or state.read_text().rsplit(") ", 1)[1].startswith("Z")
 
 
 def test_without_the_tool_it_says_what_is_missing(
