@@ -133,9 +133,11 @@ def test_without_nvrtcs_binding_gluon_serves_alone_and_the_plan_says_why() -> No
     assert reason.obstacle is Obstacle.NOT_INSTALLED
 
 
-def test_float32_results_are_not_estimated() -> None:
-    plan = plan_linear(request(dtype=DType.FLOAT32), SM90, PlanPolicy(), BACKENDS)
-    assert ranges(plan) == [("gluon", 0, None)]
+def test_float32_results_are_shared_by_estimates_too() -> None:
+    asked = replace(request(2112, 7168), out_dtype=DType.FLOAT32)
+    plan = plan_linear(asked, SM90, PlanPolicy(), BACKENDS)
+    assert plan.backends[:2] == ("gluon", "cuda")
+    assert plan.choices[1].reason.startswith("estimated 1.")
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class Cuda:
         )
 
     def estimate_us(self, request: LinearRequest, device: Device, m: int) -> float | None:
-        """Of a 16-bit product, as an H100 ran them; None below the sweep's fewest tokens."""
+        """As an H100 ran them; None below the fewest tokens, and for experts' float32 results."""
         from blockscale.kernels import grouped_times
         from blockscale.kernels.calibration import cuda_us
 

@@ -3,8 +3,9 @@
 A family's model compares its own candidates (``gluon.corrections``, ``cuda.corrections``); its
 clocks are not another family's. ``tables/calibration.json``, written from a sweep that times both
 families on each shape (``benchmarks/family_fit.py``), has for each the logarithm of microseconds /
-clocks as a quadratic function of the logarithms of M, N and K, and of the kind of work. Needs
-neither torch nor Triton.
+clocks as a quadratic function of the logarithms of M, N and K, and of the kind of work. The sweep
+is of 16-bit results; the models know how many bytes float32 ones have, and a family takes a little
+longer than that by one factor. Needs neither torch nor Triton.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from math import exp, log2
 from operator import mul
 from typing import TYPE_CHECKING
 
-from blockscale.kernels.corrected import OUT_BYTES, bounded
+from blockscale.formats import DType
+from blockscale.kernels.corrected import bounded
 from blockscale.kernels.cuda import choice as cuda_choice
 from blockscale.kernels.cuda import corrections as cuda_corrections
 from blockscale.kernels.cuda.work import K_BLOCK
@@ -28,18 +30,21 @@ from blockscale.kernels.gluon.work import SmallWork
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from blockscale.formats import DType
     from blockscale.kernels.cuda.work import Work as CudaWork
     from blockscale.kernels.gluon.work import Work as GluonWork
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """``least_m``: of the sweep. ``ranges``: of ``sizes``; beyond, they are taken for them."""
+    """``least_m``: of the sweep. ``ranges``: of ``sizes``; beyond, they are taken for them.
+
+    ``float32``: by family, what is added for results of that type.
+    """
 
     least_m: int
     ranges: tuple[tuple[float, float], ...]
     factors: dict[str, tuple[float, ...]]
+    float32: dict[str, float]
 
 
 @lru_cache(maxsize=1)
@@ -51,19 +56,17 @@ def shipped() -> Calibration:
         document["least_m"],
         tuple((low, high) for low, high in document["ranges"]),
         {name: tuple(factors) for name, factors in document["factors"].items()},
+        document["float32"],
     )
 
 
 def gluon_us(m: int, n: int, k: int, out: DType, processors: int) -> float | None:
-    """What Gluon's choice for ``m`` tokens of an (n, k) weight takes; None where none was fitted.
-
-    That is below the sweep's least M, and for float32 results.
-    """
-    if not _is_known(m, out):
+    """What Gluon's choice for ``m`` tokens of an (n, k) weight takes; None below the sweep's."""
+    if m < shipped().least_m:
         return None
     work = gluon_choice.choose(m, n, k, out.bytes, processors)
     clocks = gluon_corrections.clocks(work, m, n, out.bytes, processors)
-    return _microseconds("gluon", clocks, (m, n, k), gluon_kinds(work))
+    return _microseconds("gluon", clocks, (m, n, k), gluon_kinds(work), out)
 
 
 def cuda_us(m: int, n: int, k: int, out: DType, processors: int) -> float | None:
@@ -71,11 +74,11 @@ def cuda_us(m: int, n: int, k: int, out: DType, processors: int) -> float | None
 
     Where the table of winners knows better, the product is a little faster than this says.
     """
-    if not _is_known(m, out):
+    if m < shipped().least_m:
         return None
     work = cuda_choice.modelled(m, n, k, out, processors)
     clocks = cuda_corrections.clocks(work, m, n, processors)
-    return _microseconds("cuda", clocks, (m, n, k), cuda_kinds(work))
+    return _microseconds("cuda", clocks, (m, n, k), cuda_kinds(work), out)
 
 
 def gluon_kinds(work: GluonWork) -> tuple[float, ...]:
@@ -101,13 +104,12 @@ def terms(own: Iterable[float], kinds: Iterable[float]) -> tuple[float, ...]:
     return (1.0, m, n, k, m * m, n * n, k * k, m * n, m * k, n * k, *kinds)
 
 
-def _is_known(m: int, out: DType) -> bool:
-    return out.bytes == OUT_BYTES and m >= shipped().least_m
-
-
 def _microseconds(
-    family: str, clocks: float, shape: tuple[int, int, int], kinds: tuple[float, ...]
+    family: str, clocks: float, shape: tuple[int, int, int], kinds: tuple[float, ...], out: DType
 ) -> float:
     table = shipped()
     own = bounded(sizes(*shape), table.ranges)
-    return clocks * exp(sum(map(mul, table.factors[family], terms(own, kinds))))
+    error = sum(map(mul, table.factors[family], terms(own, kinds)))
+    if out is DType.FLOAT32:
+        error += table.float32[family]
+    return clocks * exp(error)
