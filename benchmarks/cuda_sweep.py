@@ -2,14 +2,15 @@
 
     python benchmarks/cuda_sweep.py --out FILE [--seconds 200] [--shapes 4096x7168,...]
                                     [--tokens 128,...] [--most 16] [--far 1.6]
-                                    [--random --seed 0] [--written] [--out-dtype float32]
+                                    [--random --seed 0 --random-tokens 8,12,...] [--written] [--out-dtype float32]
 
 For each (N, K) and M the candidates that the model of ``kernels.cuda.choice`` holds for at most
 ``--far`` times as slow as its best, at most ``--most``, and what ``kernels.gluon.choice`` chooses:
 CUDA graphs over weights rotated beyond L2, candidates in turns. One JSON line for each (M, N, K),
 as ``gluon_sweep.py`` writes them: {"m", "n", "k", "out_dtype", "times": {work: us}, "clocks":
 {work: the model's}}. At the end how the model's choice compares with the fastest, and the fastest
-with Gluon. ``--random``: then (N, K) of real models with six M each, until the time is up.
+with Gluon. ``--random``: then (N, K) of real models with six M each, until the time is up;
+``--random-tokens``: of these.
 ``--written``: the same tiles, each written as if it were chosen (``work.written``).
 """
 
@@ -68,9 +69,11 @@ def main() -> int:
     parser.add_argument("--far", type=float, default=1.6, help="no candidates beyond this")
     parser.add_argument("--random", action="store_true", help="go on with shapes of real models")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--random-tokens", default=",".join(map(str, RANDOM_TOKENS)))
     parser.add_argument("--written", action="store_true", help="written as what is chosen is")
     parser.add_argument("--out-dtype", choices=OUT_DTYPES, default="float16")
     options = parser.parse_args()
+    drawn_from = [int(m) for m in options.random_tokens.split(",")]
     started = time.monotonic()
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     points = [(int(m), n, k) for m in options.tokens.split(",") for n, k in shapes]
@@ -85,7 +88,7 @@ def main() -> int:
     lines = []
     with options.out.open("w", encoding="utf-8") as file:
         file.write(json.dumps({"machine": machine(), "versions": versions()}) + "\n")
-        for m, n, k in chain(points, drawn(options.seed) if options.random else ()):
+        for m, n, k in chain(points, drawn(options.seed, drawn_from) if options.random else ()):
             if time.monotonic() - started > options.seconds:
                 print("out of time", flush=True)
                 break
@@ -110,13 +113,13 @@ def near(shape: tuple[int, int, int], out: DType, processors: int, far: float) -
     return [work for work in found if clocks(work, m, n, processors) <= limit]
 
 
-def drawn(seed: int) -> Iterator[tuple[int, int, int]]:
-    """(M, N, K) at random, for ever: N and K from real models, M as ``gluon_sweep.py`` takes it."""
+def drawn(seed: int, tokens: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(M, N, K) at random, for ever: N and K from real models, six M or all of fewer."""
     draw = random.Random(seed)  # noqa: S311 - a sample, not a secret
     shapes = real_shapes()
     while True:
         n, k = draw.choice(shapes)
-        yield from ((m, n, k) for m in draw.sample(RANDOM_TOKENS, 6))
+        yield from ((m, n, k) for m in draw.sample(tokens, min(6, len(tokens))))
 
 
 def measure(shape: tuple[int, int, int], out: DType, candidates: list[Work]) -> dict[str, Any]:
