@@ -68,8 +68,8 @@ MISSING = {
 # README: CUDA 12.3 for SM90, 12.9 for SM100.
 CUDA = {(9, 0): (12, 3), (10, 0): (12, 9), (10, 3): (12, 9)}
 
-# SGLang's and vLLM's gate. On an H200, 0.1.5 launched N = 192, 200 and K = 1088, 960 without an
-# error, but nobody compared the numbers (baseline/h200.md), so the documented gate stands.
+# SGLang's and vLLM's gate. On an H200, 0.1.5 computed N = 192, 200 and K = 1088, 960 correctly
+# (benchmarks/gate_facts.py, 2026-11-23); other versions and SM100 were not asked, so it stands.
 N_MULTIPLE, K_MULTIPLE = 64, 128
 
 # N and K as constants of the compiled kernel. The wheel's own default leaves them to run time, with
