@@ -2,7 +2,8 @@
 
     python benchmarks/cuda_sweep.py --out FILE [--seconds 200] [--shapes 4096x7168,...]
                                     [--tokens 128,...] [--most 16] [--far 1.6]
-                                    [--random --seed 0 --random-tokens 8,12,...] [--written] [--out-dtype float32]
+                                    [--random --seed 0 --random-tokens 8,12,...] [--written]
+                                    [--out-dtype float32]
 
 For each (N, K) and M the candidates that the model of ``kernels.cuda.choice`` holds for at most
 ``--far`` times as slow as its best, at most ``--most``, and what ``kernels.gluon.choice`` chooses:
