@@ -1,6 +1,7 @@
 """Fits microseconds to the clocks of both kernel families, and says what choosing by them loses.
 
     python benchmarks/family_fit.py SWEEP... [--write] [--folds 5] [--float32 FILE...]
+                                    [--judge FILE...]
 
 SWEEP: ``cuda_sweep.py``'s, which times the forms of gemm.cu and what Gluon's choice takes on each
 shape. A loss is chosen / faster of the two families, Gluon by its choice of today and gemm.cu by
@@ -11,7 +12,9 @@ faster estimate at that M, and by the ranges that a plan would make of the estim
 
 Then the same of float32 results, each (N, K) left out once, of both fits. The models know how many
 bytes a result has; FILE, a sweep or ``gemm.py``'s records of the choices of today, says by which
-factor each family takes longer than that on the average. What is lost without it comes first.
+factor each family takes longer than that on the average. What is lost without it comes first. At
+last, what is lost by the table as it is written on the float32 shapes of ``--judge``, another GPU's
+sweep, none of which it was fitted to.
 
 ``--write`` writes ``kernels/tables/calibration.json``, fitted to nine (N, K) in ten (the tests
 judge by the tenth) and to all of FILE. Needs no GPU.
@@ -54,6 +57,7 @@ RIDGE = 1.0
 DIGITS = 6
 RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3"
 FLOAT32 = (RESULTS / "gemm.jsonl",)
+JUDGES = (RESULTS.parent / "nvidia-h200" / "cuda_sweep-float32.jsonl",)
 
 Factors = dict[str, tuple[float, ...]]
 Ranges = tuple[tuple[float, float], ...]
@@ -95,19 +99,24 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--float32", type=Path, nargs="+", default=FLOAT32)
+    parser.add_argument("--judge", type=Path, nargs="*", default=JUDGES)
     options = parser.parse_args()
     shapes = [one for sweep in options.sweeps for one in read(sweep, DType.FLOAT16)]
     float32 = [one for path in options.float32 for one in read(path, DType.FLOAT32)]
     ranges = ranges_of(shapes)
     print(f"{len(shapes)} shapes, {len({(s.n, s.k) for s in shapes})} different (N, K)")
+    print("(N, K) held out")
     validate(
         shapes, parts(shapes, options.folds), lambda kept: fit([*filter(kept, shapes)], ranges)
     )
     validate_float32(float32, shapes, ranges)
+    kept = parts(shapes, HELD_OUT)
+    fitted = fit([shape for shape in shapes if kept[shape.n, shape.k]], ranges)
+    fitted = with_float32(fitted, float32)
+    for path in options.judge:
+        judge(path, fitted)
     if options.write:
-        kept = parts(shapes, HELD_OUT)
-        fitted = fit([shape for shape in shapes if kept[shape.n, shape.k]], ranges)
-        write(options.sweeps, options.float32, shapes, with_float32(fitted, float32))
+        write(options.sweeps, options.float32, shapes, fitted)
     return 0
 
 
@@ -218,7 +227,7 @@ def estimated(family: str, shape: Shape, fitted: Fitted) -> float:
 def validate_float32(float32: Sequence[Shape], shapes: Sequence[Shape], ranges: Ranges) -> None:
     """Losses of float32 results without what was measured of them, and with."""
     pairs = sorted({(s.n, s.k) for s in float32})
-    print(f"\nfloat32: {len(float32)} shapes, {len(pairs)} different (N, K)")
+    print(f"\nfloat32: {len(float32)} shapes, {len(pairs)} different (N, K), each held out")
     each = {pair: number for number, pair in enumerate(pairs)}
     print("float32, by the models of 16-bit results")
     validate(float32, each, lambda kept: fit([*filter(kept, shapes)], ranges))
@@ -228,6 +237,19 @@ def validate_float32(float32: Sequence[Shape], shapes: Sequence[Shape], ranges: 
         each,
         lambda kept: with_float32(fit([*filter(kept, shapes)], ranges), [*filter(kept, float32)]),
     )
+
+
+def judge(path: Path, fitted: Fitted) -> None:
+    """Losses of float32 results on all shapes of a sweep."""
+    shapes = read(path, DType.FLOAT32)
+    pairs = {(s.n, s.k): 0 for s in shapes}
+    print(
+        f"\nfloat32, {path.name} of {path.parent.name}: {len(shapes)} shapes, {len(pairs)} (N, K)"
+    )
+    print("by the models of 16-bit results")
+    validate(shapes, pairs, lambda _kept: Fitted(fitted.ranges, fitted.factors))
+    print("as the table is written")
+    validate(shapes, pairs, lambda _kept: fitted)
 
 
 def validate(
@@ -254,7 +276,7 @@ def validate(
                     losses[words].append((shape.m, math.log(shape.us[family] / best)))
     for words, found in losses.items():
         lost = 100 * math.expm1(mean(value for _, value in found))
-        print(f"{words}, (N, K) held out: {lost:.2f} %")
+        print(f"{words}: {lost:.2f} %")
         report(found)
     print(f"ranges of a plan: mean {mean(counts):.1f}, most {max(counts)}")
 

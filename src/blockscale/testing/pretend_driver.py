@@ -177,10 +177,11 @@ class Driver:
         _require(list(asked.block) == [form.threads, 1, 1], f"{form.name}: {list(asked.block)}")
         _require(asked.shared_bytes == form.shared_bytes, "shared memory as the form says")
         _require(self._shared[function.value] >= asked.shared_bytes, "shared memory was asked for")
-        maps = [Map.from_address(places[number]) for number in range(6)]
-        # Not from_address: the caller may keep one structure for many launches.
+        # Copies, as the driver takes them: a graph is replayed after the caller's own are gone.
+        maps = [Map.from_buffer_copy(Map.from_address(places[number])) for number in range(6)]
         problem = launch.Problem.from_buffer_copy(launch.Problem.from_address(places[6]))
-        done(lambda: compute(form, asked.grid[0], maps, problem))
+        blocks = asked.grid[0]
+        done(lambda: compute(form, blocks, maps, problem))
         return 0
 
 
