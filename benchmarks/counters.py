@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 # M:NxK, at least one of each range of M, among them those that are furthest behind DeepGEMM.
-SHAPES = "16:4096x7168,64:2112x7168,256:3072x6144,512:4096x7168,4096:24576x1536,4096:7168x16384"
+SHAPES = (
+    "16:4096x7168,64:2112x7168,256:3072x6144,512:4096x7168,4096:24576x1536,8192:4096x7168,"
+    "4096:32768x512"
+)
 BACKENDS = "gluon,cuda,deep_gemm"
 # What a record calls it, and ncu.
 METRICS = {
@@ -43,7 +46,12 @@ METRICS = {
     "l2_percent": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
     "l2_hit_percent": "lts__t_sector_hit_rate.pct",
     "l2_bytes": "lts__t_bytes.sum",
+    # Between the two halves of L2.
+    "fabric_sectors": "lts__t_sectors_srcunit_ltcfabric.sum",
     "memory_bytes": "dram__bytes.sum",
+    "memory_bytes_written": "dram__bytes_write.sum",
+    "warp_instructions": "smsp__inst_executed.sum",
+    "shared_wavefronts": "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum",
 }
 # Before the job of a kernel, in what the counted process prints.
 JOB = "product "
