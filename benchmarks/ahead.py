@@ -263,14 +263,16 @@ def _gluon(layer: Linear) -> Iterator[Form]:
 
 
 def _gluon_experts(layer: Experts) -> Iterator[Form]:
-    from blockscale.backends.gluon import _rows  # what it offers
+    from blockscale.backends.gluon import ALIGNMENTS
+    from blockscale.backends.own_kernels import row_blocks
     from blockscale.kernels.gluon.build import Form
     from blockscale.kernels.gluon.grouped_choice import choose_contiguous
     from blockscale.reference.experts import contiguous_rows
 
     dtype = getattr(torch, layer.dtype)
+    offered = row_blocks(layer.experts, ALIGNMENTS)
     for tokens in layer.tokens:
-        alignment = _alignment(_rows(layer.experts), tokens)
+        alignment = _alignment(offered, tokens)
         blocks = contiguous_rows(tokens * layer.choices, layer.experts, alignment) // alignment
         for n in (2 * layer.inner, layer.hidden):
             variant = choose_contiguous(
@@ -333,10 +335,11 @@ def _quantize(layer: Linear) -> list[Kernel]:
 
 def _rows(layer: Experts) -> list[Kernel]:
     from blockscale.backends import gluon, triton
+    from blockscale.backends.own_kernels import row_blocks
     from blockscale.kernels.triton import rows
 
     dtype = getattr(torch, layer.dtype)
-    offered = (gluon._rows(layer.experts), triton._rows(layer.experts))  # noqa: SLF001 - what they offer
+    offered = [row_blocks(layer.experts, backend.ALIGNMENTS) for backend in (gluon, triton)]
     used = {_alignment(group, tokens) for group in offered for tokens in layer.tokens}
     with collected(rows) as found:
         for alignment in sorted(used):

@@ -10,25 +10,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockscale.backends.gates import Gates
-from blockscale.backends.own_kernels import SM_COUNT, TMA_BYTES, check_tma_weight, own_steps
+from blockscale.backends.own_kernels import (
+    HOPPER_ACTIVATION,
+    HOPPER_WEIGHT,
+    SM_COUNT,
+    check_tma_weight,
+    hopper_gates,
+    own_steps,
+    row_blocks,
+)
 from blockscale.errors import BackendError
-from blockscale.formats import (
-    FP8_1X128_FP32,
-    FP8_128X128_FP32,
-    K_MAJOR,
-    MN_MAJOR_TMA_ALIGNED,
-    BlockShape,
-    DType,
-)
-from blockscale.planning.decision import (
-    Arrangement,
-    Evidence,
-    GroupedRows,
-    MRange,
-    Offer,
-    OperandForm,
-    Readiness,
-)
+from blockscale.planning.decision import Evidence, Offer, Readiness
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,8 +41,8 @@ PACKAGE = "cuda-bindings"
 ARCHITECTURES = ((9, 0),)
 # The first NVRTC that knows sm_90a and PTX 8.0.
 FIRST_CUDA = (12, 0)
-# Up to how many tokens an expert row blocks have 64 rows: as Gluon's, an estimate.
-FEW_TOKENS = 8
+# Rows of a row block, and up to how many tokens an expert: as Gluon's, an estimate.
+ALIGNMENTS = ((64, 8), (128, None))
 
 
 class Cuda:
@@ -69,22 +61,19 @@ class Cuda:
         gates.architectures(ARCHITECTURES)
         gates.package(PACKAGE)
         gates.cuda_at_least(*FIRST_CUDA)
-        gates.blocks((BlockShape(128, 128),))
-        gates.out_dtypes((DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32))
-        gates.multiples(TMA_BYTES // request.out_dtype.bytes, TMA_BYTES, "TMA rows are 16 bytes")
-        gates.whole_blocks()
+        hopper_gates(gates)
         gates.no_bias_of_experts()
         if gates.rejections:
             return gates.rejections
         return Offer(
             self.name,
-            OperandForm(FP8_128X128_FP32, K_MAJOR),
-            OperandForm(FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED),
+            HOPPER_WEIGHT,
+            HOPPER_ACTIVATION,
             # tests/gpu passed on an H200 (source c4f41cb, 2026-11-26). gemm.cu was changed since:
             # experts wait for the next run.
             evidence=Evidence.TESTED if request.experts is None else Evidence.DOCUMENTED,
             readiness=Readiness.RUNNABLE,
-            rows=() if request.experts is None else _rows(request.experts),
+            rows=() if request.experts is None else row_blocks(request.experts, ALIGNMENTS),
         )
 
     def estimate_us(self, request: LinearRequest, device: Device, m: int) -> float | None:
@@ -151,15 +140,6 @@ def _grouped_product(weight: BlockScaledTensor) -> CudaGroupedProduct:
     from blockscale.kernels.cuda.grouped_product import CudaGroupedProduct
 
     return CudaGroupedProduct(weight)
-
-
-def _rows(experts: int) -> tuple[GroupedRows, ...]:
-    """Low row blocks while experts get few rows each."""
-    last = FEW_TOKENS * experts
-    return (
-        GroupedRows(MRange(0, last), Arrangement.CONTIGUOUS, 64),
-        GroupedRows(MRange(last + 1, None), Arrangement.CONTIGUOUS, 128),
-    )
 
 
 def _needs_triton(error: ImportError) -> BackendError:

@@ -59,21 +59,29 @@ M_MULTIPLE = 4
 _BLOCKWISE_FORMS = (OperandForm(FP8_128X128_FP32, K_BY_MN), OperandForm(FP8_1X128_FP32, K_BY_MN))
 
 _TRTLLM_DISPUTE = (
-    "FlashInfer documents weight scales as (K/128, N/128), SGLang passes them as "
-    "stored (facts/sglang.md 1.3)"
+    "FlashInfer documents weight scales as (K/128, N/128), SGLang passes them as stored"
 )
-_CUTLASS_DISPUTE = (
-    "documentation and kernel once disagreed about scale order (facts/sglang.md 6, item 17)"
-)
+_CUTLASS_DISPUTE = "documentation and kernel once disagreed about scale order"
 
 
 _PADDED = "M is padded to a multiple of four, which costs copies where it is none"
 
 
 class _Groupwise:
-    """The run half of both kernels."""
+    """What both kernels have in common: the offer, and how they run."""
 
+    name: ClassVar[str]
     _call: ClassVar[dict[str, str | None]]
+
+    def _offer(self, gates: Gates, dispute: str) -> Offer:
+        weight, activation = _BLOCKWISE_FORMS
+        return Offer(
+            self.name,
+            weight,
+            activation,
+            readiness=readiness_once_proven(gates.request, gates.device, self.name),
+            notes=(*dispute_notes(gates, dispute), _PADDED, *bias_notes(gates.request)),
+        )
 
     def prepare(self, weight: BlockScaledTensor, offer: Offer) -> BlockScaledTensor:
         """The weight in contiguous memory, after one product with zeros, for which it compiles.
@@ -155,20 +163,7 @@ class FlashInferTrtllm(_Groupwise):
         )
         gates.whole_blocks()
         gates.dense()
-        if gates.rejections:
-            return gates.rejections
-        weight, activation = _BLOCKWISE_FORMS
-        return Offer(
-            self.name,
-            weight,
-            activation,
-            readiness=readiness_once_proven(request, device, self.name),
-            notes=(
-                *dispute_notes(gates, _TRTLLM_DISPUTE),
-                _PADDED,
-                *bias_notes(request),
-            ),
-        )
+        return gates.rejections or self._offer(gates, _TRTLLM_DISPUTE)
 
 
 class FlashInferCutlass(_Groupwise):
@@ -188,17 +183,4 @@ class FlashInferCutlass(_Groupwise):
         gates.multiples(128, 128, "it counts scale blocks by floor division")
         gates.whole_blocks()
         gates.dense()
-        if gates.rejections:
-            return gates.rejections
-        weight, activation = _BLOCKWISE_FORMS
-        return Offer(
-            self.name,
-            weight,
-            activation,
-            readiness=readiness_once_proven(request, device, self.name),
-            notes=(
-                *dispute_notes(gates, _CUTLASS_DISPUTE),
-                _PADDED,
-                *bias_notes(request),
-            ),
-        )
+        return gates.rejections or self._offer(gates, _CUTLASS_DISPUTE)

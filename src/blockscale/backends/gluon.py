@@ -10,26 +10,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockscale.backends.gates import Gates
-from blockscale.backends.own_kernels import SM_COUNT, TMA_BYTES, check_tma_weight, own_steps
+from blockscale.backends.own_kernels import (
+    HOPPER_ACTIVATION,
+    HOPPER_WEIGHT,
+    SM_COUNT,
+    check_tma_weight,
+    hopper_gates,
+    own_steps,
+    row_blocks,
+)
 from blockscale.errors import BackendError
-from blockscale.formats import (
-    FP8_1X128_FP32,
-    FP8_128X128_FP32,
-    K_MAJOR,
-    MN_MAJOR_TMA_ALIGNED,
-    BlockShape,
-    DType,
-)
-from blockscale.planning.decision import (
-    Arrangement,
-    Evidence,
-    GroupedRows,
-    MRange,
-    Obstacle,
-    Offer,
-    OperandForm,
-    Readiness,
-)
+from blockscale.planning.decision import Evidence, Obstacle, Offer, Readiness
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,8 +44,7 @@ FIRST_TRITON = (3, 6)
 MAX_EXPERTS = 512
 # Rows of a row block, and up to how many tokens an expert: with 8 experts a token, half of such a
 # block is full then. Estimates; every alignment is right for any number of tokens.
-ALIGNMENTS = ((8, 0.5), (16, 1), (64, 8))
-LAST_ALIGNMENT = 128
+ALIGNMENTS = ((8, 0.5), (16, 1), (64, 8), (128, None))
 
 
 class Gluon:
@@ -72,10 +62,7 @@ class Gluon:
         gates.architectures(ARCHITECTURES)
         gates.package(PACKAGE)
         gates.package_at_least(PACKAGE, *FIRST_TRITON)
-        gates.blocks((BlockShape(128, 128),))
-        gates.out_dtypes((DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32))
-        gates.multiples(TMA_BYTES // request.out_dtype.bytes, TMA_BYTES, "TMA rows are 16 bytes")
-        gates.whole_blocks()
+        hopper_gates(gates)
         gates.unless(
             request.experts is None or request.experts <= MAX_EXPERTS,
             Obstacle.GROUPING,
@@ -86,11 +73,11 @@ class Gluon:
             return gates.rejections
         return Offer(
             self.name,
-            OperandForm(FP8_128X128_FP32, K_MAJOR),
-            OperandForm(FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED),
+            HOPPER_WEIGHT,
+            HOPPER_ACTIVATION,
             evidence=Evidence.TESTED,
             readiness=Readiness.RUNNABLE,
-            rows=() if request.experts is None else _rows(request.experts),
+            rows=() if request.experts is None else row_blocks(request.experts, ALIGNMENTS),
         )
 
     def estimate_us(self, request: LinearRequest, device: Device, m: int) -> float | None:
@@ -141,18 +128,6 @@ class Gluon:
     def bind_masked(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyMasked:  # noqa: ARG002 - the protocol's signature
         """``expected_rows`` of 64 or fewer go to the kernel for few rows; slots of any height."""
         return _grouped_product(weight).masked
-
-
-def _rows(experts: int) -> tuple[GroupedRows, ...]:
-    """Low row blocks while experts get few rows each."""
-    found = []
-    first = 0
-    for alignment, tokens in ALIGNMENTS:
-        last = int(tokens * experts)
-        found.append(GroupedRows(MRange(first, last), Arrangement.CONTIGUOUS, alignment))
-        first = last + 1
-    found.append(GroupedRows(MRange(first, None), Arrangement.CONTIGUOUS, LAST_ALIGNMENT))
-    return tuple(found)
 
 
 def _grouped_product(weight: BlockScaledTensor) -> GroupedProduct:

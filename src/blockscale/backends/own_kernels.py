@@ -5,10 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockscale.errors import BackendError
+from blockscale.formats import (
+    FP8_1X128_FP32,
+    FP8_128X128_FP32,
+    K_MAJOR,
+    MN_MAJOR_TMA_ALIGNED,
+    BlockShape,
+    DType,
+)
+from blockscale.planning.decision import Arrangement, GroupedRows, MRange, OperandForm
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
 
+    from blockscale.backends.gates import Gates
     from blockscale.kernels.step import StepProduct, Steps
     from blockscale.planning.decision import Offer
     from blockscale.tensor import BlockScaledTensor
@@ -17,6 +29,34 @@ if TYPE_CHECKING:
 TMA_BYTES = 16
 # Of an H100 and an H200, where a device does not say.
 SM_COUNT = 132
+# What both Hopper families read, so that one prepared weight serves both.
+HOPPER_WEIGHT = OperandForm(FP8_128X128_FP32, K_MAJOR)
+HOPPER_ACTIVATION = OperandForm(FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED)
+
+
+def hopper_gates(gates: Gates) -> None:
+    """What both Hopper families ask of a layer; of the machine each asks its own."""
+    gates.blocks((BlockShape(128, 128),))
+    gates.out_dtypes((DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32))
+    row = TMA_BYTES // gates.request.out_dtype.bytes
+    gates.multiples(row, TMA_BYTES, "TMA rows are 16 bytes")
+    gates.whole_blocks()
+
+
+def row_blocks(
+    experts: int, alignments: Iterable[tuple[int, float | None]]
+) -> tuple[GroupedRows, ...]:
+    """Low row blocks while experts get few rows each.
+
+    ``alignments``: rows of a block, and up to how many tokens an expert; None: for all others.
+    """
+    found = []
+    first = 0
+    for alignment, tokens in alignments:
+        last = None if tokens is None else int(tokens * experts)
+        found.append(GroupedRows(MRange(first, last), Arrangement.CONTIGUOUS, alignment))
+        first = 0 if last is None else last + 1
+    return tuple(found)
 
 
 def check_tma_weight(weight: BlockScaledTensor, offer: Offer) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockscale.backends.gates import Gates
-from blockscale.backends.own_kernels import own_steps
+from blockscale.backends.own_kernels import own_steps, row_blocks
 from blockscale.errors import BackendError
 from blockscale.formats import (
     E4M3FN,
@@ -23,10 +23,7 @@ from blockscale.formats import (
     ScaleFormat,
 )
 from blockscale.planning.decision import (
-    Arrangement,
     Evidence,
-    GroupedRows,
-    MRange,
     Obstacle,
     Offer,
     OperandForm,
@@ -57,8 +54,7 @@ BLOCKS = (BlockShape(128, 128), BlockShape(64, 128), BlockShape(32, 32))
 WEIGHT_ALIGNMENT = 16
 # Rows of a row block, and up to how many tokens an expert: with 8 experts a token, half of such a
 # block is full then. Estimates; every alignment is right for any number of tokens.
-ALIGNMENTS = ((16, 1), (64, 8))
-LAST_ALIGNMENT = 128
+ALIGNMENTS = ((16, 1), (64, 8), (128, None))
 
 
 class Triton:
@@ -91,7 +87,7 @@ class Triton:
             ),
             evidence=Evidence.TESTED if is_tested else Evidence.DOCUMENTED,
             readiness=Readiness.RUNNABLE,
-            rows=() if request.experts is None else _rows(request.experts),
+            rows=() if request.experts is None else row_blocks(request.experts, ALIGNMENTS),
         )
 
     def prepare(self, weight: BlockScaledTensor, offer: Offer) -> BlockScaledTensor:  # noqa: ARG002 - the protocol's signature
@@ -136,18 +132,6 @@ class Triton:
     def bind_masked(self, weight: BlockScaledTensor, offer: Offer) -> MultiplyMasked:  # noqa: ARG002 - the protocol's signature
         """Slots of any height."""
         return _grouped_product(weight).masked
-
-
-def _rows(experts: int) -> tuple[GroupedRows, ...]:
-    """Low row blocks while experts get few rows each."""
-    found = []
-    first = 0
-    for alignment, tokens in ALIGNMENTS:
-        last = tokens * experts
-        found.append(GroupedRows(MRange(first, last), Arrangement.CONTIGUOUS, alignment))
-        first = last + 1
-    found.append(GroupedRows(MRange(first, None), Arrangement.CONTIGUOUS, LAST_ALIGNMENT))
-    return tuple(found)
 
 
 def _product(weight: BlockScaledTensor) -> TritonProduct:
