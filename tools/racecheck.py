@@ -14,8 +14,17 @@ of the code. So nothing is believed without a control: a kernel whose warps are 
 share nothing (``hand_over.py``). Where racecheck finds fault with that too, such reports are no
 findings; where it does not, they are.
 
-Triton puts these accesses on the line of the kernel's ``def`` and on the last statement's, the one
-with the ``gl.warp_specialize(``. No access of ours is on those lines (the same test).
+It also reports, in every kernel whose ring goes round, the write of a weight's scale into a slot
+and the reads of the scale before it (same machine and day); none where no slot is filled twice, so
+it does follow mbarriers from a write to its reads. Lanes that have read a slot meet, and one of
+them arrives at the mbarrier for all: two barriers of two kinds, which PTX orders
+(``give_back`` in gemm.cu). For racecheck gemm.cu is compiled so that every lane arrives for itself
+(``sanitize_works.ALL_LANES``). That leaves out the meeting and nothing else, and whatever is
+reported then is a finding.
+
+Triton puts the accesses of its hand-over on the line of the kernel's ``def`` and on the last
+statement's, the one with the ``gl.warp_specialize(``. No access of ours is on those lines (the same
+test).
 """
 
 from __future__ import annotations

@@ -237,6 +237,16 @@ def test_two_waves_in_flight_end_with_any_number_of_blocks(
         assert torch.equal(out, problem.expected.to(out.dtype))
 
 
+@pytest.mark.parametrize("form", [FEW_FORMS[0], FEW_FORMS[-1]], ids=name_of)
+def test_all_lanes_may_give_slots_back(form: Form) -> None:
+    """As it is compiled for racecheck: with and without a cluster, the same bits."""
+    all_lanes = ("#define ARRIVING_LANES 1\n", "#define ARRIVING_LANES 32\n")
+    problem = Problem(*shape_for(form))
+    work = make_work(form, *shape_for(form), processors=2)
+    out = problem.run(work, trial=Trial(change=all_lanes))
+    assert torch.equal(out, problem.expected.to(out.dtype))
+
+
 @machine
 @pytest.mark.parametrize(
     "form", [form for form in (*FEW_FORMS, *MANY_FORMS) if form.out is FP32], ids=name_of

@@ -6,18 +6,24 @@ The reports are racecheck's own (CUDA 13, H200, 2026-11-26), but for the control
 from __future__ import annotations
 
 import ast
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import racecheck
 import sanitize
 import sanitize_cases as cases
+import sanitize_works as watched
 from blockscale.formats import DType
+from blockscale.kernels.cuda import build, grouped_choice
 from blockscale.kernels.cuda import choice as cuda_choice
-from blockscale.kernels.cuda import grouped_choice
 from blockscale.kernels.cuda.work import Grouping, Share, When, written
+from sanitize_works import Scope
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable
 
 # Weight scales: a producer's store, and consumers' loads after a tile's last block.
 SCALES = """\
@@ -202,6 +208,7 @@ def test_a_tool_s_word_decides_the_exit_status(
     # All reports, not the first hundred; and the cases are what is watched.
     asked = (tmp_path / "asked").read_text()
     assert f"--tool {tool} --print-limit 0" in asked
+    assert f"--scope {'races' if tool == 'racecheck' else 'every-way'} --cases" in asked
     assert asked.split()[-1] == "--cases"
 
 
@@ -238,30 +245,30 @@ def test_without_the_tool_it_says_what_is_missing(
 
 def test_every_way_of_gemm_cu_is_among_the_cases() -> None:
     """Whatever is chosen for large layers and many tokens takes a way that some case takes."""
-    kinds = {cases.cuda_kind(work) for _, work in cases.cuda_works()}
+    kinds = {watched.cuda_kind(work) for _, work in watched.cuda_works()}
     shapes = ((320, 1680), (4096, 7168), (512, 512), (24576, 1536), (7168, 2304))
     tokens = (1, 16, 64, 65, 129, 300, 1000, 4096)
     for shape, m, out in product(shapes, tokens, (DType.BFLOAT16, DType.FLOAT32)):
         for work in cuda_choice.candidates(m, *shape, out, 132):
-            assert cases.cuda_kind(written(work)) in kinds, (work.name, m, shape)
-        assert cases.cuda_kind(cuda_choice.choose(m, *shape, out, 132)) in kinds
+            assert watched.cuda_kind(written(work)) in kinds, (work.name, m, shape)
+        assert watched.cuda_kind(cuda_choice.choose(m, *shape, out, 132)) in kinds
 
 
 def test_every_way_of_grouped_gemm_cu_is_among_the_cases() -> None:
-    kinds = {cases.cuda_kind(case.work) for case in cases.grouped_cuda()}
+    kinds = {watched.cuda_kind(case.work) for case in watched.grouped_cuda()}
     for shape, out in product(((4096, 7168), (6144, 3072)), (DType.BFLOAT16, DType.FLOAT32)):
         for alignment, blocks in product((64, 128), (4, 40, 400)):
             rows = (8, blocks, alignment)
             for work in grouped_choice.contiguous_works(rows, shape, out, 132):
-                assert cases.cuda_kind(work) in kinds, work.name
+                assert watched.cuda_kind(work) in kinds, work.name
         for slots in ((8, 64, 10), (8, 128, 50), (8, 300, 100), (8, 4096, 1000)):
             for work in grouped_choice.masked_works(slots, shape, out, 132):
-                assert cases.cuda_kind(work) in kinds, work.name
+                assert watched.cuda_kind(work) in kinds, work.name
 
 
 def test_cases_of_gemm_cu_have_all_that_a_form_may_be() -> None:
-    works = [work for _, work in cases.cuda_works()]
-    works += [case.work for case in cases.grouped_cuda()]
+    works = [work for _, work in watched.cuda_works()]
+    works += [case.work for case in watched.grouped_cuda()]
     for field, values in (("share", Share), ("grouping", Grouping)):
         assert {getattr(work.form, field) for work in works} == set(values)
     assert {work.form.stores.when for work in works} == set(When)
@@ -270,25 +277,60 @@ def test_cases_of_gemm_cu_have_all_that_a_form_may_be() -> None:
     }
     assert {work.early_blocks > 0 for work in works} == {False, True}
     late = [work for work in works if work.form.stores.when is When.LATE]
-    several = [work for work in late if cases.cuda_turns(work) > 1]
+    several = [work for work in late if watched.cuda_turns(work) > 1]
     assert len(several) == len(late), "a tile that is written late is followed by another"
 
 
 def test_every_ring_goes_round() -> None:
     pytest.importorskip("triton", reason="the Gluon kernels' choice imports it")
-    for work in [*(w for _, w in cases.cuda_works()), *(c.work for c in cases.grouped_cuda())]:
+    for work in [*(w for _, w in watched.cuda_works()), *(c.work for c in watched.grouped_cuda())]:
         assert work.k_blocks > work.form.stages, work.name
-    for _, work in cases.gluon_works():
-        assert work.piece_blocks > work.variant.stages or cases.gluon_turns(work) > 1, work.name
-    for case in cases.grouped_gluon():
-        assert case.work.stages < -(-cases.K // 128)
+    for _, work in watched.gluon_works():
+        assert work.piece_blocks > work.variant.stages or watched.gluon_turns(work) > 1, work.name
+    for case in watched.grouped_gluon():
+        assert case.k_blocks > case.work.stages, case.name
+
+
+def test_cases_for_races_have_all_that_any_two_traits_do() -> None:
+    """Fewer, and no two traits of a kind are left out."""
+    pytest.importorskip("triton", reason="the Gluon kernels' choice imports it")
+    kinds: list[list[set[tuple[Hashable, ...]]]] = [
+        [
+            {watched.cuda_kind(work) for _, work in watched.cuda_works(scope)},
+            {watched.cuda_kind(case.work) for case in watched.grouped_cuda(scope)},
+            {watched.gluon_kind(work) for _, work in watched.gluon_works(scope)},
+        ]
+        for scope in (Scope.RACES, Scope.EVERY_WAY)
+    ]
+    for few, many in zip(*kinds, strict=True):
+        assert few < many
+        assert pairs(few) == pairs(many)
+    assert sum(map(len, kinds[0])) < 0.7 * sum(map(len, kinds[1]))
+
+
+def pairs(kinds: Iterable[tuple[Hashable, ...]]) -> set[tuple[object, ...]]:
+    return {pair for kind in kinds for pair in combinations(enumerate(kind), 2)}
+
+
+def test_only_for_races_do_all_lanes_give_slots_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "OPTIONS", build.OPTIONS)
+    usual = build.OPTIONS
+    for _ in range(2):
+        watched.build_for(Scope.RACES)
+        assert (*usual, watched.ALL_LANES) == build.OPTIONS
+    watched.build_for(Scope.EVERY_WAY)
+    assert usual == build.OPTIONS
+    source = build.sources()["gemm.cu"].decode()
+    name, lanes = watched.ALL_LANES.removeprefix("-D").split("=")
+    assert f"#ifndef {name}\n#define {name} 1\n#endif\n" in source
+    assert lanes == "32"
 
 
 def test_a_family_that_fails_is_said_and_the_others_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def family(error: Exception | None) -> object:
-        def run() -> object:
+        def run(_scope: Scope) -> object:
             yield "one", 0.0
             if error is not None:
                 raise error
@@ -298,9 +340,10 @@ def test_a_family_that_fails_is_said_and_the_others_run(
 
     found = {"a": family(ValueError("no")), "b": family(ImportError("pip")), "c": family(None)}
     monkeypatch.setattr(cases, "FAMILIES", found)
+    monkeypatch.setattr(build, "OPTIONS", build.OPTIONS)
     assert cases.run_cases(["b"]) == 0
     assert cases.run_cases("abc") == 1
     said = capsys.readouterr().out
     assert "a: FAILED: ValueError: no" in said
     assert "b: left out: pip" in said
-    assert "c two: WRONG error 1.0e+00" in said
+    assert "c two: WRONG error 1.0e+00, 0.0 s" in said

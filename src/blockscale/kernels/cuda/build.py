@@ -25,16 +25,20 @@ HERE = Path(__file__).parent
 SOURCE = HERE / "gemm.cu"
 HEADERS = ("primitives.cuh", "wgmma.cuh", "units.cuh", "producer.cuh", "flight.cuh", "results.cuh")
 KERNEL = "block_fp8_gemm"
-OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17")
+OPTIONS: tuple[str, ...] = ("--gpu-architecture=sm_90a", "--std=c++17")
 
 
-@cache
 def compile_form(form: Form) -> bytes:
     """The form's cubin, from the cache if it has one of these sources and this NVRTC.
 
     Raises BackendError, with NVRTC's own words, if it cannot be built.
     """
-    options = (*OPTIONS, *(f"-D{name}={value}" for name, value in form.macros.items()))
+    return _compile_form(form, OPTIONS)
+
+
+@cache
+def _compile_form(form: Form, usual: tuple[str, ...]) -> bytes:
+    options = (*usual, *(f"-D{name}={value}" for name, value in form.macros.items()))
     target = cache_directory() / f"block_fp8-{form.name}-{_key(options)}.cubin"
     if target.exists():
         return target.read_bytes()

@@ -37,6 +37,13 @@ constexpr int BESIDE = FORM_BESIDE;
 // Waves of a consumer that run at a time.
 constexpr int FLIGHT = FORM_FLIGHT;
 
+// Lanes of a consumer's warp that say that it has read a slot: 1, or WARP, which tools/racecheck.py
+// has it compiled with.
+#ifndef ARRIVING_LANES
+#define ARRIVING_LANES 1
+#endif
+constexpr int ARRIVING = ARRIVING_LANES;
+
 // K of a slot: one scale block, and 128 bytes of codes.
 constexpr int K_BLOCK = 128;
 // Weight rows that share a scale.
@@ -71,6 +78,7 @@ constexpr bool MOVES_REGISTERS = CONSUMERS == 2 || BESIDE == 2;
 constexpr int PRODUCER_REGISTERS = 40;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 208;
 
+static_assert(ARRIVING == 1 || ARRIVING == WARP, "one lane, or all");
 static_assert(OWN_ROWS % WAVE_ROWS == 0 && WAVES <= 2, "one or two waves a consumer");
 static_assert(COLUMNS % 16 == 0, "a pair of matrices is 16 columns wide");
 static_assert(COLUMNS <= 144 || SEGMENT >= COLUMNS - 128, "a tile meets two scale blocks at most");
@@ -208,9 +216,14 @@ DEVICE void promote(float (&results)[SUMS], const float (&wave)[SUMS], const Sca
     pin(results);
 }
 
-// One lane of each warp, or one for each block of the cluster: the warp has read the slot.
+// One lane of each warp, or one for each block of the cluster: the warp has read the slot, for all
+// of its lanes met after they had (`bar.warp.sync` orders memory among them, PTX ISA 9.0, 9.7.13.2,
+// and what orders one after the other orders all that was before: 8.9.5).
 DEVICE void give_back(const Ring& ring) {
-    if (CLUSTER == 1) {
+    if (ARRIVING == WARP) {
+        barrier_arrive(ring.empty());
+        if (CLUSTER == 2) barrier_arrive_at(ring.empty(), 1 - block_index() % CLUSTER);
+    } else if (CLUSTER == 1) {
         if (lane_index() == 0) barrier_arrive(ring.empty());
     } else {
         if (lane_index() < CLUSTER) barrier_arrive_at(ring.empty(), lane_index());
@@ -346,9 +359,9 @@ DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& pr
 
 DEVICE void prepare_barriers(u32 memory) {
     for (u32 slot = 0; slot < STAGES; slot++) {
-        // The copies' thread and the scales' lane; every consumer warp of the cluster.
+        // The copies' thread and the scales' lane; lanes of every consumer warp of the cluster.
         barrier_init(memory + FULL + slot * BARRIER_BYTES, 2);
-        barrier_init(memory + EMPTY + slot * BARRIER_BYTES, CLUSTER * CONSUMERS * WARPS);
+        barrier_init(memory + EMPTY + slot * BARRIER_BYTES, CLUSTER * CONSUMERS * WARPS * ARRIVING);
     }
     fence_barrier_init();
 }
