@@ -1,4 +1,4 @@
-"""Reads racecheck's report and tells apart how Triton hands its warps their work.
+"""Reads racecheck's report and tells apart what it also says of kernels that are right.
 
 ``gl.warp_specialize`` becomes a loop of the worker warps (Triton 3.6,
 ``ConvertWarpSpecializeToLLVM.cpp``). They wait at barrier 1, where all threads of the block meet,
@@ -22,6 +22,12 @@ them arrives at the mbarrier for all: two barriers of two kinds, which PTX order
 (``sanitize_works.ALL_LANES``). That leaves out the meeting and nothing else, and whatever is
 reported then is a finding.
 
+Gluon cannot have every thread arrive. Its reports of a scale's store and load are judged as those
+of the hand-over, by a control: a ring that is filled and read in the same way and does nothing else
+(``scale_ring.py``). Both use ``put_scale`` and ``take_scale``, whose lines say which reports these
+are. So racecheck no longer finds a scale that is read too late or too early; the pretend Hopper
+does, which knows what is ordered after what (``testing/gluon_races.py``).
+
 Triton puts the accesses of its hand-over on the line of the kernel's ``def`` and on the last
 statement's, the one with the ``gl.warp_specialize(``. No access of ours is on those lines (the same
 test).
@@ -39,15 +45,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
 ROOT = Path(__file__).resolve().parent.parent
-# The kernel that does nothing else, and where all of them are.
-CONTROL = "hand_over_kernel"
-CONTROL_SOURCE = ROOT / "tools" / "hand_over.py"
+# The controls, and where all kernels are: work is handed over, and scales too.
+CONTROL, RING = "hand_over_kernel", "scale_ring_kernel"
+CONTROL_SOURCES = (ROOT / "tools" / "hand_over.py", ROOT / "tools" / "scale_ring.py")
 KERNELS = ROOT / "src" / "blockscale" / "kernels" / "gluon"
 
 ACCESS = r"(?P<kind>\w+) access at (?P<kernel>.+)\+0x[0-9a-f]+(?: in (?P<file>.+):(?P<line>\d+))?"
 FIRST = re.compile(rf"^=+ \w+: Race reported between {ACCESS}$")
 OTHER = re.compile(rf"^=+ +and {ACCESS} \[(?P<hazards>\d+) hazards\]$")
 SUMMARY = re.compile(r"^=+ RACECHECK SUMMARY: (\d+) hazards? displayed")
+
+# File and line.
+Place = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +86,31 @@ class Race:
 
 
 @dataclass(frozen=True, slots=True)
+class Apart:
+    """Reports of one sort that are no findings: the kernels', and those of its control."""
+
+    sort: str
+    own: tuple[Race, ...]
+    control: tuple[Race, ...]
+
+    def __str__(self) -> str:
+        """One line."""
+        return (
+            f"reports of {self.sort}: {len(self.own)}, and {len(self.control)} of the control, "
+            f"which does nothing else: no findings"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
-    """The reports of a run: findings, and hand-overs of the kernels and of the control.
+    """The reports of a run: findings, and what is said of kernels that are right.
 
     ``unread``: reports that racecheck counts and that were not understood, or the whole run's end.
     """
 
     findings: tuple[Race, ...]
-    hand_overs: tuple[Race, ...]
-    control: tuple[Race, ...]
+    hand_overs: Apart
+    scales: Apart
     unread: str = ""
 
     @property
@@ -98,25 +123,41 @@ class Verdict:
         """Both counts, and every finding."""
         yield f"findings: {len(self.findings)}"
         yield from (f"  {race}" for race in self.findings)
-        own, control = len(self.hand_overs), len(self.control)
-        if own or control:
-            yield (
-                f"reports of how Triton hands work to warps: {own}, and {control} of the control, "
-                f"which shares nothing else: no findings"
-            )
+        for apart in (self.hand_overs, self.scales):
+            if apart.own or apart.control:
+                yield str(apart)
         if self.unread:
             yield self.unread
 
 
-def judge(output: str, hand_overs: Mapping[str, frozenset[tuple[str, int]]]) -> Verdict:
-    """What a run's output says; ``hand_overs`` as from ``hand_over_lines``."""
+def judge(
+    output: str,
+    hand_overs: Mapping[str, frozenset[Place]],
+    scales: tuple[Place, Place] | None = None,
+) -> Verdict:
+    """What a run's output says; the others as from ``hand_over_lines`` and ``scale_lines``."""
     races = tuple(read_races(output))
-    handed = [race for race in races if is_hand_over(race, hand_overs)]
-    control = tuple(race for race in handed if race.accesses[0].kernel == CONTROL)
-    # Without a control nothing says that they are Triton's.
-    believed = tuple(race for race in handed if race not in control) if control else ()
-    findings = tuple(race for race in races if race not in (*believed, *control))
-    return Verdict(findings, believed, control, _unread(output, len(races)))
+    places = scales or scale_lines()
+    handed = _apart(
+        "how Triton hands work to warps",
+        [race for race in races if is_hand_over(race, hand_overs)],
+        (CONTROL, RING),
+    )
+    taken = _apart(
+        "a scale that is put into a slot and was taken from it",
+        [race for race in races if is_scale(race, places)],
+        (RING,),
+    )
+    apart = (*handed.own, *handed.control, *taken.own, *taken.control)
+    findings = tuple(race for race in races if race not in apart)
+    return Verdict(findings, handed, taken, _unread(output, len(races)))
+
+
+def _apart(sort: str, races: list[Race], controls: tuple[str, ...]) -> Apart:
+    """Without a report of a control, those of the kernels are findings."""
+    control = tuple(race for race in races if race.accesses[0].kernel in controls)
+    others = tuple(race for race in races if race not in control)
+    return Apart(sort, others if control else (), control)
 
 
 def read_races(output: str) -> Iterator[Race]:
@@ -136,18 +177,40 @@ def read_races(output: str) -> Iterator[Race]:
         yield Race(tuple(accesses), hazards)
 
 
-def is_hand_over(race: Race, hand_overs: Mapping[str, frozenset[tuple[str, int]]]) -> bool:
+def is_hand_over(race: Race, hand_overs: Mapping[str, frozenset[Place]]) -> bool:
     """Whether all its accesses are one kernel's, on lines where it hands over work."""
-    kernels = {access.kernel for access in race.accesses}
+    kernels = _kernels(race)
     if len(kernels) != 1:
         return False
     lines = hand_overs.get(kernels.pop(), frozenset())
     return all((access.file, access.line) in lines for access in race.accesses)
 
 
+def is_scale(race: Race, places: tuple[Place, Place]) -> bool:
+    """Whether it is one kernel's store into a slot of scales, against its loads from there."""
+    put, taken = places
+    found = {(access.kind, (access.file, access.line)) for access in race.accesses}
+    return found == {("Write", put), ("Read", taken)} and len(_kernels(race)) == 1
+
+
+def _kernels(race: Race) -> set[str]:
+    return {access.kernel for access in race.accesses}
+
+
+def scale_lines(source: Path = KERNELS / "schedule.py") -> tuple[Place, Place]:
+    """The (file, line) of a scale's store and of its load: the last of two functions."""
+    functions = {
+        node.name: node
+        for node in ast.parse(source.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    put, taken = (functions[name].body[-1].lineno for name in ("put_scale", "take_scale"))
+    return (source.name, put), (source.name, taken)
+
+
 def hand_over_lines(
-    sources: Iterable[Path] = (CONTROL_SOURCE, *sorted(KERNELS.glob("*.py"))),
-) -> dict[str, frozenset[tuple[str, int]]]:
+    sources: Iterable[Path] = (*CONTROL_SOURCES, *sorted(KERNELS.glob("*.py"))),
+) -> dict[str, frozenset[Place]]:
     """By kernel, the (file, line) that Triton puts its hand-over of work on.
 
     Of each function that calls ``gl.warp_specialize``: its ``def``, and the calls with what they

@@ -41,8 +41,10 @@ if TYPE_CHECKING:
 
 LAYER_TOKENS = (7, 40, 300)
 EXPERT_TOKENS = {Scope.EVERY_WAY: (3, 40), Scope.RACES: (40,)}
-# Of the control: meetings of a partition's warps, and mbarriers.
+# Of the first control: meetings of a partition's warps, and mbarriers. Of the other: numbers that
+# go through its ring.
 CONTROLS = ((0, 0), (96, 0), (96, 2))
+NUMBERS = 24
 # Relative Frobenius error: far above what any output dtype rounds, far below a wrong scale.
 MAX_ERROR = 5e-3
 
@@ -277,7 +279,7 @@ def _experts(scope: Scope) -> Iterator[Found]:
 
 
 def _control(_scope: Scope) -> Iterator[Found]:
-    """Not ours: how Triton hands work to warps, and nothing else (``racecheck``)."""
+    """How Triton hands work to warps, and a ring; nothing else (``racecheck``)."""
     import triton
 
     if triton.knobs.runtime.interpret:
@@ -285,10 +287,12 @@ def _control(_scope: Scope) -> Iterator[Found]:
         raise ImportError(msg)
 
     from hand_over import wrong_counts
+    from scale_ring import wrong_sums
 
     for rounds, mbarriers in CONTROLS:
         name = f"hand-over, {rounds} rounds, {mbarriers} mbarriers"
         yield name, wrong_counts(rounds, mbarriers)
+    yield f"ring, {NUMBERS} numbers", wrong_sums(NUMBERS)
 
 
 FAMILIES: dict[str, Callable[[Scope], Iterator[Found]]] = {

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 
 import hand_over
 import racecheck
+import scale_ring
 from blockscale.kernels.gluon.build import Form, compile_form
 from blockscale.kernels.gluon.dialect import RELEASE, GluonSource
 from blockscale.kernels.gluon.grouped_work import grouped_small_variant, grouped_variant
@@ -44,6 +45,7 @@ FORMS = (
 )
 # The control without and with mbarriers.
 CONTROLS = [f"{racecheck.CONTROL} {mbarriers}" for mbarriers in (0, 2)]
+RING = f"{racecheck.RING} {scale_ring.STAGES}"
 KERNELS = [form.name for form in FORMS]
 # The byte that a worker reads, and the bytes of several that the others write: constants.
 READ = re.compile(r"ld\.shared\.b8\s+%rs?\d+, \[%r\d+\+\d+\];")
@@ -60,13 +62,15 @@ MEETING = "barrier.sync"
 
 @cache
 def ptx(name: str) -> str:
-    if name not in CONTROLS:
+    if name not in (*CONTROLS, RING):
         form = FORMS[KERNELS.index(name)]
         return str(compile_form(form, SM90).asm["ptx"])
-    kernel = hand_over.hand_over_kernel
+    is_ring = name == RING
+    kernel = scale_ring.scale_ring_kernel if is_ring else hand_over.hand_over_kernel
+    pointer = "*fp32" if is_ring else "*i32"
     source = GluonSource(
         kernel,
-        dict(zip(kernel.arg_names, ("*i32", "i32", "constexpr", "constexpr"), strict=True)),
+        dict(zip(kernel.arg_names, (pointer, "i32", "constexpr", "constexpr"), strict=True)),
         constexprs={(2,): int(name.split()[1]), (3,): hand_over.PRODUCER_REGISTERS},
     )
     options = {"num_warps": hand_over.WARPS, "maxnreg": hand_over.REGISTERS}
@@ -93,7 +97,7 @@ def hand_over_lines(text: str) -> frozenset[tuple[str, int]]:
     return racecheck.hand_over_lines()[name[1]]
 
 
-@pytest.mark.parametrize("name", [*KERNELS, *CONTROLS])
+@pytest.mark.parametrize("name", [*KERNELS, *CONTROLS, RING])
 def test_on_the_lines_left_out_are_bytes_that_say_whose_work_is_whose(name: str) -> None:
     text = ptx(name)
     lines = hand_over_lines(text)
@@ -112,7 +116,7 @@ def test_on_the_lines_left_out_are_bytes_that_say_whose_work_is_whose(name: str)
     assert not any(READ.fullmatch(code) or WRITE.fullmatch(code) for code in elsewhere)
 
 
-@pytest.mark.parametrize("name", [*KERNELS, *CONTROLS])
+@pytest.mark.parametrize("name", [*KERNELS, *CONTROLS, RING])
 def test_all_threads_meet_between_each_write_and_each_read(name: str) -> None:
     """A worker meets the others, reads, meets them; they write, and then they meet."""
     codes = [
@@ -143,3 +147,45 @@ def test_the_control_has_no_shared_memory_but_triton_s(name: str) -> None:
     assert len(others) < len(touching)
     assert all("mbarrier." in code for code in others)
     assert bool(others) is (name == CONTROLS[1])
+
+
+@pytest.mark.parametrize("name", [*KERNELS, RING])
+def test_on_a_scale_s_lines_is_its_store_and_are_its_loads(name: str) -> None:
+    put, taken = racecheck.scale_lines()
+    touching = [(place, code) for place, code in located(ptx(name)) if TOUCHES.search(code)]
+    stores = [code for place, code in touching if place == put]
+    loads = [code for place, code in touching if place == taken]
+    assert stores
+    assert loads
+    assert all(re.match(r"(@%p\d+ )?st\.shared\.b32", code) for code in stores), stores
+    assert all(re.match(r"(@%p\d+ )?ld\.shared\.b32", code) for code in loads), loads
+
+
+def test_the_ring_is_right() -> None:
+    """Its readers meet after they read and before one arrives; nothing else is shared."""
+    lines = dict.fromkeys(racecheck.scale_lines(), "scale")
+    codes = [
+        (lines.get(place, ""), code)
+        for place, code in located(ptx(RING))
+        if (TOUCHES.search(code) or "bar.sync" in code or "bar.warp.sync" in code)
+        and place not in hand_over_lines(ptx(RING))
+        and "mbarrier.init" not in code
+    ]
+    words = [
+        "scale " * bool(scale) + re.sub(r"^@%p\d+ ", "", code).split()[0] for scale, code in codes
+    ]
+    reader = words[: words.index("bar.warp.sync")]
+    arrival = reader.index("mbarrier.arrive.shared::cta.b64")
+    assert reader[arrival - 3 : arrival] == [
+        "mbarrier.try_wait.parity.shared.b64",
+        "scale ld.shared.b32",
+        "bar.sync",
+    ]
+    writer = words[words.index("bar.warp.sync") :]
+    assert writer == [
+        "bar.warp.sync",
+        "mbarrier.try_wait.parity.shared.b64",
+        "scale st.shared.b32",
+        "bar.warp.sync",
+        "mbarrier.arrive.shared::cta.b64",
+    ]

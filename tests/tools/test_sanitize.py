@@ -60,12 +60,15 @@ CONTROL = """\
 =========
 control hand-over 0 rounds: error 0.0e+00
 """
+# What the other control would say.
+RING = SCALES.replace("dense_kernel", racecheck.RING)
 # As it was when these reports were made.
 LINES = {
     "dense_kernel": frozenset({("dense.py", 275), ("dense.py", 312)}),
     "small_m_kernel": frozenset({("small_m.py", 126), ("small_m.py", 153)}),
     racecheck.CONTROL: frozenset({("hand_over.py", 29), ("hand_over.py", 32)}),
 }
+SCALE_LINES = ("schedule.py", 105), ("waves.py", 57)
 
 
 def output(*reports: str, count: int | None = None) -> str:
@@ -76,8 +79,9 @@ def output(*reports: str, count: int | None = None) -> str:
 
 
 def judged(text: str) -> tuple[int, int, int, bool]:
-    found = racecheck.judge(text, LINES)
-    return len(found.findings), len(found.hand_overs), len(found.control), found.is_clean
+    found = racecheck.judge(text, LINES, SCALE_LINES)
+    handed = found.hand_overs
+    return len(found.findings), len(handed.own), len(handed.control), found.is_clean
 
 
 def test_reports_are_read_whole() -> None:
@@ -119,12 +123,52 @@ def test_what_is_not_wholly_one_kernel_s_hand_over_is_a_finding(change: tuple[st
     assert judged(output(changed, CONTROL)) == (1, 0, 1, False)
 
 
+def test_scales_are_no_findings_if_the_ring_has_them_too() -> None:
+    for text, counts in (
+        (output(SCALES, RING), (0, 1, 1)),
+        (output(SCALES, HAND_OVER, RING, CONTROL, CUDA), (1, 1, 1)),
+        (output(RING), (0, 0, 1)),
+        (output(SCALES), (1, 0, 0)),
+        (output(SCALES, HAND_OVER, CONTROL), (1, 0, 0)),
+    ):
+        found = racecheck.judge(text, LINES, SCALE_LINES)
+        assert (len(found.findings), len(found.scales.own), len(found.scales.control)) == counts
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("Write access", "Read access"),
+        ("waves.py:57 [8", "waves.py:58 [8"),
+        ("schedule.py:105", "schedule.py:104"),
+        ("dense_kernel+0x2830", "small_m_kernel+0x2830"),
+        ("Read access at dense_kernel+0x3080", "Write access at dense_kernel+0x3080"),
+    ],
+    ids=str,
+)
+def test_what_is_not_wholly_a_scale_put_and_taken_is_a_finding(change: tuple[str, str]) -> None:
+    changed = SCALES.replace(*change)
+    assert changed != SCALES
+    assert len(racecheck.judge(output(changed, RING), LINES, SCALE_LINES).findings) == 1
+
+
+def test_the_lines_of_a_scale_are_its_store_and_its_load() -> None:
+    lines = (racecheck.KERNELS / "schedule.py").read_text(encoding="utf-8").splitlines()
+    (file, put), (same, taken) = racecheck.scale_lines()
+    assert file == same == "schedule.py"
+    assert ".store(" in lines[put - 1]
+    assert ".load(" in lines[taken - 1]
+    assert "def take_scale" in "".join(lines[put:taken])
+
+
 def test_all_are_counted() -> None:
     assert judged(output(CONTROL)) == (0, 0, 1, True)
     assert judged(output()) == (0, 0, 0, True)
-    lines = list(racecheck.judge(output(HAND_OVER, CONTROL, SCALES), LINES).lines)
+    text = output(HAND_OVER, CONTROL, CUDA, SCALES, SCALES, RING)
+    lines = list(racecheck.judge(text, LINES, SCALE_LINES).lines)
     assert lines[0] == "findings: 1"
-    assert "hands work to warps: 1, and 1 of the control" in lines[-1]
+    assert "hands work to warps: 1, and 1 of the control" in lines[-2]
+    assert "was taken from it: 2, and 1 of the control" in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +183,7 @@ def test_all_are_counted() -> None:
     ],
 )
 def test_what_is_not_understood_is_not_clean(text: str) -> None:
-    verdict = racecheck.judge(text, LINES)
+    verdict = racecheck.judge(text, LINES, SCALE_LINES)
     assert verdict.unread
     assert verdict.unread in list(verdict.lines)
     assert not verdict.is_clean
@@ -147,7 +191,8 @@ def test_what_is_not_understood_is_not_clean(text: str) -> None:
 
 def test_lines_of_a_hand_over_are_found_in_the_source(tmp_path: Path) -> None:
     lines = racecheck.hand_over_lines()
-    kernels = {name for name in lines if name != racecheck.CONTROL}
+    controls = {racecheck.CONTROL: "hand_over.py", racecheck.RING: "scale_ring.py"}
+    kernels = lines.keys() - controls.keys()
     assert kernels == {
         "dense_kernel",
         "small_m_kernel",
@@ -157,7 +202,8 @@ def test_lines_of_a_hand_over_are_found_in_the_source(tmp_path: Path) -> None:
     }
     for name, places in lines.items():
         (file,) = {file for file, _ in places}
-        folder = racecheck.CONTROL_SOURCE.parent if name == racecheck.CONTROL else racecheck.KERNELS
+        assert file == controls.get(name, file)
+        folder = racecheck.CONTROL_SOURCES[0].parent if name in controls else racecheck.KERNELS
         source = (folder / file).read_text(encoding="utf-8")
         texts = [source.splitlines()[line - 1].strip() for _, line in sorted(places)]
         assert texts[0].startswith(f"def {name}(")

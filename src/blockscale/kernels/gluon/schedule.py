@@ -106,6 +106,16 @@ def put_scale(value, scale_slots, slot):
 
 
 @gluon.jit
+def take_scale(scale_slots, slot, LAYOUT: gl.constexpr):
+    """Consumer: a slot's weight scale, in every thread.
+
+    racecheck's reports of this load and of ``put_scale``'s store are told apart by their lines
+    (``tools/racecheck.py``): no other scale may be put or taken there.
+    """
+    return scale_slots.index(slot).load(LAYOUT)
+
+
+@gluon.jit
 def allocate_barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
     """The barriers of a ring.
 

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from blockscale.kernels.gluon.dialect import in_each_program, partition_barrier
-from blockscale.kernels.gluon.schedule import next_slot, release, slot_before
+from blockscale.kernels.gluon.schedule import next_slot, release, slot_before, take_scale
 
 # Rows of one wgmma.
 WAVE_ROWS = gl.constexpr(64)
@@ -54,7 +54,7 @@ def _load_scales(ring, slot, FIRST: gl.constexpr, REST: gl.constexpr, TWO_WAVES:
                  ROWS: gl.constexpr):  # fmt: skip
     """A slot's scales of the first and of the second wave's rows: activation's times weight's."""
     a_scale_slots = ring[2]
-    b_scale = ring[3].index(slot).load(ROWS)
+    b_scale = take_scale(ring[3], slot, ROWS)
     slot_scales = a_scale_slots.index(slot).reshape((a_scale_slots.shape[2],))
     a_scale = slot_scales.slice(FIRST, WAVE_ROWS, dim=0).load(ROWS)
     scale0 = a_scale * b_scale
@@ -63,7 +63,7 @@ def _load_scales(ring, slot, FIRST: gl.constexpr, REST: gl.constexpr, TWO_WAVES:
         scale1 = slot_scales.slice(FIRST + WAVE_ROWS, WAVE_ROWS, dim=0).load(ROWS) * b_scale
     if REST > 0:
         OTHER_ROWS: gl.constexpr = gl.SliceLayout(1, wave_layout(REST, gl.num_ctas()))
-        scale1 = a_scale * ring[7].index(slot).load(ROWS)
+        scale1 = a_scale * take_scale(ring[7], slot, ROWS)
         scale1 = gl.convert_layout(scale1, OTHER_ROWS, assert_trivial=True)
     return scale0, scale1
 
@@ -137,7 +137,7 @@ def accumulate(ring, blocks, slot, phase, FIRST: gl.constexpr, COLUMNS: gl.const
 def _load_token_scales(ring, slot, BT: gl.constexpr, TOKENS: gl.constexpr):
     """A slot's scales by token: activation's times weight's."""
     _a_slots, _b_slots, a_scale_slots, b_scale_slots, _full, _empty = ring
-    b_scale = b_scale_slots.index(slot).load(TOKENS)
+    b_scale = take_scale(b_scale_slots, slot, TOKENS)
     scale_slot = a_scale_slots.index(slot).reshape((a_scale_slots.shape[2],))
     return scale_slot.slice(0, BT).load(TOKENS) * b_scale
 
