@@ -13,9 +13,10 @@ from blockscale.kernels.cuda.grouped_choice import (
     choose_contiguous,
     choose_masked,
 )
-from blockscale.kernels.cuda.launch import Arguments, Launch, Problem
-from blockscale.kernels.cuda.product import CODES, MAX_LAUNCHES, RESULTS, SCALES
-from blockscale.kernels.cuda.work import MAX_GROUPS, SCALE_BYTES, aligned_scale_stride
+from blockscale.kernels.cuda.launch import Launch, keep
+from blockscale.kernels.cuda.operands import Routing, Rows, arguments
+from blockscale.kernels.cuda.product import MAX_LAUNCHES
+from blockscale.kernels.cuda.work import MAX_GROUPS
 from blockscale.kernels.step import device_index
 from blockscale.tensor import dtype_of
 
@@ -43,7 +44,7 @@ class CudaGroupedProduct:
         if not (is_stack and weight.data.is_contiguous() and weight.scales.is_contiguous()):
             msg = f"grouped products read a contiguous (groups, n, k) weight, not {weight!r}"
             raise BackendError(msg)
-        self._data, self._scales = weight.data, weight.scales
+        self._weight = weight
         self._groups, self._n, self._k = weight.data.shape
         self._overlap = overlap
         self._device = device_index(weight.data)
@@ -141,9 +142,7 @@ class CudaGroupedProduct:
         )
         launch = self._launches.get(key)
         if launch is None:
-            if len(self._launches) >= MAX_LAUNCHES:
-                self._launches.clear()
-            launch = self._launches[key] = self._launch(key)
+            launch = keep(self._launches, key, self._launch(key), MAX_LAUNCHES)
         launch()
 
     def _launch(self, key: tuple) -> Launch:
@@ -153,33 +152,7 @@ class CudaGroupedProduct:
             work = self.masked_work(rows, expected_rows, dtype)
         else:
             work = self.contiguous_work(rows, length, dtype)
-        a_box, last_box, b_box, scale_box, last_scale_box, out_box = work.boxes
-        count = slots[0] if slots else 1
-        columns = aligned_scale_stride(rows) * SCALE_BYTES
-        flat = (self._groups * self._n, self._k)
-        pitch = self._n * dtype.itemsize
-        maps = (
-            self._maps(codes, (count * rows, self._k), stride, a_box, *CODES),
-            self._maps(codes, (count * rows, self._k), stride, last_box, *CODES),
-            self._maps(self._data.data_ptr(), flat, self._k, b_box, *CODES),
-            self._maps(scales, (count * work.k_blocks, rows), columns, scale_box, *SCALES),
-            self._maps(scales, (count * work.k_blocks, rows), columns, last_scale_box, *SCALES),
-            self._maps(out, (*slots, rows, self._n), pitch, out_box, *RESULTS[dtype]),
-        )
-        problem = Problem(
-            self._scales.data_ptr(),
-            None,
-            rows,
-            self._n,
-            work.k_blocks,
-            self._scales.stride(-2),
-            work.unit_rows,
-            work.unit_columns,
-            work.band,
-            work.last_rows,
-            work.early_blocks,
-            0 if slots else rows // length,
-            self._groups,
-            routing,
-        )
-        return Launch(work, self._device, stream, Arguments(maps, problem), overlap=self._overlap)
+        where = Rows((*slots, rows), codes, stride, scales, out, dtype)
+        routed = Routing(0 if slots else rows // length, self._groups, routing)
+        made = arguments(self._maps, self._weight, work, where, routing=routed)
+        return Launch(work, self._device, stream, made, overlap=self._overlap)

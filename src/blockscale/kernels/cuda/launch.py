@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from blockscale.kernels.cuda import driver
 from blockscale.kernels.cuda.build import KERNEL, compile_form
@@ -17,6 +17,8 @@ from blockscale.kernels.cuda.build import KERNEL, compile_form
 if TYPE_CHECKING:
     from blockscale.kernels.cuda.driver import TensorMap
     from blockscale.kernels.cuda.work import Form, Work
+
+Key = TypeVar("Key", bound="tuple[object, ...]")
 
 
 class Problem(ctypes.Structure):
@@ -52,6 +54,14 @@ class Arguments:
 
     maps: tuple[TensorMap, TensorMap, TensorMap, TensorMap, TensorMap, TensorMap]
     problem: Problem
+
+
+def keep(kept: dict[Key, Launch], key: Key, launch: Launch, most: int) -> Launch:
+    """``launch``, kept; where there are ``most`` already, all others are forgotten."""
+    if len(kept) >= most:
+        kept.clear()
+    kept[key] = launch
+    return launch
 
 
 class Launch:

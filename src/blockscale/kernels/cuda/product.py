@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blockscale.kernels.cuda import driver
 from blockscale.kernels.cuda.choice import choose
-from blockscale.kernels.cuda.launch import Arguments, Launch, Problem
-from blockscale.kernels.cuda.work import SCALE_BYTES, aligned_scale_stride
+from blockscale.kernels.cuda.driver import Maps
+from blockscale.kernels.cuda.launch import Launch, keep
+from blockscale.kernels.cuda.operands import Rows, arguments
 from blockscale.kernels.step import device_index
 from blockscale.tensor import dtype_of
 
@@ -22,14 +22,6 @@ if TYPE_CHECKING:
 MAX_LAUNCHES = 2048
 # Launches that one token count of a layer keeps ready: an allocator repeats its addresses.
 MAX_PLACES = 64
-# Type and promotion into L2: codes come from memory, 128 bytes of a row at a time (perf-log G14).
-CODES = driver.UINT8, driver.PROMOTE_256
-SCALES = driver.FLOAT32, driver.PROMOTE_NOTHING
-RESULTS = {
-    torch.bfloat16: (driver.BFLOAT16, driver.PROMOTE_NOTHING),
-    torch.float16: (driver.FLOAT16, driver.PROMOTE_NOTHING),
-    torch.float32: (driver.FLOAT32, driver.PROMOTE_NOTHING),
-}
 
 
 class CudaProduct:
@@ -46,14 +38,13 @@ class CudaProduct:
     """
 
     def __init__(self, weight: BlockScaledTensor, *, overlap: bool = True) -> None:
-        self._data = weight.data
-        self._scales = weight.scales
+        self._weight = weight
         self._n, self._k = weight.data.shape
         self._overlap = overlap
         self._device = device_index(weight.data)
         self._processors = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._works: dict[tuple[int, torch.dtype], Work] = {}
-        self._maps = driver.Maps()
+        self._maps = Maps()
         self._launches: dict[tuple[object, ...], Launch] = {}
 
     def __call__(
@@ -106,10 +97,8 @@ class CudaProduct:
             key = (stream, base, out, bias)
             launch = known.get(key)
             if launch is None:
-                if len(known) >= MAX_PLACES:
-                    known.clear()
                 whole = (stream, m, out_dtype, out, base, k, base + scales, bias or 0)
-                launch = known[key] = self._launch(whole)
+                launch = keep(known, key, self._launch(whole), MAX_PLACES)
             launch()
 
         return start
@@ -134,37 +123,12 @@ class CudaProduct:
         )
         launch = self._launches.get(key)
         if launch is None:
-            if len(self._launches) >= MAX_LAUNCHES:
-                self._launches.clear()
-            launch = self._launches[key] = self._launch(key)
+            launch = keep(self._launches, key, self._launch(key), MAX_LAUNCHES)
         launch()
 
     def _launch(self, key: tuple) -> Launch:
         stream, m, dtype, out, codes, stride, scales, bias = key
         work = self.work(m, dtype)
-        a_box, last_box, b_box, scale_box, last_scale_box, out_box = work.boxes
-        weight, pitch = self._data.data_ptr(), self._data.stride(0)
-        columns = aligned_scale_stride(m) * SCALE_BYTES
-        row = self._k if m == 1 else stride
-        maps = (
-            self._maps(codes, (m, self._k), row, a_box, *CODES),
-            self._maps(codes, (m, self._k), row, last_box, *CODES),
-            self._maps(weight, (self._n, self._k), pitch, b_box, *CODES),
-            self._maps(scales, (work.k_blocks, m), columns, scale_box, *SCALES),
-            self._maps(scales, (work.k_blocks, m), columns, last_scale_box, *SCALES),
-            self._maps(out, (m, self._n), self._n * dtype.itemsize, out_box, *RESULTS[dtype]),
-        )
-        problem = Problem(
-            self._scales.data_ptr(),
-            bias or None,
-            m,
-            self._n,
-            work.k_blocks,
-            self._scales.stride(0),
-            work.unit_rows,
-            work.unit_columns,
-            work.band,
-            work.last_rows,
-            work.early_blocks,
-        )
-        return Launch(work, self._device, stream, Arguments(maps, problem), overlap=self._overlap)
+        where = Rows((m,), codes, self._k if m == 1 else stride, scales, out, dtype)
+        made = arguments(self._maps, self._weight, work, where, bias=bias)
+        return Launch(work, self._device, stream, made, overlap=self._overlap)
