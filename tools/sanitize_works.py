@@ -41,6 +41,8 @@ ALIGNMENTS = (64, 128)
 LIKELY = (40, 150)
 # With it all lanes give slots of gemm.cu back, where one does it for its warp: see racecheck.py.
 ALL_LANES = "-DARRIVING_LANES=32"
+# And the lines of what races.
+OPTIONS_FOR_RACES = (ALL_LANES, "--generate-line-info")
 
 Work = TypeVar("Work")
 Case = TypeVar("Case")
@@ -76,8 +78,9 @@ def build_for(scope: Scope) -> None:
     """From now on, compile ``gemm.cu`` as the scope wants it."""
     from blockscale.kernels.cuda import build
 
-    usual = (option for option in build.OPTIONS if option != ALL_LANES)
-    build.OPTIONS = (*usual, *[ALL_LANES] * (scope is Scope.RACES))
+    own = OPTIONS_FOR_RACES if scope is Scope.RACES else ()
+    usual = (option for option in build.OPTIONS if option not in OPTIONS_FOR_RACES)
+    build.OPTIONS = (*usual, *own)
 
 
 def gluon_works(scope: Scope = Scope.EVERY_WAY) -> list[tuple[int, GluonWork]]:

@@ -157,8 +157,8 @@ def test_on_a_scale_s_lines_is_its_store_and_are_its_loads(name: str) -> None:
     loads = [code for place, code in touching if place == taken]
     assert stores
     assert loads
-    assert all(re.match(r"(@%p\d+ )?st\.shared\.b32", code) for code in stores), stores
-    assert all(re.match(r"(@%p\d+ )?ld\.shared\.b32", code) for code in loads), loads
+    assert all(re.match(r"(@%p\d+ )?st\.shared(::cta)?\.b32", code) for code in stores), stores
+    assert all(re.match(r"(@%p\d+ )?ld\.shared(::cta)?\.b32", code) for code in loads), loads
 
 
 def test_the_ring_is_right() -> None:
@@ -172,20 +172,12 @@ def test_the_ring_is_right() -> None:
         and "mbarrier.init" not in code
     ]
     words = [
-        "scale " * bool(scale) + re.sub(r"^@%p\d+ ", "", code).split()[0] for scale, code in codes
+        f"{scale} {re.sub(r'^@%p[0-9]+ ', '', code).split()[0]}".strip().replace("::cta", "")
+        for scale, code in codes
     ]
-    reader = words[: words.index("bar.warp.sync")]
-    arrival = reader.index("mbarrier.arrive.shared::cta.b64")
-    assert reader[arrival - 3 : arrival] == [
-        "mbarrier.try_wait.parity.shared.b64",
-        "scale ld.shared.b32",
-        "bar.sync",
-    ]
-    writer = words[words.index("bar.warp.sync") :]
-    assert writer == [
-        "bar.warp.sync",
-        "mbarrier.try_wait.parity.shared.b64",
-        "scale st.shared.b32",
-        "bar.warp.sync",
-        "mbarrier.arrive.shared::cta.b64",
-    ]
+    wait, arrive = "mbarrier.try_wait.parity.shared.b64", "mbarrier.arrive.shared.b64"
+    reader, writer = (at for at, word in enumerate(words) if word == wait)
+    # Triton 3.8 has them meet twice.
+    steps = dict.fromkeys(words[reader : words.index(arrive) + 1])
+    assert list(steps) == [wait, "scale ld.shared.b32", "bar.sync", arrive]
+    assert words[writer:] == [wait, "scale st.shared.b32", "bar.warp.sync", arrive]

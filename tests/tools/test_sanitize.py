@@ -363,7 +363,7 @@ def test_only_for_races_do_all_lanes_give_slots_back(monkeypatch: pytest.MonkeyP
     usual = build.OPTIONS
     for _ in range(2):
         watched.build_for(Scope.RACES)
-        assert (*usual, watched.ALL_LANES) == build.OPTIONS
+        assert (*usual, *watched.OPTIONS_FOR_RACES) == build.OPTIONS
     watched.build_for(Scope.EVERY_WAY)
     assert usual == build.OPTIONS
     source = build.sources()["gemm.cu"].decode()
