@@ -1,7 +1,6 @@
 """Fits microseconds to the clocks of both kernel families, and says what choosing by them loses.
 
     python benchmarks/family_fit.py SWEEP... [--write] [--folds 5] [--float32 FILE...]
-                                    [--judge FILE...]
 
 SWEEP: ``cuda_sweep.py``'s, which times the forms of gemm.cu and what Gluon's choice takes on each
 shape. A loss is chosen / faster of the two families, Gluon by its choice of today and gemm.cu by
@@ -10,14 +9,12 @@ what its model takes, without the winners, which are of this very sweep; (N, K) 
 faster estimate at that M, and by the ranges that a plan would make of the estimates
 (``planning.timed``), with how many ranges a plan has.
 
-Then the same of float32 results, each (N, K) left out once, of both fits. The models know how many
-bytes a result has; FILE, a sweep or ``gemm.py``'s records of the choices of today, says by which
-factor each family takes longer than that on the average. What is lost without it comes first. At
-last, what is lost by the table as it is written on the float32 shapes of ``--judge``, another GPU's
-sweep, none of which it was fitted to.
+Then the same of float32 results, by FILE, float32 sweeps or ``gemm.py``'s records of the choices of
+today: by what was fitted to 16-bit results (the models know how many bytes a result has), and by
+factors fitted to all FILEs.
 
 ``--write`` writes ``kernels/tables/calibration.json``, fitted to nine (N, K) in ten (the tests
-judge by the tenth) and to all of FILE. Needs no GPU.
+judge by the tenth). Needs no GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ import math
 import subprocess
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from operator import mul
 from pathlib import Path
@@ -49,15 +46,14 @@ from choice_fit import HELD_OUT, PROCESSORS, ROOT, parts, report
 from cuda_fit import time_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 TARGET = ROOT / "src" / "blockscale" / "kernels" / "tables" / "calibration.json"
 FAMILIES = ("gluon", "cuda")
 RIDGE = 1.0
 DIGITS = 6
 RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3"
-FLOAT32 = (RESULTS / "gemm.jsonl",)
-JUDGES = (RESULTS.parent / "nvidia-h200" / "cuda_sweep-float32.jsonl",)
+FLOAT32 = (RESULTS.parent / "nvidia-h200" / "cuda_sweep-float32.jsonl", RESULTS / "gemm.jsonl")
 
 Factors = dict[str, tuple[float, ...]]
 Ranges = tuple[tuple[float, float], ...]
@@ -85,11 +81,11 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What the table has; ``float32``: for results of that type, on top, as a logarithm."""
+    """What the table has, of results of one size. ``least_m``, ``ranges``: of what was timed."""
 
+    least_m: int
     ranges: Ranges
     factors: Factors
-    float32: dict[str, float] = field(default_factory=lambda: dict.fromkeys(FAMILIES, 0.0))
 
 
 def main() -> int:
@@ -99,24 +95,21 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--float32", type=Path, nargs="+", default=FLOAT32)
-    parser.add_argument("--judge", type=Path, nargs="*", default=JUDGES)
     options = parser.parse_args()
     shapes = [one for sweep in options.sweeps for one in read(sweep, DType.FLOAT16)]
-    float32 = [one for path in options.float32 for one in read(path, DType.FLOAT32)]
-    ranges = ranges_of(shapes)
-    print(f"{len(shapes)} shapes, {len({(s.n, s.k) for s in shapes})} different (N, K)")
-    print("(N, K) held out")
-    validate(
-        shapes, parts(shapes, options.folds), lambda kept: fit([*filter(kept, shapes)], ranges)
-    )
-    validate_float32(float32, shapes, ranges)
-    kept = parts(shapes, HELD_OUT)
-    fitted = fit([shape for shape in shapes if kept[shape.n, shape.k]], ranges)
-    fitted = with_float32(fitted, float32)
-    for path in options.judge:
-        judge(path, fitted)
+    print(f"{len(shapes)} shapes, {len({(s.n, s.k) for s in shapes})} different (N, K), held out")
+    validate(shapes, parts(shapes, options.folds), shapes)
+    float32 = {path: read(path, DType.FLOAT32) for path in options.float32}
+    every = [shape for found in float32.values() for shape in found]
+    fold = parts(every, options.folds)
+    for path, found in float32.items():
+        print(f"\nfloat32, {path.parent.name}, {path.name}: {len(found)} shapes, (N, K) held out")
+        print("fitted to 16-bit results")
+        validate(found, fold, shapes)
+        print("fitted to float32 results")
+        validate(found, fold, every)
     if options.write:
-        write(options.sweeps, options.float32, shapes, fitted)
+        write(options.sweeps, options.float32, shapes, every)
     return 0
 
 
@@ -169,14 +162,10 @@ def chosen(family: str, m: int, n: int, k: int, out: DType) -> Product:
     return Product(clocks, calibration.cuda_kinds(form), form.name)
 
 
-def ranges_of(shapes: Sequence[Shape]) -> Ranges:
-    """Least and greatest of the sizes."""
-    columns = zip(*(calibration.sizes(s.m, s.n, s.k) for s in shapes), strict=True)
-    return tuple((round(min(c), DIGITS), round(max(c), DIGITS)) for c in map(list, columns))
-
-
-def fit(shapes: Sequence[Shape], ranges: Ranges) -> Fitted:
+def fit(shapes: Sequence[Shape]) -> Fitted:
     """Ridge regressions of log(microseconds / clocks), columns scaled to deviations of one."""
+    columns = zip(*(calibration.sizes(s.m, s.n, s.k) for s in shapes), strict=True)
+    ranges = tuple((round(min(c), DIGITS), round(max(c), DIGITS)) for c in map(list, columns))
     found = {}
     for family in FAMILIES:
         taken = [chosen(family, s.m, s.n, s.k, s.out) for s in shapes]
@@ -193,7 +182,7 @@ def fit(shapes: Sequence[Shape], ranges: Ranges) -> Fitted:
         factors = torch.linalg.solve(gram, scaled.T @ (error - error.mean())) / spread
         factors[0] = error.mean() - (factors[1:] * centre[1:]).sum()
         found[family] = tuple(round(value, DIGITS) for value in factors.tolist())
-    return Fitted(ranges, found)
+    return Fitted(min(shape.m for shape in shapes), ranges, found)
 
 
 def terms(shape: Shape, product: Product, ranges: Ranges) -> tuple[float, ...]:
@@ -202,70 +191,32 @@ def terms(shape: Shape, product: Product, ranges: Ranges) -> tuple[float, ...]:
     return calibration.terms(own, product.kinds)
 
 
-def with_float32(fitted: Fitted, shapes: Sequence[Shape]) -> Fitted:
-    """With the mean of log(microseconds / estimate) of these shapes, all of float32 results."""
-    return replace(
-        fitted,
-        float32={
-            family: round(
-                mean(math.log(s.us[family] / estimated(family, s, fitted)) for s in shapes), DIGITS
-            )
-            for family in FAMILIES
-        },
-    )
-
-
 def estimated(family: str, shape: Shape, fitted: Fitted) -> float:
     """Microseconds."""
     product = chosen(family, shape.m, shape.n, shape.k, shape.out)
     error = sum(map(mul, fitted.factors[family], terms(shape, product, fitted.ranges)))
-    if shape.out is DType.FLOAT32:
-        error += fitted.float32[family]
     return product.clocks * math.exp(error)
-
-
-def validate_float32(float32: Sequence[Shape], shapes: Sequence[Shape], ranges: Ranges) -> None:
-    """Losses of float32 results without what was measured of them, and with."""
-    pairs = sorted({(s.n, s.k) for s in float32})
-    print(f"\nfloat32: {len(float32)} shapes, {len(pairs)} different (N, K), each held out")
-    each = {pair: number for number, pair in enumerate(pairs)}
-    print("float32, by the models of 16-bit results")
-    validate(float32, each, lambda kept: fit([*filter(kept, shapes)], ranges))
-    print("float32, with a factor for each family")
-    validate(
-        float32,
-        each,
-        lambda kept: with_float32(fit([*filter(kept, shapes)], ranges), [*filter(kept, float32)]),
-    )
-
-
-def judge(path: Path, fitted: Fitted) -> None:
-    """Losses of float32 results on all shapes of a sweep."""
-    shapes = read(path, DType.FLOAT32)
-    pairs = {(s.n, s.k): 0 for s in shapes}
-    print(
-        f"\nfloat32, {path.name} of {path.parent.name}: {len(shapes)} shapes, {len(pairs)} (N, K)"
-    )
-    print("by the models of 16-bit results")
-    validate(shapes, pairs, lambda _kept: Fitted(fitted.ranges, fitted.factors))
-    print("as the table is written")
-    validate(shapes, pairs, lambda _kept: fitted)
 
 
 def validate(
     shapes: Sequence[Shape],
     fold: Mapping[tuple[int, int], int],
-    fitted_to: Callable[[Callable[[Shape], bool]], Fitted],
+    known: Sequence[Shape],
 ) -> None:
-    """Losses on (N, K) that were left out of the fit, one part after the other."""
+    """Losses on ``shapes``, fitted to those of ``known`` whose (N, K) is not in the same part."""
     losses: dict[str, list[tuple[int, float]]] = defaultdict(list)
     counts = []
+    by_pair: dict[tuple[int, int], list[Shape]] = defaultdict(list)
+    for shape in shapes:
+        by_pair[shape.n, shape.k].append(shape)
     for number in sorted(set(fold.values())):
-        fitted = fitted_to(lambda s, number=number: fold.get((s.n, s.k)) != number)  # type: ignore[misc]
+        fitted = fit([s for s in known if fold.get((s.n, s.k)) != number])
         for n, k in sorted(pair for pair, of in fold.items() if of == number):
+            if (n, k) not in by_pair:
+                continue
             plan = plan_of(n, k, shapes[0].out, fitted)
             counts.append(len(plan))
-            for shape in (s for s in shapes if (s.n, s.k) == (n, k)):
+            for shape in by_pair[n, k]:
                 best = min(shape.us.values())
                 times = {name: estimated(name, shape, fitted) for name in FAMILIES}
                 by_m = min(times, key=times.__getitem__)
@@ -294,11 +245,11 @@ def plan_of(n: int, k: int, out: DType, fitted: Fitted) -> list[tuple[int, str]]
 
 
 def write(
-    sweeps: Sequence[Path], float32: Sequence[Path], shapes: Sequence[Shape], fitted: Fitted
+    sweeps: Sequence[Path], others: Sequence[Path], shapes: list[Shape], float32: list[Shape]
 ) -> None:
     """The table that ships, with where it comes from."""
     head = json.loads(sweeps[0].read_text(encoding="utf-8").splitlines()[0])
-    paths, own = ([str(path.resolve().relative_to(ROOT)) for path in x] for x in (sweeps, float32))
+    paths, own = ([str(path.resolve().relative_to(ROOT)) for path in x] for x in (sweeps, others))
     log = ["git", "log", "-1", "--format=%h %cs", "--", *paths, *own]
     said = subprocess.run(log, cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603 - git
     commit, _, date = said.stdout.strip().partition(" ")
@@ -312,15 +263,20 @@ def write(
         "sources": paths,
         "float32_sources": own,
         "held_out": sorted(pair for pair, part in kept.items() if not part),
-        "least_m": min(shape.m for shape in shapes),
-        "ranges": fitted.ranges,
-        "float32": fitted.float32,
     }
     lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in document.items()]
-    rows = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in fitted.factors.items()]
-    text = "{\n" + ",\n".join(lines) + ',\n "factors": {\n' + ",\n".join(rows) + "\n }\n}\n"
+    for name, known in ("16 bits", shapes), ("float32", float32):
+        fitted = fit([shape for shape in known if kept.get((shape.n, shape.k), True)])
+        rows = [
+            f"   {json.dumps(family)}: {json.dumps(row)}" for family, row in fitted.factors.items()
+        ]
+        lines.append(
+            f' {json.dumps(name)}: {{\n  "least_m": {fitted.least_m},\n'
+            f'  "ranges": {json.dumps(fitted.ranges)},\n'
+            '  "factors": {\n' + ",\n".join(rows) + "\n  }\n }"
+        )
     TARGET.parent.mkdir(exist_ok=True)
-    TARGET.write_text(text, encoding="utf-8")
+    TARGET.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

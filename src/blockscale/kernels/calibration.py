@@ -3,9 +3,9 @@
 A family's model compares its own candidates (``gluon.corrections``, ``cuda.corrections``); its
 clocks are not another family's. ``tables/calibration.json``, written from a sweep that times both
 families on each shape (``benchmarks/family_fit.py``), has for each the logarithm of microseconds /
-clocks as a quadratic function of the logarithms of M, N and K, and of the kind of work. The sweep
-is of 16-bit results; the models know how many bytes float32 ones have, and a family takes a little
-longer than that by one factor. Needs neither torch nor Triton.
+clocks as a quadratic function of the logarithms of M, N and K, and of the kind of work. float32
+results have factors of their own, mostly from an H200, whose memory is faster: compare families,
+not dtypes. Needs neither torch nor Triton.
 """
 
 from __future__ import annotations
@@ -36,37 +36,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """``least_m``: of the sweep. ``ranges``: of ``sizes``; beyond, they are taken for them.
-
-    ``float32``: by family, what is added for results of that type.
-    """
+    """``least_m``: that was timed. ``ranges``: of ``sizes``; beyond, they are taken for them."""
 
     least_m: int
     ranges: tuple[tuple[float, float], ...]
     factors: dict[str, tuple[float, ...]]
-    float32: dict[str, float]
 
 
-@lru_cache(maxsize=1)
-def shipped() -> Calibration:
-    """The table that ships."""
-    place = resources.files("blockscale.kernels") / "tables" / "calibration.json"
-    document = json.loads(place.read_text(encoding="utf-8"))
-    return Calibration(
-        document["least_m"],
-        tuple((low, high) for low, high in document["ranges"]),
-        {name: tuple(factors) for name, factors in document["factors"].items()},
-        document["float32"],
-    )
+def shipped(out: DType) -> Calibration:
+    """The table that ships for results of this type."""
+    return _tables()["float32" if out is DType.FLOAT32 else "16 bits"]
 
 
 def gluon_us(m: int, n: int, k: int, out: DType, processors: int) -> float | None:
-    """What Gluon's choice for ``m`` tokens of an (n, k) weight takes; None below the sweep's."""
-    if m < shipped().least_m:
+    """What Gluon's choice for ``m`` tokens of an (n, k) weight takes; None below what was timed."""
+    if m < shipped(out).least_m:
         return None
     work = gluon_choice.choose(m, n, k, out.bytes, processors)
     clocks = gluon_corrections.clocks(work, m, n, out.bytes, processors)
-    return _microseconds("gluon", clocks, (m, n, k), gluon_kinds(work), out)
+    return clocks * _us_per_clock("gluon", (m, n, k), gluon_kinds(work), shipped(out))
 
 
 def cuda_us(m: int, n: int, k: int, out: DType, processors: int) -> float | None:
@@ -74,11 +62,11 @@ def cuda_us(m: int, n: int, k: int, out: DType, processors: int) -> float | None
 
     Where the table of winners knows better, the product is a little faster than this says.
     """
-    if m < shipped().least_m:
+    if m < shipped(out).least_m:
         return None
     work = cuda_choice.modelled(m, n, k, out, processors)
     clocks = cuda_corrections.clocks(work, m, n, processors)
-    return _microseconds("cuda", clocks, (m, n, k), cuda_kinds(work), out)
+    return clocks * _us_per_clock("cuda", (m, n, k), cuda_kinds(work), shipped(out))
 
 
 def gluon_kinds(work: GluonWork) -> tuple[float, ...]:
@@ -104,12 +92,22 @@ def terms(own: Iterable[float], kinds: Iterable[float]) -> tuple[float, ...]:
     return (1.0, m, n, k, m * m, n * n, k * k, m * n, m * k, n * k, *kinds)
 
 
-def _microseconds(
-    family: str, clocks: float, shape: tuple[int, int, int], kinds: tuple[float, ...], out: DType
+def _us_per_clock(
+    family: str, shape: tuple[int, int, int], kinds: tuple[float, ...], table: Calibration
 ) -> float:
-    table = shipped()
     own = bounded(sizes(*shape), table.ranges)
-    error = sum(map(mul, table.factors[family], terms(own, kinds)))
-    if out is DType.FLOAT32:
-        error += table.float32[family]
-    return clocks * exp(error)
+    return exp(sum(map(mul, table.factors[family], terms(own, kinds))))
+
+
+@lru_cache(maxsize=1)
+def _tables() -> dict[str, Calibration]:
+    place = resources.files("blockscale.kernels") / "tables" / "calibration.json"
+    document = json.loads(place.read_text(encoding="utf-8"))
+    return {
+        name: Calibration(
+            document[name]["least_m"],
+            tuple((low, high) for low, high in document[name]["ranges"]),
+            {family: tuple(row) for family, row in document[name]["factors"].items()},
+        )
+        for name in ("16 bits", "float32")
+    }
