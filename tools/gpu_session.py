@@ -69,7 +69,7 @@ def _benchmark(name: str, limit_s: int, *arguments: str) -> Step:
 
 
 NEVER_RUN = ("test_experts", "test_transformers_experts", "test_transformers")
-CUDA = ("test_cuda_exact", "test_cuda_launch", "test_cuda_grouped")
+CUDA = ("test_cuda_exact", "test_cuda_error", "test_cuda_grouped", "test_hopper_launch")
 PRETEND = ("-m", "blockscale.testing.pretend_gpu")
 # Benchmarks that have a tiny size; and what takes hours in an interpreter, or needs Inductor.
 TINY = ("moe_layer", "transformers_model", "tensor_parallel")
