@@ -8,7 +8,7 @@ A loss is chosen / fastest of what was timed. First, by range of M, what is lost
 fit has not seen (``--folds`` parts by (N, K), each left out once): by the analytic model alone, by
 the corrected one, and by the fastest work of the nearest (N, K) at that M. Then what the table of
 winners loses where a shape was measured twice (one measurement chooses, the other judges), and at
-another M of the same bucket. The sweeps are of one machine. ``--write`` writes what ships:
+another M of the same bucket. ``--write`` writes what ships:
 factors fitted to nine (N, K) in ten (the tests judge them by the tenth), winners of all.
 
 The fit is a ridge regression of log(measured / modelled), a constant for each shape taken out: what
@@ -54,6 +54,8 @@ RIDGE, CONSTANT_RIDGE, OBSERVATIONS = 1.0, 0.1, 8
 # Errors beyond this, as a logarithm, count by their size, not by its square.
 ROBUST, REPEATS = 0.05, 3
 DIGITS = 4
+# Winners are of such results; a sweep that does not say of which it is is of these.
+WINNERS_OUT = "float16"
 # The factors that ship are fitted without one (N, K) in ten: the tests judge them by those.
 HELD_OUT = 10
 
@@ -62,14 +64,14 @@ HELD_OUT = 10
 class Family:
     """A kernel and its candidates, of which this program sees names and numbers only.
 
-    ``candidates``: of (m, n, k). ``estimate``: of (work, m, n). ``quantities``: of (work, m, the
-    share of memory). ``forms``: which factors a work has. ``time_of``: a work's time among those of
-    a line of the sweep, by name; None if it was not timed. ``is_new``: whether a part of the sweep
-    did not have such works yet.
+    ``candidates``: of (m, n, k, the results' dtype). ``estimate``: of (work, m, n).
+    ``quantities``: of (work, m, the share of memory). ``forms``: which factors a work has.
+    ``time_of``: a work's time among those of a line of the sweep, by name; None if it was not
+    timed. ``is_new``: whether a part of the sweep did not have such works yet.
     """
 
     table: Path
-    candidates: Callable[[int, int, int], tuple[Any, ...]]
+    candidates: Callable[[int, int, int, str], tuple[Any, ...]]
     estimate: Callable[[Any, int, int], Estimate]
     quantities: Callable[[Any, int, float], tuple[float, ...]]
     terms: Callable[[tuple[float, ...]], tuple[float, ...]]
@@ -106,13 +108,14 @@ class Timed:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One (M, N, K) of a sweep. ``rest``: candidates that were not timed."""
+    """One (M, N, K) of a sweep. ``rest``: candidates that were not timed; ``out``: a dtype."""
 
     m: int
     n: int
     k: int
     timed: list[Timed]
     rest: list[Timed]
+    out: str
 
     @property
     def best(self) -> float:
@@ -130,11 +133,12 @@ def fit_family(family: Family, words: str | None) -> int:
     shapes = [shape for sweep in options.sweeps for shape in read(family, sweep)]
     print(f"{len(shapes)} shapes, {len({(s.n, s.k) for s in shapes})} different (N, K)")
     validate(shapes, options.folds)
-    judge_winners(shapes)
+    judge_winners([shape for shape in shapes if shape.out == WINNERS_OUT])
     if options.write:
         kept = parts(shapes, HELD_OUT)
         table = rounded(fit([shape for shape in shapes if kept[shape.n, shape.k]]))
-        table = replace(table, winners=winners(shapes, table))
+        ours = [shape for shape in shapes if shape.out == WINNERS_OUT]
+        table = replace(table, winners=winners(ours, table))
         write(family.table, options.sweeps, table, kept)
     return 0
 
@@ -146,12 +150,14 @@ def read(family: Family, sweep: Path) -> list[Shape]:
         if "times" not in line:
             continue
         m, n, k = line["m"], line["n"], line["k"]
+        out = line.get("out_dtype", WINNERS_OUT)
         works = [
             timed_work(family, work, m, n, family.time_of(work, line["times"]) or math.inf)
-            for work in family.candidates(m, n, k)
+            for work in family.candidates(m, n, k, out)
         ]
         timed = [one for one in works if one.us < math.inf]
-        found.append(Shape(m, n, k, timed, [one for one in works if one.us == math.inf]))
+        rest = [one for one in works if one.us == math.inf]
+        found.append(Shape(m, n, k, timed, rest, out))
     return found
 
 
@@ -276,6 +282,11 @@ def corrected(table: Table, one: Timed) -> float:
     return math.log(one.clocks) + table.error(one.forms, one.terms(table.ranges))
 
 
+def clocks_of(one: Timed) -> float:
+    """Of the analytic model alone."""
+    return one.clocks
+
+
 def loss(shape: Shape, cost: Callable[[Timed], float]) -> float:
     """log(chosen / fastest)."""
     return math.log(min(shape.timed, key=cost).us / shape.best)
@@ -291,11 +302,12 @@ def validate(shapes: list[Shape], folds: int) -> None:
         for shape in shapes:
             if fold[shape.n, shape.k] != number:
                 continue
-            found["model alone"].append((shape.m, loss(shape, lambda one: one.clocks)))
-            found["corrected"].append((shape.m, loss(shape, partial(corrected, table))))
+            alone, fitted = (loss(shape, c) for c in (clocks_of, partial(corrected, table)))
+            found[f"{shape.out}: model alone"].append((shape.m, alone))
+            found[f"{shape.out}: corrected"].append((shape.m, fitted))
             near = nearest(shape, seen)
             if near is not None:
-                found["nearest (N, K)"].append((shape.m, near))
+                found[f"{shape.out}: nearest (N, K)"].append((shape.m, near))
     for name, losses in found.items():
         print(f"{name}, (N, K) held out")
         report(losses)
@@ -310,7 +322,7 @@ def parts(shapes: list[Shape], count: int) -> dict[tuple[int, int], int]:
 
 def nearest(shape: Shape, others: list[Shape]) -> float | None:
     """What the winner of the nearest (N, K) at this M loses; None if it was not timed here."""
-    same = [other for other in others if other.m == shape.m]
+    same = [other for other in others if (other.m, other.out) == (shape.m, shape.out)]
     if not same:
         return None
     near = min(same, key=lambda o: math.log(o.n / shape.n) ** 2 + math.log(o.k / shape.k) ** 2)
@@ -367,16 +379,16 @@ def rounded(table: Table) -> Table:
 
 def write(target: Path, sweeps: list[Path], table: Table, kept: dict[tuple[int, int], int]) -> None:
     """The table that ships, with where it comes from."""
-    head: dict[str, Any] = json.loads(sweeps[-1].read_text(encoding="utf-8").splitlines()[0])
+    heads = [json.loads(sweep.read_text(encoding="utf-8").splitlines()[0]) for sweep in sweeps]
     paths = [str(sweep.resolve().relative_to(ROOT)) for sweep in sweeps]
     log = ["git", "log", "-1", "--format=%h %cs", "--", *paths]
     said = subprocess.run(log, cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603 - git
     commit, _, date = said.stdout.strip().partition(" ")
     document = {
         "schema": 1,
-        "device": head["machine"],
+        "device": ", ".join(dict.fromkeys(head["machine"] for head in heads)),
         "processors": table.processors,
-        "packages": head["versions"],
+        "packages": heads[-1]["versions"],
         "commit": commit,
         "date": date,
         "sources": paths,

@@ -30,7 +30,7 @@ def time_of(work: Work, times: dict[str, float]) -> float | None:
 
 CUDA = Family(
     TABLES / "cuda" / "tables" / "cuda.json",
-    candidates=lambda m, n, k: candidates(m, n, k, DType.FLOAT16, PROCESSORS),
+    candidates=lambda m, n, k, out: candidates(m, n, k, DType(out), PROCESSORS),
     estimate=estimate,
     quantities=lambda work, m, share: corrections.quantities(work, m, share, PROCESSORS),
     terms=corrections.terms,

@@ -17,7 +17,7 @@ from choice_fit import PROCESSORS, TABLES, Family, fit_family
 OUT_BYTES = 2
 GLUON = Family(
     TABLES / "gluon" / "tables" / "gluon.json",
-    candidates=lambda m, n, k: candidates(m, n, k, OUT_BYTES, PROCESSORS),
+    candidates=lambda m, n, k, _out: candidates(m, n, k, OUT_BYTES, PROCESSORS),
     estimate=lambda work, m, n: estimate(work, m, n, OUT_BYTES, PROCESSORS),
     quantities=lambda work, m, share: corrections.quantities(work, m, share, PROCESSORS),
     terms=corrections.terms,
