@@ -43,8 +43,8 @@ pytestmark = pytest.mark.skipif(
 
 # The promotion of one K block and all that goes with it; DeepGEMM's 256x128 loop has about 185
 # instructions (facts/kernels.md 1.1), the Gluon kernel's 199. By rows, columns, blocks of a
-# cluster; 2026-11-25, nvcc 13.0: 198, 205, 119, 126, 176, 136. Since then some 12 more, most of them
-# run once in 32 K blocks, where one row of weight scales is held.
+# cluster; 2026-11-25, nvcc 13.0: 198, 205, 119, 126, 176, 136. Since then some 12 more, most of
+# which run once in 32 K blocks, where one row of weight scales is held.
 MOST_INSTRUCTIONS = {
     (256, 128, 1): 212,
     (256, 128, 2): 220,
@@ -107,8 +107,8 @@ def test_the_loop_is_wgmmas_and_one_ffma_an_element(form: Form) -> None:
     blocks, rest = divmod(found["QGMMA"], 4 * form.waves)
     assert rest == 0
     assert found["FFMA"] == blocks * form.waves * form.columns // 2
-    # Scales: two rows of each wave; two of the weight, or one that a lane holds: those of 32 K blocks
-    # are loaded together, under a predicate.
+    # Scales: two rows of each wave; two of the weight, or one that a lane holds: those of 32 K
+    # blocks are loaded together, under a predicate.
     two = 128 % form.columns != 0
     assert found["LDG"] == (0 if two else blocks)
     assert found["SHFL"] == (0 if two else blocks)
