@@ -10,16 +10,12 @@ struct Running {
     Scales scales;
 };
 
-// Starts the only wave of a K block, the next one. `meanwhile` is called while it runs.
-template <class Meanwhile>
-DEVICE Running start_block(float (&wave)[SUMS], Ring& ring, const Own& own, HeldScales& held,
-                           int block, Meanwhile meanwhile) {
+// Starts the only wave of the next K block.
+DEVICE Running start_block(float (&wave)[SUMS], Ring& ring, const Own& own) {
     barrier_wait(ring.full(), ring.parity);
     start_wave(wave, own.a_slots + ring.slot * (A_BYTES / DESCRIPTOR_UNIT),
                own.b_slots + ring.slot * (B_BYTES / DESCRIPTOR_UNIT));
-    Running running{ring, read_scales<1>(ring, own.scales)};
-    meanwhile();
-    if (HOLDS_SCALES) running.scales.b[0] = held.take(block);
+    const Running running{ring, read_scales<1>(ring, own.scales)};
     ring.advance();
     return running;
 }
@@ -39,21 +35,19 @@ DEVICE void end_block(float (&results)[SUMS], float (&wave)[SUMS], const Running
 template <class Begin>
 DEVICE void multiply_blocks(float (&results)[SUMS], float (&even)[SUMS], float (&odd)[SUMS],
                             Ring& ring, int k_blocks, const Own& own, const int& own_columns,
-                            HeldScales& held, Begin begin) {
-    const auto nothing = [] {};
+                            Begin begin) {
     if (WHEN == When::AT_ONCE) begin(0);
-    Running first = start_block(even, ring, own, held, 0, [&] {
-        if (WHEN == When::LATE) begin(0);
-    });
+    Running first = start_block(even, ring, own);
+    if (WHEN == When::LATE) begin(0);
     int block = 1;
     for (; block + 1 < k_blocks; block += 2) {
-        const Running second = start_block(odd, ring, own, held, block, nothing);
+        const Running second = start_block(odd, ring, own);
         end_block<1>(results, even, first, own_columns);
-        first = start_block(even, ring, own, held, block + 1, nothing);
+        first = start_block(even, ring, own);
         end_block<1>(results, odd, second, own_columns);
     }
     if (block < k_blocks) {
-        const Running second = start_block(odd, ring, own, held, block, nothing);
+        const Running second = start_block(odd, ring, own);
         end_block<1>(results, even, first, own_columns);
         end_block<0>(results, odd, second, own_columns);
     } else {

@@ -1,7 +1,7 @@
 // Block-scaled FP8 GEMM for Hopper: out = activation x weight^T (+ bias), one launch, persistent.
 //
-// A producer warp copies tiles into a ring of shared-memory slots (TMA), where a tile meets two rows
-// of weight scales another puts these beside them; consumer warpgroups multiply, each its own half of the tile's rows, in one or
+// A producer warp copies tiles into a ring of shared-memory slots (TMA), another puts the weight's
+// scales beside them; consumer warpgroups multiply, each its own half of the tile's rows, in one or
 // two waves of 64 rows. A wave is the sum of 128 products, straight from the tensor cores; it is
 // scaled and added to the results ("promoted") with one FFMA an element:
 //
@@ -66,8 +66,6 @@ constexpr int SUMS = COLUMNS / 2;
 constexpr int SEGMENT = (COLUMNS | SCALE_BLOCK) & -(COLUMNS | SCALE_BLOCK);
 constexpr int SEGMENTS = COLUMNS / SEGMENT;
 constexpr int SCALE_ROWS = SEGMENTS > 1 ? 2 : 1;
-// One row of weight scales is held by the consumers' lanes; two come through the slots.
-constexpr bool HOLDS_SCALES = SCALE_ROWS == 1;
 
 constexpr int ELEMENT = OUTPUT == Output::FLOAT32 ? 4 : 2;
 constexpr int BOX_COLUMNS = BOX_BYTES / ELEMENT;
@@ -182,51 +180,12 @@ struct Scales {
     float b[SCALE_ROWS];
 };
 
-// The scales of a tile's weight, where it meets one row of them: each lane has that of one of 32 K
-// blocks, and of one of the next 32. The tensor cores and TMA nearly fill the bandwidth of shared
-// memory: 256x128 took 2.8 % less clocks without eight loads a K block (one for each warp) and
-// without the warp that stored what they read (ncu, H200, 2026-11-26).
-struct HeldScales {
-    // Of this lane: the scale that is loaded next, and how many K blocks there are from its own on.
-    const float* place = nullptr;
-    int left = 0;
-    float now = 0;
-    float next = 0;
-
-    DEVICE void begin(const Problem& problem, const Place& tile) {
-        if (!HOLDS_SCALES) return;
-        const int last_row = (problem.n - 1) / SCALE_BLOCK;
-        const int row = tile.group * (last_row + 1) + smaller(tile.column / SCALE_BLOCK, last_row);
-        place = problem.b_scales + row * problem.b_scale_stride + lane_index();
-        left = problem.k_blocks - lane_index();
-        load();
-        now = next;
-        load();
-    }
-    // Once for each K block, in order.
-    DEVICE float take(int block) {
-        const float scale = from_lane(now, block % WARP);
-        if (block % WARP == WARP - 1) {
-            now = next;
-            load();
-        }
-        return scale;
-    }
-
-  private:
-    DEVICE void load() {
-        if (left > 0) next = load_global(place);
-        place += WARP;
-        left -= WARP;
-    }
-};
-
 template <int COUNT>
 DEVICE Scales read_scales(const Ring& ring, u32 own) {
     Scales scales;
     const u32 a = own + ring.slot * A_SCALE_BYTES;
     const u32 b = ring.memory + B_SCALE_SLOTS + ring.slot * B_SCALE_BYTES;
-    if (!HOLDS_SCALES) UNROLL for (int i = 0; i < SCALE_ROWS; i++) scales.b[i] = load_shared(b + 4 * i);
+    UNROLL for (int i = 0; i < SCALE_ROWS; i++) scales.b[i] = load_shared(b + 4 * i);
     UNROLL for (int wave = 0; wave < COUNT; wave++) {
         scales.a[wave][0] = load_shared(a + 4 * (wave * WAVE_ROWS));
         scales.a[wave][1] = load_shared(a + 4 * (wave * WAVE_ROWS + 8));
@@ -284,25 +243,29 @@ DEVICE Own own_operands(const Ring& ring, int first_row, int warp_row) {
             ring.memory + A_SCALE_SLOTS + 4 * (first_row + warp_row + lane_index() / 4)};
 }
 
-// One K block, COUNT waves. What stands between two of them is the FFMAs, the arrival that gives the
-// slot back, and the loads of the rows' scales: while a wave runs they took 0.7 to 1.7 % more clocks
-// at 256x128, as much as else (ncu, H200, 2026-11-26). `meanwhile` is called while each wave runs,
-// with its number, and with those of waves beyond COUNT. `is_full`: whether the slot is known to be,
-// then the next. `own_columns`, `held`: of the tile; read after the first `meanwhile`.
+// One K block, COUNT waves. While one runs the next slot is looked at, and a form of one wave reads
+// scales: what stands between two waves is the FFMAs and the arrival that gives the slot back. Where
+// there are two, reading while one runs takes longer: the tensor cores and TMA nearly fill the
+// bandwidth of shared memory. 256x128 took 1.7 % less clocks with the loads before the wave and four
+// slots, 0.7 % with three (ncu, H200, 2026-11-26), 256x112 4 % less time; forms of one wave up to 9 %
+// more. `meanwhile` is called while each wave runs, with its number, and with those of waves beyond
+// COUNT. `is_full`: whether the slot is known to be, then the next. `own_columns`: as `promote`'s;
+// read after the first `meanwhile`.
 template <int COUNT, class Meanwhile>
 DEVICE void multiply_block(float (&results)[WAVES][SUMS], float (&wave)[SUMS], Ring& ring,
                            bool& is_full, const Own& own, const int& own_columns,
-                           HeldScales& held, int block, Meanwhile meanwhile) {
+                           Meanwhile meanwhile) {
     if (!is_full) barrier_wait(ring.full(), ring.parity);
     const u32 a = own.a_slots + ring.slot * (A_BYTES / DESCRIPTOR_UNIT);
     const u32 b = own.b_slots + ring.slot * (B_BYTES / DESCRIPTOR_UNIT);
     Ring next = ring;
     next.advance();
-    Scales scales = read_scales<COUNT>(ring, own.scales);
+    Scales scales;
     UNROLL for (int number = 0; number < COUNT; number++) {
+        if (WAVES == 2 && number == 0) scales = read_scales<COUNT>(ring, own.scales);
         start_wave(wave, a + number * (WAVE_ROWS * K_BLOCK / DESCRIPTOR_UNIT), b);
+        if (WAVES == 1) scales = read_scales<COUNT>(ring, own.scales);
         meanwhile(number);
-        if (HOLDS_SCALES && number == 0) scales.b[0] = held.take(block);
         if (number == COUNT - 1)
             UNROLL for (int beyond = COUNT; beyond < WAVES; beyond++) meanwhile(beyond);
         if (number == COUNT - 1) is_full = barrier_test(next.full(), next.parity);
@@ -316,19 +279,17 @@ DEVICE void multiply_block(float (&results)[WAVES][SUMS], float (&wave)[SUMS], R
 // All K blocks of one tile. `begin`: as `meanwhile`, in the first; or before it.
 template <int COUNT, class Begin>
 DEVICE void multiply_tile(float (&results)[WAVES][SUMS], float (&wave)[SUMS], Ring& ring,
-                          int k_blocks, const Own& own, const int& own_columns, HeldScales& held,
-                          Begin begin) {
+                          int k_blocks, const Own& own, const int& own_columns, Begin begin) {
     bool is_full = false;
     int block = 0;
     if (WHEN == When::LATE) {
-        multiply_block<COUNT>(results, wave, ring, is_full, own, own_columns, held, 0, begin);
+        multiply_block<COUNT>(results, wave, ring, is_full, own, own_columns, begin);
         block = 1;
     } else {
         UNROLL for (int number = 0; number < WAVES; number++) begin(number);
     }
     for (; block < k_blocks; block++)
-        multiply_block<COUNT>(results, wave, ring, is_full, own, own_columns, held, block,
-                              [](int) {});
+        multiply_block<COUNT>(results, wave, ring, is_full, own, own_columns, [](int) {});
 }
 
 // Gives back the slots of a tile that has no rows for this consumer.
@@ -355,7 +316,6 @@ DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& pr
     UNROLL for (int i = 0; i < SUMS; i++) wave[i] = 0;
     Place place{};
     int own_columns = 0;
-    HeldScales held;
     bool is_written = true;
     const auto write = [&](int number) {
         if (problem.bias) add_bias(results[number], problem, place.column);
@@ -379,20 +339,18 @@ DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& pr
                 if (GROUPING != Grouping::NOTHING)
                     next.end = smaller(next.end, next.row + rows.waves * WAVE_ROWS);
                 own_columns = SCALE_BLOCK - next.column % SCALE_BLOCK;
-                held.begin(problem, next);
             }
             if (WHEN == When::LATE && !is_written) write(number);
             UNROLL for (int i = 0; i < SUMS; i++) results[number][i] = 0;
         };
         if constexpr (FLIGHT == 2) {
             UNROLL for (int i = 0; i < SUMS; i++) odd[i] = 0;
-            multiply_blocks(results[0], wave, odd, ring, problem.k_blocks, own, own_columns, held,
+            multiply_blocks(results[0], wave, odd, ring, problem.k_blocks, own, own_columns,
                             begin);
         } else if (WAVES == 1 || rows.waves == WAVES) {
-            multiply_tile<WAVES>(results, wave, ring, problem.k_blocks, own, own_columns, held,
-                                 begin);
+            multiply_tile<WAVES>(results, wave, ring, problem.k_blocks, own, own_columns, begin);
         } else {
-            multiply_tile<1>(results, wave, ring, problem.k_blocks, own, own_columns, held, begin);
+            multiply_tile<1>(results, wave, ring, problem.k_blocks, own, own_columns, begin);
         }
         place = next;
         is_written = false;
@@ -407,7 +365,7 @@ DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& pr
 DEVICE void prepare_barriers(u32 memory) {
     for (u32 slot = 0; slot < STAGES; slot++) {
         // The copies' thread and the scales' lane; lanes of every consumer warp of the cluster.
-        barrier_init(memory + FULL + slot * BARRIER_BYTES, HOLDS_SCALES ? 1 : 2);
+        barrier_init(memory + FULL + slot * BARRIER_BYTES, 2);
         barrier_init(memory + EMPTY + slot * BARRIER_BYTES, CLUSTER * CONSUMERS * WARPS * ARRIVING);
     }
     fence_barrier_init();
@@ -442,8 +400,7 @@ block_fp8_gemm(CONSTANT TensorMap a, CONSTANT TensorMap a_last, CONSTANT TensorM
             const Operands operands{a, a_last, b, a_scales, a_scales_last};
             copy_operands(ring, operands, problem, unit_rows);
         }
-        if (!HOLDS_SCALES && warp == CONSUMERS * WARPS + 1)
-            copy_weight_scales(ring, problem, unit_rows);
+        if (warp == CONSUMERS * WARPS + 1) copy_weight_scales(ring, problem, unit_rows);
         sync_warp();
     }
     // No block may end while the other still sends to it.

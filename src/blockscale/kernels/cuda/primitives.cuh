@@ -29,9 +29,6 @@ DEVICE int warp_index() { return __shfl_sync(0xffffffff, threadIdx.x / WARP, 0);
 // The first lane's value, uniform for the compiler too. All lanes of a warp.
 DEVICE int uniform(int value) { return __shfl_sync(0xffffffff, value, 0); }
 
-// A lane's value, the same lane for all. All lanes of a warp.
-DEVICE float from_lane(float value, int lane) { return __shfl_sync(0xffffffff, value, lane); }
-
 // The largest of a warp's values. All lanes of a warp.
 DEVICE int warp_maximum(int value) { return __reduce_max_sync(0xffffffff, value); }
 

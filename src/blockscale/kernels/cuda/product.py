@@ -29,9 +29,9 @@ class CudaProduct:
 
     ``weight``: (n, k) E4M3FN, on an SM90 device, one float32 scale a 128x128 block, K-major. Its
     storages are read on every call. ``overlap``: launches may start before the kernel ahead of them
-    in the stream has ended (programmatic dependent launch). They may read weights and their scales
-    at once, and wait before they read anything else: whoever writes weights must have another
-    kernel run between that and the product, as quantizing the activation is one.
+    in the stream has ended (programmatic dependent launch). For few tokens they may read weights at
+    once; they wait before they read anything else: whoever writes weights must have another kernel
+    run between that and the product, as quantizing the activation is one.
 
     Needs no workspace: calls on different streams may run at the same time. Deterministic: the same
     bits on every run, and whatever tile serves a shape.

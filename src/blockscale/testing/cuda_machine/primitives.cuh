@@ -36,14 +36,6 @@ DEVICE int uniform(int value) {
     return meet_with(value, "uniform", [](const int (&values)[WARP]) { return values[0]; });
 }
 
-DEVICE float from_lane(float value, int lane) {
-    int bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    bits = meet_with(bits, "from_lane", [lane](const int (&values)[WARP]) { return values[lane]; });
-    std::memcpy(&value, &bits, sizeof bits);
-    return value;
-}
-
 DEVICE int warp_maximum(int value) {
     return meet_with(value, "warp_maximum", [](const int (&values)[WARP]) {
         return *std::max_element(values, values + WARP);
