@@ -79,7 +79,8 @@ def main() -> int:
     print(" tokens |  a) unpack  b) triton    c) plan | c against a | c against b")
     lines = [measure(layers, tokens) for tokens in TOKENS]
     if options.out:
-        options.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
     return 0
 
 

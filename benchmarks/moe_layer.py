@@ -133,7 +133,8 @@ def main() -> int:
         lines.append(json.dumps(document) + "\n")
         # After each: a time limit must not lose those before.
         if options.out is not None:
-            options.out.write_text("".join(lines))
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
         elif not options.smoke:
             append(document)
     print(f"done in {time.perf_counter() - started:.1f} s", flush=True)

@@ -69,7 +69,8 @@ def main() -> int:
         lines.append(json.dumps(line))
         print(*facts.values(), f"{timing.median_us:.1f} us, {rate / ceiling:.0%} of copy")
     if options.out:
-        options.out.write_text("".join(line + "\n" for line in lines))
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write("".join(line + "\n" for line in lines))
     return 0
 
 

@@ -118,7 +118,8 @@ def main() -> int:
         lines = bench.run(folder)
         # Before the others go on: the first that ends with a fault has all of them ended.
         if ranks.rank == 0 and options.out:
-            options.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
     finally:
         distributed.barrier()
         if ranks.rank == 0:

@@ -93,7 +93,8 @@ def main() -> int:
     for name in DTYPES:
         lines += measure_dtype(size, options.layers or size.layers, name, policy)
         if options.out:  # After each dtype: a time limit must not lose the first one.
-            options.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
     return 0
 
 
