@@ -120,10 +120,13 @@ def test_the_kept_plots_are_of_the_newest_records(plots: ModuleType, tmp_path: P
 def test_ratios_are_those_of_the_records(plots: ModuleType) -> None:
     """Every measured shape of a backend has one, beside DeepGEMM's time in turns with it."""
     times = {
-        (r["m"], r["n"], r["k"]): r["time_us"] for r in committed() if r["backend"] == "deep_gemm"
+        (r["m"], r["n"], r["k"], r["backend"], r["time_us"]): r["deep_gemm_us"]
+        for r in committed()
+        if r["out_dtype"] == "float16" and "deep_gemm_us" in r
     }
-    for point in plots.shown(plots.read(RECORDS), "float16"):
-        assert point.ratio == times[point.m, point.n, point.k] / point.time_us
+    for p in plots.shown(plots.read(RECORDS), "float16"):
+        if p.out_dtype == "float16":
+            assert p.ratio == times[p.m, p.n, p.k, p.backend, p.time_us] / p.time_us
     shape = [p for p in plots.shown(plots.read(RECORDS), "float16") if (p.n, p.k) == (576, 7168)]
     best = plots.best_ratios(shape)
     assert set(best) == {p.m for p in shape}
