@@ -69,8 +69,8 @@ class Cuda:
             self.name,
             HOPPER_WEIGHT,
             HOPPER_ACTIVATION,
-            # tests/gpu passed on an H200 (source c4f41cb, 2026-11-26). gemm.cu was changed since; its
-            # own tests passed again (71f0fd6), those of layers of experts wait for the next run.
+            # tests/gpu passed on an H200 (source c4f41cb, 2026-11-26). gemm.cu was changed since:
+            # its own tests passed again (71f0fd6), those of experts' layers wait for the next run.
             evidence=Evidence.TESTED if request.experts is None else Evidence.DOCUMENTED,
             readiness=Readiness.RUNNABLE,
             rows=() if request.experts is None else row_blocks(request.experts, ALIGNMENTS),
