@@ -124,17 +124,15 @@ def main() -> int:
     backends = layers["plan"].backends
     print(f"built in {time.perf_counter() - started:.1f} s; planned: {backends}", flush=True)
     print(" tokens |    plan us  triton us    bf16 us | against triton | against bf16")
-    lines = []
     for tokens in size.tokens:
         inputs = inputs_of(size, tokens, dtype, place)
         check(layers, inputs, quantizes=place == "cuda")
         times = measured(layers, inputs, size)
         document = described(times, tokens, dtype, backends)
-        lines.append(json.dumps(document) + "\n")
         # After each: a time limit must not lose those before.
         if options.out is not None:
             with options.out.open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
+                file.write(json.dumps(document) + "\n")
         elif not options.smoke:
             append(document)
     print(f"done in {time.perf_counter() - started:.1f} s", flush=True)

@@ -89,9 +89,8 @@ def main() -> int:
     size = SMOKE if options.smoke else FULL
     backends = tuple(options.backends.split(",")) if options.backends else None
     policy = PlanPolicy(backends=backends, strictness=Strictness.RAISE)
-    lines = []
     for name in DTYPES:
-        lines += measure_dtype(size, options.layers or size.layers, name, policy)
+        lines = measure_dtype(size, options.layers or size.layers, name, policy)
         if options.out:  # After each dtype: a time limit must not lose the first one.
             with options.out.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in lines))

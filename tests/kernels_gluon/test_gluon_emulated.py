@@ -160,12 +160,13 @@ BROKEN = {
 KINDS = {"one piece too few": "split"}
 # What no result would show: a scale that is read and not used.
 WAITED_FOR = """\
-        if block + 1 < blocks:
-            mbarrier.wait(full.index(following), following_phase)
+    if not IS_LAST:
+        mbarrier.wait(full.index(following), following_phase)
 """
 READ_ANYWAY = """\
-        mbarrier.wait(full.index(following), following_phase, pred=block + 1 < blocks)
-        if True:
+    following, _ = next_slot(slot, following_phase, STAGES)
+    mbarrier.wait(full.index(following), following_phase, pred=not IS_LAST)
+    if True:
 """
 
 
