@@ -48,7 +48,7 @@ from blockscale.planning.policy import PlanPolicy
 from blockscale.planning.request import LinearRequest
 from blockscale.probe.machine import installed_packages, read_machine
 from blockscale.reference import quantize
-from record import record
+from record import append_to, record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -80,8 +80,7 @@ def main() -> int:
     for line in measure(options.backends, options.rounds):
         print(f"{line['backend']}: {words(line)}\n{json.dumps(line)}", flush=True)
         if options.out:
-            with options.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_to(options.out, line)
     return 0
 
 

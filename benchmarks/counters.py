@@ -25,7 +25,7 @@ import torch
 from blockscale.formats import DType
 from gemm_summary import BASELINE
 from gemm_variants import Problem, Weights
-from record import append, need_gpu, record
+from record import append, append_to, need_gpu, record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -78,8 +78,7 @@ def main() -> int:
         if options.record:
             append(line)
         if options.out:
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_to(options.out, line)
     return 0
 
 

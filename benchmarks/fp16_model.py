@@ -18,7 +18,6 @@ The layers' weights together are several times the L2 cache, so weights come fro
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +40,7 @@ from blockscale.planning.policy import PlanPolicy
 from blockscale.planning.request import LinearRequest
 from blockscale.probe import detect_device
 from blockscale.reference import dequantize, quantize, relayout
-from record import need_gpu, record
+from record import append_to, need_gpu, record
 from timing import interleaved
 
 if TYPE_CHECKING:
@@ -79,8 +78,7 @@ def main() -> int:
     print(" tokens |  a) unpack  b) triton    c) plan | c against a | c against b")
     lines = [measure(layers, tokens) for tokens in TOKENS]
     if options.out:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        append_to(options.out, *lines)
     return 0
 
 

@@ -38,7 +38,7 @@ import torch
 from blockscale.formats import DType
 from gemm_summary import BASELINE, summary
 from gemm_variants import BF16_MATMUL, MAX_COPIES, Problem, Weights, copies_for
-from record import append, commit, need_gpu, record
+from record import append, append_to, commit, need_gpu, record
 from timing import copy_bandwidth, interleaved
 
 if TYPE_CHECKING:
@@ -163,8 +163,7 @@ def done(state: Path | None) -> list[dict[str, Any]]:
 def keep(state: Path, row: dict[str, Any]) -> None:
     """Add a row to those."""
     state.parent.mkdir(parents=True, exist_ok=True)
-    with state.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_to(state, row)
 
 
 def measure_ceilings(options: argparse.Namespace) -> dict[str, float]:
@@ -279,8 +278,7 @@ def write(line: dict[str, Any], options: argparse.Namespace) -> None:
     if options.record:
         append(line)
     if options.out:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_to(options.out, line)
 
 
 def print_shape(m: int, n: int, k: int, lines: list[dict[str, Any]]) -> None:

@@ -20,7 +20,6 @@ is ``grouped_summary.py``'s.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import subprocess
@@ -67,7 +66,7 @@ from grouped_cases import (
     wide_weight,
 )
 from grouped_summary import summary
-from record import append, need_gpu, record
+from record import append, append_to, need_gpu, record
 from timing import interleaved
 
 if TYPE_CHECKING:
@@ -236,8 +235,7 @@ def write(line: dict[str, Any], options: argparse.Namespace) -> None:
     if options.record:
         append(line)
     if options.out:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_to(options.out, line)
 
 
 # DeepGEMM's masked times by (tokens, n, k): what low row blocks are compared with.

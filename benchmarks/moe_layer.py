@@ -18,7 +18,6 @@ before anything is timed. Every token count reads at least 150 MB of weights, th
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from blockscale.planning.request import LinearRequest
 from blockscale.probe import detect_device
 from blockscale.reference import dequantize, expert_of, quantize
 from blockscale.tensor import BlockScaledTensor, torch_dtype
-from record import append, need_gpu, record
+from record import append, append_to, need_gpu, record
 from timing import interleaved
 
 if TYPE_CHECKING:
@@ -131,8 +130,7 @@ def main() -> int:
         document = described(times, tokens, dtype, backends)
         # After each: a time limit must not lose those before.
         if options.out is not None:
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(document) + "\n")
+            append_to(options.out, document)
         elif not options.smoke:
             append(document)
     print(f"done in {time.perf_counter() - started:.1f} s", flush=True)

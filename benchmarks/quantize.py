@@ -9,7 +9,6 @@ residual once. Inputs are 64 MB and more, above the L2 cache of an H200.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from blockscale.kernels.triton.quantize import (
     activation_quantizer,
     silu_multiply_quantizer,
 )
-from record import need_gpu, record
+from record import append_to, need_gpu, record
 from timing import copy_bandwidth, interleaved
 
 if TYPE_CHECKING:
@@ -66,11 +65,10 @@ def main() -> int:
             share_of_copy=round(rate / ceiling, 3),
             copy_gb_s=round(ceiling / 1e9),
         )
-        lines.append(json.dumps(line))
+        lines.append(line)
         print(*facts.values(), f"{timing.median_us:.1f} us, {rate / ceiling:.0%} of copy")
     if options.out:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write("".join(line + "\n" for line in lines))
+        append_to(options.out, *lines)
     return 0
 
 

@@ -63,9 +63,14 @@ def append(document: dict[str, Any]) -> Path:
     folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", document["machine"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{document['benchmark']}.jsonl"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(document) + "\n")
+    append_to(path, document)
     return path
+
+
+def append_to(path: Path, *documents: dict[str, Any]) -> None:
+    """Add records to a file of JSON lines: several programs may be given the same one."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(document) + "\n" for document in documents)
 
 
 def versions() -> dict[str, str]:

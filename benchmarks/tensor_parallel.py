@@ -38,7 +38,7 @@ from blockscale.integrations.transformers_parallel import load_model_shard
 from blockscale.parallel.ranks import Ranks
 from blockscale.planning.policy import PlanPolicy
 from blockscale.reference import quantize
-from record import record
+from record import append_to, record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,8 +118,7 @@ def main() -> int:
         lines = bench.run(folder)
         # Before the others go on: the first that ends with a fault has all of them ended.
         if ranks.rank == 0 and options.out:
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
+            append_to(options.out, *lines)
     finally:
         distributed.barrier()
         if ranks.rank == 0:

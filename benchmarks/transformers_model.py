@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from blockscale.planning.request import LinearRequest
 from blockscale.probe import detect_device
 from blockscale.reference import quantize
 from blockscale.tensor import dtype_of
-from record import record
+from record import append_to, record
 from timing import capture
 
 if TYPE_CHECKING:
@@ -92,8 +91,7 @@ def main() -> int:
     for name in DTYPES:
         lines = measure_dtype(size, options.layers or size.layers, name, policy)
         if options.out:  # After each dtype: a time limit must not lose the first one.
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
+            append_to(options.out, *lines)
     return 0
 
 

@@ -131,13 +131,10 @@ def test_tickets_are_drawn_with_release_and_acquire_after_a_barrier(form: Form) 
 @pytest.mark.parametrize("form", HALVES, ids=lambda form: form.name)
 def test_a_partition_arrives_at_a_barrier_after_all_its_warps_have_read(form: Form) -> None:
     """Only one thread arrives: a barrier stands between it and every warp's reads of the slot."""
-    lines = [line.strip() for line in compiled(form).asm["ptx"].splitlines()]
-    kinds = ("bar.sync", "bar.warp.sync", "ld.shared", "st.shared", "wgmma.wait_group")
-    arrivals = [at for at, line in enumerate(lines) if "mbarrier.arrive.shared::cta" in line]
-    assert arrivals
-    for at in arrivals:
-        before = [line for line in lines[:at] if line.startswith(kinds)]
-        assert before[-1].startswith(("bar.sync", "bar.warp.sync"))
+    before = sass.before_arrivals(compiled(form).asm["ptx"])
+    assert before
+    for line in before:
+        assert line.startswith(("bar.sync", "bar.warp.sync"))
 
 
 @pytest.mark.parametrize("form", OVERLAPPING, ids=lambda form: form.name)

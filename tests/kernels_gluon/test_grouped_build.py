@@ -114,10 +114,7 @@ def test_barriers_in_the_loop_span_one_consumer(form: Form) -> None:
 @pytest.mark.parametrize("form", FORMS, ids=IDS)
 def test_a_partition_arrives_at_a_barrier_after_all_its_warps_have_read(form: Form) -> None:
     """Slots and messages: see ``test_gluon_build``."""
-    lines = [line.strip() for line in compiled(form).asm["ptx"].splitlines()]
-    kinds = ("bar.sync", "bar.warp.sync", "ld.shared", "st.shared", "wgmma.wait_group")
-    arrivals = [at for at, line in enumerate(lines) if "mbarrier.arrive.shared::cta" in line]
-    assert arrivals
-    for at in arrivals:
-        before = [line for line in lines[:at] if line.startswith(kinds)]
-        assert before[-1].startswith(("bar.sync", "bar.warp.sync"))
+    before = sass.before_arrivals(compiled(form).asm["ptx"])
+    assert before
+    for line in before:
+        assert line.startswith(("bar.sync", "bar.warp.sync"))

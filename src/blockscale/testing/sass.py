@@ -55,6 +55,18 @@ def resources(ptx: str, architecture: str = "sm_90a") -> Resources:
     return Resources(max(map(int, registers)), stores + loads, stack)
 
 
+def before_arrivals(ptx: str) -> list[str]:
+    """For each arrival at a barrier, which of a meeting, an access or a wait comes last before it.
+
+    Lines of PTX in the order of the text: of one thread's arrival the reads of all others must
+    lie behind a barrier of the partition's warps.
+    """
+    lines = [line.strip() for line in ptx.splitlines()]
+    kinds = ("bar.sync", "bar.warp.sync", "ld.shared", "st.shared", "wgmma.wait_group")
+    arrivals = [at for at, line in enumerate(lines) if "mbarrier.arrive.shared::cta" in line]
+    return [[line for line in lines[:at] if line.startswith(kinds)][-1] for at in arrivals]
+
+
 def disassemble(cubin: bytes) -> list[str]:
     """Lines of SASS, by Triton's nvdisasm."""
     with tempfile.TemporaryDirectory() as folder:

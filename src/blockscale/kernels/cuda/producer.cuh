@@ -23,11 +23,15 @@ DEVICE void copy_rows(u32 target, const TensorMap& map, int k, int row, u32 barr
     }
 }
 
+// Whether a tile's rows end beyond the last one: then `last_rows` of them are copied.
+DEVICE bool is_last(const Problem& problem, const Place& place) {
+    return SHARE != Share::ACTIVATION && place.row + ROWS > problem.m;
+}
+
 // Opens a free slot for one K block of a tile, and copies its weights.
 DEVICE void copy_weight(const Ring& ring, const Operands& operands, const Problem& problem,
                         const Place& place, int block) {
-    const bool is_last = SHARE != Share::ACTIVATION && place.row + ROWS > problem.m;
-    const int rows = is_last ? problem.last_rows : ROWS;
+    const int rows = is_last(problem, place) ? problem.last_rows : ROWS;
     barrier_arrive_expecting(ring.full(), rows * (K_BLOCK + SCALE_BYTES) + B_BYTES);
     // Read once, by the tile's only rows: what is read again should stay instead. 1 to 4 % less
     // (H200, 2026-11-26).
@@ -40,12 +44,12 @@ DEVICE void copy_weight(const Ring& ring, const Operands& operands, const Proble
 // Fills the rest of a slot: one K block of a tile's rows, and their scales.
 DEVICE void copy_activation(const Ring& ring, const Operands& operands, const Problem& problem,
                             const Place& place, int block) {
-    const bool is_last = SHARE != Share::ACTIVATION && place.row + ROWS > problem.m;
+    const bool last = is_last(problem, place);
     copy_rows<ROWS, SHARE == Share::ACTIVATION>(
-        ring.memory + A_SLOTS + ring.slot * A_BYTES, is_last ? operands.a_last : operands.a,
+        ring.memory + A_SLOTS + ring.slot * A_BYTES, last ? operands.a_last : operands.a,
         block * K_BLOCK, place.slot * problem.m + place.row, ring.full(), EVICTED_AS_USUAL);
     tma_load(ring.memory + A_SCALE_SLOTS + ring.slot * A_SCALE_BYTES,
-             is_last ? operands.a_scales_last : operands.a_scales, place.row,
+             last ? operands.a_scales_last : operands.a_scales, place.row,
              place.slot * problem.k_blocks + block, ring.full());
 }
 
@@ -63,8 +67,8 @@ DEVICE int copy_early(Ring ring, const Operands& operands, const Problem& proble
 // One thread. A warp for each operand instead took 6 to 15 % more at 64 rows (H100, 2026-11-26).
 //
 // Where weights are copied early, the next kernel starts when this one has asked for all it reads:
-// its own early copies then fill the memory's pause between the two. Layers took 2 % less than with
-// it started at once, M of 16 and 64 (H200, 2026-11-26).
+// its own early copies then fill the memory's pause between the two. Layers took 0.6 and 2 % less
+// than with it started at once, M of 16 and 64 (H200, 2026-11-26).
 DEVICE void copy_operands(Ring ring, const Operands& operands, const Problem& problem,
                           int unit_rows) {
     int early = GROUPING == Grouping::NOTHING ? copy_early(ring, operands, problem) : 0;

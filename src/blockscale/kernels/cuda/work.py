@@ -315,7 +315,7 @@ class Work:
         """K blocks whose weights a block copies before the kernel ahead has ended.
 
         Where all tokens fit into one tile's rows and a block has few K blocks. H200, 2026-11-26, M
-        of 1 to 64: 3 to 10 % less at K of 512 to 3072; at K of 6144 and 7168, where a block waits
+        of 1 to 64: 1 to 8 % less at K of 512 to 3072; at K of 6144 and 7168, where a block waits
         for its chain of K blocks and not for memory, up to 6 % more (perf-log G29).
         """
         form = self.form

@@ -127,8 +127,8 @@ def accumulate(ring, blocks, slot, phase, FIRST: gl.constexpr, COLUMNS: gl.const
     Between the end of a wave and the start of the next stand its FFMAs and nothing else. While the
     tensor cores work, the slot before is released, the next one is waited for and its scales are
     loaded (docs/perf-log.md G12); not after the last block, for that slot may be being filled. One
-    thread's arrival releases a slot. Triton has a barrier of the partition's warps in front of it
-    (3.6, ``Membar.cpp``): all of them have read the slot by then.
+    thread's arrival releases a slot: a barrier of the partition's warps, Triton's (3.6,
+    ``Membar.cpp``) or after the last block ours, stands between it and what all of them read.
     """
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     full = ring[4]
