@@ -42,6 +42,7 @@ from blockscale.formats import (
     MN_MAJOR_TMA_ALIGNED,
     DType,
 )
+from blockscale.kernels.cuda.grouped_choice import ALIGNMENTS as CUDA_BLOCKS
 from blockscale.kernels.cuda.grouped_choice import compared, contiguous_works, masked_works
 from blockscale.kernels.cuda.grouped_product import CudaGroupedProduct
 from blockscale.kernels.gluon.grouped_choice import (
@@ -266,8 +267,10 @@ def everything(case: Case, copies: list[Copy], options: argparse.Namespace) -> I
 
 
 def is_for(backend: str, case: Case) -> bool:
-    """Whether the backend has this layout."""
-    return backend not in {"cuda", "deep_gemm"} or case.alignment == ALIGNMENT
+    """Whether the backend has row blocks of so many rows."""
+    return case.alignment in {"cuda": CUDA_BLOCKS, "deep_gemm": (ALIGNMENT,)}.get(
+        backend, (case.alignment,)
+    )
 
 
 def chosen(backend: str, case: Case, copy: Copy, dtype: str) -> str:

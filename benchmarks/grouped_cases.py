@@ -21,9 +21,17 @@ MASKED = ((32, 192), (6, 1024), (32, 20), (6, 20))
 MASKED_SLOT = 4096
 MINIMAX_SHAPES = ((3072, 3072), (3072, 1536))
 MINIMAX_EXPERTS, MINIMAX_TOP = 256, 8
-MINIMAX_PREFILL, MINIMAX_DECODE, MINIMAX_SLOT = 4096, (1, 16, 64, 128), 128
+MINIMAX_PREFILL, MINIMAX_DECODE, MINIMAX_SLOT = 4096, (1, 16, 64, 128, 512, 1024), 128
 ALIGNMENT = 128
-LOW_BLOCKS = {1: (8, 16), 16: (8, 16), 64: (8, 16), 128: (8, 16, 32)}
+# Rows of a row block by tokens: what plans take, and what they might.
+LOW_BLOCKS = {
+    1: (8, 16),
+    16: (8, 16),
+    64: (8, 16),
+    128: (8, 16, 32),
+    512: (16, 64),
+    1024: (64, 128),
+}
 ROTATED_BYTES = 300 << 20
 MAX_COPIES = 4
 
