@@ -25,10 +25,10 @@ MINIMAX_PREFILL, MINIMAX_DECODE, MINIMAX_SLOT = 4096, (1, 16, 64, 128, 512, 1024
 ALIGNMENT = 128
 # Rows of a row block by tokens: what plans take, and what they might.
 LOW_BLOCKS = {
-    1: (8, 16),
-    16: (8, 16),
-    64: (8, 16),
-    128: (8, 16, 32),
+    1: (8, 16, 64),
+    16: (8, 16, 64),
+    64: (8, 16, 64),
+    128: (8, 16, 32, 64),
     512: (16, 64),
     1024: (64, 128),
 }

@@ -18,18 +18,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockscale.backends.registry import BACKENDS
-from blockscale.formats import FP8_128X128_FP32, DType
-from blockscale.planning.decision import Offer
-from blockscale.planning.device import Device
-from blockscale.planning.request import LinearRequest
-
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
+from grouped_records import is_sound, offered_alignment  # noqa: E402 - a program, not a package
 from measured_table import TABLES, write_table  # noqa: E402 - the program beside this one
 
 # family, layout, tokens: what ``grouped_cases.Case.name`` says of a routed case.
@@ -53,30 +48,18 @@ def table(records: Iterable[dict[str, Any]]) -> list[list[Any]]:
     times: dict[tuple[Any, ...], float] = {}
     for record in records:
         named = NAME.match(record["case"])
-        if named is None or not record["chosen"]:
+        if named is None or not record["chosen"] or not is_sound(record):
             continue
         tokens, dtype = int(named[3]), record["out_dtype"]
         key = (record["backend"], record["n"], record["k"], dtype, tokens, record["groups"])
         alignment = int(named[2] or BLOCK)
         is_masked = named[1] == "masked"
         if record["backend"] == "deep_gemm" or (
-            not is_masked and alignment == offered_alignment(*key)
+            not is_masked
+            and alignment == offered_alignment(record["backend"], record["groups"], tokens)
         ):
             times[key] = record["time_us"]
     return [[*key[:-1], time_us, key[-1]] for key, time_us in times.items()]
-
-
-def offered_alignment(
-    name: str, n: int, k: int, dtype: str, tokens: int, experts: int
-) -> int | None:
-    """Rows of a row block that the backend wants for so many tokens; None if it has no offer."""
-    out = DType(dtype)
-    request = LinearRequest("experts", n, k, FP8_128X128_FP32, out, out, experts=experts)
-    backend = next((one for one in BACKENDS if one.name == name), None)
-    answer = backend.evaluate(request, Device.named("sm_90")) if backend else None
-    if not isinstance(answer, Offer):
-        return None
-    return next(rows.alignment for rows in answer.rows if rows.m_range.contains(tokens))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import pytest
 
 from blockscale.backends.registry import BACKENDS
 from blockscale.formats import FP8_128X128_FP32, K_MAJOR, DType
+from blockscale.kernels import grouped_times
+from blockscale.kernels.grouped_times import Behind
 from blockscale.planning.decision import Obstacle, Offer, OperandForm
 from blockscale.planning.device import Device, Measurement
 from blockscale.planning.explain import explain_linear
@@ -18,6 +20,8 @@ from blockscale.planning.request import LinearRequest
 from blockscale.planning.timed import MOST_RANGES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from blockscale.planning.plan import LinearPlan
 
 FP16 = DType.FLOAT16
@@ -180,8 +184,20 @@ def weights(experts: int, hidden: int, inner: int) -> list[LinearRequest]:
 OWN = [backend for backend in BACKENDS if backend.name in {"gluon", "cuda"}]
 
 
-def test_the_weights_of_experts_are_estimated_together() -> None:
-    """Alone w13 would go to cuda from 443 tokens on, by its K, and w2 to gluon."""
+@pytest.fixture
+def made_ratio(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts other numbers in place of those that ship, which change with new records."""
+
+    def put(few: float, many: float, per_doubling: float) -> None:
+        made = Behind((few, few, few, many), per_doubling, (1, 1 << 40))
+        monkeypatch.setattr(grouped_times, "shipped", lambda: made)
+
+    return put
+
+
+def test_the_weights_of_experts_are_estimated_together(made_ratio: Callable[..., None]) -> None:
+    """Alone w13 would go to cuda, by its weight, and w2 to gluon, which has more to lose."""
+    made_ratio(-0.05, -0.17, 0.3)
     w13, w2 = weights(8, 7168, 2048)
     assert [c.offer.backend for c in plan_linear(w13, SM90, PlanPolicy(), OWN).choices] == [
         "gluon",
@@ -193,13 +209,14 @@ def test_the_weights_of_experts_are_estimated_together() -> None:
     assert all(plan.choices[0].reason.startswith("estimated") for plan in together)
 
 
-def test_experts_of_long_k_are_shared_by_rows_of_a_group() -> None:
+def test_experts_are_shared_by_rows_of_a_group(made_ratio: Callable[..., None]) -> None:
+    made_ratio(-0.05, 0.05, 0.0)
     plans = plan_experts(weights(8, 7168, 7168), SM90, PlanPolicy(), OWN)
     assert ranges(plans[0]) == ranges(plans[1])
     (few, many) = plans[0].choices
     assert (few.offer.backend, many.offer.backend) == ("gluon", "cuda")
-    # 256 to 512 rows of each, 8 for each token.
-    assert 256 <= many.m_range.min_m <= 512
+    # 256 rows of each lie halfway, as a logarithm, and are where the ratio is one; 8 for a token.
+    assert 225 <= many.m_range.min_m <= 320
 
 
 def test_experts_with_float32_results_keep_the_order_of_preference() -> None:

@@ -33,6 +33,8 @@ def record(backend: str, case: str, time_us: float, *, chosen: bool = True) -> d
         "groups": 256,
         "out_dtype": "bfloat16",
         "time_us": time_us,
+        "commit": "abc",
+        "detail": "",
     }
 
 
@@ -46,6 +48,7 @@ def test_a_backends_time_is_of_the_rows_that_it_offers() -> None:
         record("deep_gemm", "masked-t1", 5.0),
         record("deep_gemm", "contiguous-t4096", 6.0),
         record("unknown", "contiguous-t4096", 7.0),
+        {**record("gluon", "contiguous-t4096", 9.0), "commit": "71f0fd6"},
         {**record("gluon", "", 8.0), "case": "contiguous-contiguous-8x4096-4096x7168"},
     ]
     found = {(row[0], row[4]): row[5] for row in tool().table(records)}

@@ -1,16 +1,22 @@
 """Microseconds of grouped products, by kernel family: comparable between families, and only so.
 
 A common time (weights once from memory, or all products) and what Gluon takes of ``gemm.cu``'s
-beside it. From ``benchmarks/grouped.py`` on an H100 (2026-11-26), 16-bit results, row blocks of
-128: with 128 rows a group on average Gluon takes 3 to 6 % less (K of 1536 and 3072); with 4096 and
-more it takes 1 to 5 % more at K of 7168, 3 to 5 % less at 2048, and 1 % more or 2 % less at 3072.
-Between them nothing was measured, nor was ``gemm.cu`` with lower row blocks; in slots of few rows
-Gluon takes up to 9 % less. Needs neither torch nor Triton.
+beside it, with rows as their offers list them: a level by the rows of a group, and, where groups
+have many, so much a doubling of a group's weight. ``tables/grouped_times.json`` has these numbers
+and says what they are from; ``benchmarks/grouped_times_fit.py`` writes it, and prints how well they
+do on a GPU and on weights that they were not fitted to. Between the fewest and the most rows of the
+records, levels that nobody measured lie near their neighbours. Needs neither torch nor Triton.
 """
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from itertools import pairwise
 from math import exp, log2
+from operator import mul
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,12 +27,29 @@ TOP = 8
 # Bytes of weights and multiply-adds, a microsecond.
 STREAM, PRODUCTS = 2.9e6, 0.5e9
 OUT_BYTES = 2
-# Rows of a group, the mean: up to the first Gluon takes less by ``FEW``, from the second on more by
-# ``PER_DOUBLING`` for each doubling of K beyond ``EVEN_K``; as logarithms.
-FEW_ROWS, MANY_ROWS = 256, 512
-FEW, PER_DOUBLING, EVEN_K = -0.05, 0.04, 4096
-# Of K, in the benchmark.
-LEAST_K, MOST_K = 1536, 7168
+# Rows of a group, the mean, that have a level: 128 tokens, 1024 and 4096 of a model with 256
+# experts; and from where Gluon has tiles of 256 rows (``gluon.grouped_choice``).
+ROWS = (4, 32, 128, 512)
+# Bytes of a group's weight from which doublings are counted.
+EVEN_WEIGHT = 4096 * 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """log(Gluon's time / that of ``gemm.cu``).
+
+    ``levels``: at ``ROWS``; ``per_doubling`` of the weight, on top of the last level; ``weights``:
+    bytes of the lightest and the heaviest that was fitted, which stand for all beyond.
+    """
+
+    levels: tuple[float, ...]
+    per_doubling: float
+    weights: tuple[int, int]
+
+    def at(self, rows: float, weight: int) -> float:
+        """For ``rows`` of a group, the mean, and ``weight`` bytes of each."""
+        factors = (*self.levels, self.per_doubling)
+        return sum(map(mul, factors, terms(rows, weight, self.weights)))
 
 
 def cuda_us(tokens: int, experts: int, shape: tuple[int, int], out: DType) -> float | None:
@@ -44,11 +67,34 @@ def cuda_us(tokens: int, experts: int, shape: tuple[int, int], out: DType) -> fl
 def gluon_us(tokens: int, experts: int, shape: tuple[int, int], out: DType) -> float | None:
     """As ``cuda_us``, of the Gluon kernels."""
     found = cuda_us(tokens, experts, shape, out)
-    return None if found is None else found * exp(_behind(tokens * TOP / experts, shape[1]))
+    n, k = shape
+    return None if found is None else found * exp(shipped().at(tokens * TOP / experts, n * k))
 
 
-def _behind(rows: float, k: int) -> float:
-    """log(Gluon's time / that of ``gemm.cu``) for ``rows`` of a group."""
-    many = PER_DOUBLING * log2(max(LEAST_K, min(k, MOST_K)) / EVEN_K)
-    share = max(0.0, min(1.0, (rows - FEW_ROWS) / (MANY_ROWS - FEW_ROWS)))
-    return FEW + share * (many - FEW)
+def terms(rows: float, weight: int, weights: tuple[int, int]) -> tuple[float, ...]:
+    """What ``Behind``'s numbers are multiplied by: shares of the levels, doublings of the weight.
+
+    Shares go with the logarithm of ``rows``, between the two levels that these lie between.
+    """
+    place = _place(rows)
+    shares = [max(0.0, 1 - abs(place - index)) for index in range(len(ROWS))]
+    low, high = weights
+    doublings = log2(max(low, min(weight, high)) / EVEN_WEIGHT)
+    return (*shares, shares[-1] * doublings)
+
+
+def _place(rows: float) -> float:
+    """Where ``rows`` lie among ``ROWS``: 1.5 is halfway between the second and the third."""
+    for index, (low, high) in enumerate(pairwise(ROWS)):
+        if rows < high:
+            return index + log2(max(rows, low) / low) / log2(high / low)
+    return len(ROWS) - 1.0
+
+
+@lru_cache(maxsize=1)
+def shipped() -> Behind:
+    """The table that ships."""
+    place = resources.files("blockscale.kernels") / "tables" / "grouped_times.json"
+    document = json.loads(place.read_text(encoding="utf-8"))
+    low, high = document["weights"]
+    return Behind(tuple(document["levels"]), document["per_doubling"], (low, high))

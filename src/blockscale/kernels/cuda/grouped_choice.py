@@ -33,7 +33,6 @@ from blockscale.kernels.cuda.work import (
     late,
     make_form,
     make_work,
-    unit_height,
 )
 
 if TYPE_CHECKING:
@@ -103,25 +102,19 @@ def contiguous_works(
         if form.rows > alignment and alignment < WIDE_BLOCK:
             continue
         work = in_turns(make_work(form, blocks * alignment, *shape, processors))
-        if can_run(work, blocks * alignment):
+        if can_run(work):
             found.append(work)
     return found
 
 
-def can_run(work: Work, rows: int) -> bool:
-    """Whether there are two tiles and two multiprocessors for a cluster; ``rows``: of a slot."""
-    if work.form.share is Share.NOTHING:
-        return True
-    is_pair = rows > work.form.rows if work.form.share is Share.WEIGHT else work.unit_columns > 1
-    return is_pair and work.blocks > 0
+def can_run(work: Work) -> bool:
+    """Whether there are two tiles and two multiprocessors for a cluster."""
+    return work.form.share is Share.NOTHING or (work.unit_columns > 1 and work.blocks > 0)
 
 
 @lru_cache(maxsize=8)
 def contiguous_forms(out: DType) -> tuple[Form, ...]:
-    """Every form that could serve: alone, or two blocks that share rows of an operand.
-
-    Those of the weight where a tile is one row block: then a pair meets two groups at most.
-    """
+    """Every form that could serve: alone, or two blocks that share the activation's rows."""
     found = [
         replace(
             in_flight(late(make_form(height, columns, out, share=share))),
@@ -129,8 +122,8 @@ def contiguous_forms(out: DType) -> tuple[Form, ...]:
         )
         for height, widths in TILES.items()
         for columns in widths
-        for share in Share
-        if columns <= MAX_COLUMNS[height] and (share is not Share.WEIGHT or height == WIDE_BLOCK)
+        for share in (Share.NOTHING, Share.ACTIVATION)
+        if columns <= MAX_COLUMNS[height]
     ]
     return tuple(found + [deeper(form) for form in found if can_be_deeper(form)])
 
@@ -175,11 +168,11 @@ def masked_works(
     found = [
         in_turns(
             make_masked_work(form, rows[:2], shape, processors),
-            max(1, round(rows[0] * likely_tiles(unit_height(form), rows))),
+            max(1, round(rows[0] * likely_tiles(form.rows, rows))),
         )
         for form in forms
     ]
-    return [work for work in found if can_run(work, rows[1])]
+    return [work for work in found if can_run(work)]
 
 
 @lru_cache(maxsize=8)
@@ -210,7 +203,7 @@ def masked_clocks(
     slot, and the busiest decides.
     """
     n, k = shape
-    tall = unit_height(work.form)
+    tall = work.form.rows
     tiles = likely_tiles(tall, rows)
     grown = with_unit_rows(work, max(1, round(rows[0] * tiles)))
     found = corrections.clocks(grown, grown.unit_rows * tall, n, processors)
@@ -279,12 +272,11 @@ def contiguous_clocks(work: Work, rows: tuple[int, int, int], n: int, processors
     """
     groups, blocks, alignment = rows
     form = work.form
-    tall = unit_height(form)
-    turns = ceil(blocks * alignment / tall)
+    turns = ceil(blocks * alignment / form.rows)
     if form.rows > alignment:
         turns += round((min(groups, blocks) - 1) / 2)
     grown = replace(work, unit_rows=turns)
-    return corrections.clocks(grown, turns * tall, n, processors)
+    return corrections.clocks(grown, turns * form.rows, n, processors)
 
 
 def compared(works: list[Work]) -> list[Work]:
