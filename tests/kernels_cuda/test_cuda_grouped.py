@@ -34,6 +34,7 @@ from blockscale.kernels.cuda.work import (
     late,
     make_form,
     make_work,
+    unit_height,
 )
 from blockscale.tensor import torch_dtype
 from blockscale.testing import cuda_machine
@@ -59,14 +60,19 @@ def contiguous(rows: int, columns: int, out: DType, *, share: Share = Share.NOTH
 WIDE = contiguous(256, 128, BF16)
 SHARED = contiguous(256, 112, FP32, share=Share.ACTIVATION)
 LOW = contiguous(128, 96, FP16)
+PAIR = contiguous(128, 96, BF16, share=Share.WEIGHT)
 machine = pytest.mark.machine
 FORMS = [
     WIDE,
     SHARED,
     LOW,
+    PAIR,
     *(
         pytest.param(form, marks=machine)
         for form in (
+            contiguous(128, 192, FP16, share=Share.WEIGHT),
+            contiguous(128, 144, FP32, share=Share.WEIGHT),
+            contiguous(64, 64, FP16, share=Share.WEIGHT),
             contiguous(256, 128, FP16, share=Share.ACTIVATION),
             deeper(contiguous(256, 128, BF16, share=Share.ACTIVATION)),
             contiguous(128, 192, BF16, share=Share.ACTIVATION),
@@ -178,8 +184,9 @@ def test_any_number_of_blocks_at_once_in_any_order(groups: tuple[int, ...]) -> N
     n, k = 136, 128 * 3
     problem = Problem(groups, 128, n, k)
     for seed, processors in enumerate((1, 2, 3, 5)):
-        for form in (WIDE, LOW):
-            work = make_work(form, problem.m, n, k, processors, band=1 + seed % 2)
+        for form in (WIDE, LOW, PAIR):
+            most = max(processors, form.cluster)
+            work = make_work(form, problem.m, n, k, most, band=1 + seed % 2)
             assert problem.is_right(problem.run(work, Trial(seed)))
 
 
@@ -190,11 +197,14 @@ def masked(rows: int, columns: int, out: DType, *, share: Share = Share.NOTHING)
 MASKED_FORMS = [
     masked(256, 128, BF16),
     masked(128, 96, FP32, share=Share.ACTIVATION),
+    masked(128, 96, BF16, share=Share.WEIGHT),
     *(
         pytest.param(form, marks=machine)
         for form in (
             masked(256, 112, FP16, share=Share.ACTIVATION),
             masked(128, 192, BF16),
+            masked(128, 192, FP16, share=Share.WEIGHT),
+            masked(256, 128, BF16, share=Share.WEIGHT),
             deeper(masked(256, 128, FP16)),
             masked_form(late(make_form(64, 128, BF16, beside=2))),
             masked_form(make_form(256, 128, FP16)),
@@ -274,7 +284,7 @@ MASKED_BROKEN = {
         "nothing can go on",
     ),
     "a consumer without rows does not wait": (
-        "        barrier_wait(ring.full(), ring.parity);\n        give_back",
+        "        barrier_wait(ring.full(), ring.parity);\n        sync_warp();\n        give_back",
         "        give_back",
         "fills a slot|more arrivals|nothing can go on",
     ),
@@ -327,8 +337,8 @@ BROKEN = {
     ),
     "every group takes the first one's weight": (
         LOW,
-        "const int b_row = place.group * problem.n + place.column;",
-        "const int b_row = place.column;",
+        "const int row = place.group * problem.n + place.column;",
+        "const int row = place.column;",
         "wrong",
     ),
     "every group takes the first one's scales": (
@@ -336,6 +346,18 @@ BROKEN = {
         "problem.b_scales + place.group * (last_row + 1) * problem.b_scale_stride;",
         "problem.b_scales;",
         "wrong",
+    ),
+    "two tiles of different groups share a weight": (
+        PAIR,
+        "is_common = own == other || own < 0 || other < 0;",
+        "is_common = true;",
+        "wrong|nothing can go on|while",
+    ),
+    "a block without rows does not copy for the other": (
+        PAIR,
+        "is_common = own == other || own < 0 || other < 0;",
+        "is_common = own == other || own < 0;",
+        "wrong|nothing can go on|while",
     ),
     "groups are read too early": (
         LOW,
@@ -345,8 +367,8 @@ BROKEN = {
     ),
     "row blocks of nobody are computed": (
         LOW,
-        "            if (group >= 0) return;\n",
-        "            group = group < 0 ? 0 : group;\n            return;\n",
+        "const int first = group_of(row);",
+        "const int first = group_of(row) < 0 ? 0 : group_of(row);",
         "wrong",
     ),
 }
@@ -390,12 +412,12 @@ def test_the_choice_covers_every_row_block(alignment: int, n: int, k: int) -> No
             work = choose_contiguous(rows, (n, k), out, 132)
             form = work.form
             assert form.grouping is Grouping.CONTIGUOUS
-            assert form.share is not Share.WEIGHT
+            assert form.share is not Share.WEIGHT or form.rows == alignment
             # No tile meets more than two row blocks, and those of 256 rows have blocks of 128.
             assert form.rows <= 2 * alignment
             assert form.rows == min(form.rows, 128) or alignment == 128
-            assert (work.unit_rows - 1) * form.rows < blocks * alignment
-            assert work.unit_rows * form.rows >= blocks * alignment
+            assert (work.unit_rows - 1) * unit_height(form) < blocks * alignment
+            assert work.unit_rows * unit_height(form) >= blocks * alignment
             assert form.shared_bytes <= SHARED_BYTES
 
 
@@ -411,5 +433,5 @@ def test_few_rows_of_a_slot_take_tiles_of_one_wave_and_many_tall_ones() -> None:
     assert (few.form.rows, some.form.rows) == (64, 256)
     for work in (few, some):
         assert work.form.grouping is Grouping.MASKED
-        assert work.unit_rows * work.form.rows >= 32 * 4096
+        assert work.unit_rows * unit_height(work.form) >= 32 * 4096
         assert work.form.shared_bytes <= SHARED_BYTES

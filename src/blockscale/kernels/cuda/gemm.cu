@@ -296,6 +296,7 @@ DEVICE void multiply_tile(float (&results)[WAVES][SUMS], float (&wave)[SUMS], Ri
 DEVICE void skip(Ring& ring, int k_blocks) {
     for (int block = 0; block < k_blocks; block++) {
         barrier_wait(ring.full(), ring.parity);
+        sync_warp();
         give_back(ring);
         ring.advance();
     }

@@ -33,6 +33,7 @@ from blockscale.kernels.cuda.work import (
     late,
     make_form,
     make_work,
+    unit_height,
 )
 
 if TYPE_CHECKING:
@@ -102,19 +103,25 @@ def contiguous_works(
         if form.rows > alignment and alignment < WIDE_BLOCK:
             continue
         work = in_turns(make_work(form, blocks * alignment, *shape, processors))
-        if can_run(work):
+        if can_run(work, blocks * alignment):
             found.append(work)
     return found
 
 
-def can_run(work: Work) -> bool:
-    """Whether there are two tiles and two multiprocessors for a cluster."""
-    return work.form.share is Share.NOTHING or (work.unit_columns > 1 and work.blocks > 0)
+def can_run(work: Work, rows: int) -> bool:
+    """Whether there are two tiles and two multiprocessors for a cluster; ``rows``: of a slot."""
+    if work.form.share is Share.NOTHING:
+        return True
+    is_pair = rows > work.form.rows if work.form.share is Share.WEIGHT else work.unit_columns > 1
+    return is_pair and work.blocks > 0
 
 
 @lru_cache(maxsize=8)
 def contiguous_forms(out: DType) -> tuple[Form, ...]:
-    """Every form that could serve: alone, or two blocks that share the activation's rows."""
+    """Every form that could serve: alone, or two blocks that share rows of an operand.
+
+    Those of the weight where a tile is one row block: then a pair meets two groups at most.
+    """
     found = [
         replace(
             in_flight(late(make_form(height, columns, out, share=share))),
@@ -122,8 +129,8 @@ def contiguous_forms(out: DType) -> tuple[Form, ...]:
         )
         for height, widths in TILES.items()
         for columns in widths
-        for share in (Share.NOTHING, Share.ACTIVATION)
-        if columns <= MAX_COLUMNS[height]
+        for share in Share
+        if columns <= MAX_COLUMNS[height] and (share is not Share.WEIGHT or height == WIDE_BLOCK)
     ]
     return tuple(found + [deeper(form) for form in found if can_be_deeper(form)])
 
@@ -168,11 +175,11 @@ def masked_works(
     found = [
         in_turns(
             make_masked_work(form, rows[:2], shape, processors),
-            max(1, round(rows[0] * likely_tiles(form.rows, rows))),
+            max(1, round(rows[0] * likely_tiles(unit_height(form), rows))),
         )
         for form in forms
     ]
-    return [work for work in found if can_run(work)]
+    return [work for work in found if can_run(work, rows[1])]
 
 
 @lru_cache(maxsize=8)
@@ -203,7 +210,7 @@ def masked_clocks(
     slot, and the busiest decides.
     """
     n, k = shape
-    tall = work.form.rows
+    tall = unit_height(work.form)
     tiles = likely_tiles(tall, rows)
     grown = with_unit_rows(work, max(1, round(rows[0] * tiles)))
     found = corrections.clocks(grown, grown.unit_rows * tall, n, processors)
@@ -272,11 +279,12 @@ def contiguous_clocks(work: Work, rows: tuple[int, int, int], n: int, processors
     """
     groups, blocks, alignment = rows
     form = work.form
-    turns = ceil(blocks * alignment / form.rows)
+    tall = unit_height(form)
+    turns = ceil(blocks * alignment / tall)
     if form.rows > alignment:
         turns += round((min(groups, blocks) - 1) / 2)
     grown = replace(work, unit_rows=turns)
-    return corrections.clocks(grown, turns * form.rows, n, processors)
+    return corrections.clocks(grown, turns * tall, n, processors)
 
 
 def compared(works: list[Work]) -> list[Work]:

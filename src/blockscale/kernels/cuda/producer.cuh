@@ -28,22 +28,36 @@ DEVICE bool is_last(const Problem& problem, const Place& place) {
     return SHARE != Share::ACTIVATION && place.row + ROWS > problem.m;
 }
 
+// Whether a tile has no rows of a group: its block only copies its half of the other tile's weight.
+DEVICE bool is_empty(const Place& place) {
+    return GROUPING != Grouping::NOTHING && SHARE == Share::WEIGHT && place.row >= place.end;
+}
+
 // Opens a free slot for one K block of a tile, and copies its weights.
 DEVICE void copy_weight(const Ring& ring, const Operands& operands, const Problem& problem,
                         const Place& place, int block) {
-    const int rows = is_last(problem, place) ? problem.last_rows : ROWS;
+    const int most = is_last(problem, place) ? problem.last_rows : ROWS;
+    const int rows = is_empty(place) ? 0 : most;
     barrier_arrive_expecting(ring.full(), rows * (K_BLOCK + SCALE_BYTES) + B_BYTES);
     // Read once, by the tile's only rows: what is read again should stay instead. 1 to 4 % less
     // (H200, 2026-11-26).
     const u64 policy = problem.unit_rows == 1 ? EVICTED_FIRST : EVICTED_AS_USUAL;
-    copy_rows<COLUMNS, SHARE == Share::WEIGHT>(
-        ring.memory + B_SLOTS + ring.slot * B_BYTES, operands.b, block * K_BLOCK,
-        place.group * problem.n + place.column, ring.full(), policy);
+    const u32 target = ring.memory + B_SLOTS + ring.slot * B_BYTES;
+    const int row = place.group * problem.n + place.column;
+    if (SHARE == Share::WEIGHT && !place.is_common) {
+        for (int half = 0; half < COLUMNS; half += COLUMNS / 2)
+            tma_load(target + half * K_BLOCK, operands.b, block * K_BLOCK, row + half, ring.full(),
+                     policy);
+        return;
+    }
+    copy_rows<COLUMNS, SHARE == Share::WEIGHT>(target, operands.b, block * K_BLOCK, row,
+                                               ring.full(), policy);
 }
 
 // Fills the rest of a slot: one K block of a tile's rows, and their scales.
 DEVICE void copy_activation(const Ring& ring, const Operands& operands, const Problem& problem,
                             const Place& place, int block) {
+    if (is_empty(place)) return;
     const bool last = is_last(problem, place);
     copy_rows<ROWS, SHARE == Share::ACTIVATION>(
         ring.memory + A_SLOTS + ring.slot * A_BYTES, last ? operands.a_last : operands.a,
@@ -112,12 +126,14 @@ DEVICE void copy_weight_scales(Ring ring, const Problem& problem, int unit_rows)
                     : load_global(scales + next_row * problem.b_scale_stride + block);
             for (int owner = 0; owner < here; owner++) {
                 barrier_wait(ring.empty(), ring.parity ^ 1);
+                // No lane looks later: the slot may come back once one has said that it is full,
+                // and a wait for the phase before would not end.
+                sync_warp();
                 if (lane == owner) {
                     const u32 target = ring.memory + B_SCALE_SLOTS + ring.slot * B_SCALE_BYTES;
                     store_shared_pair(target, first, next);
                     barrier_arrive(ring.full());
                 }
-                sync_warp();
                 ring.advance();
             }
         }

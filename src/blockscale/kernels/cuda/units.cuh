@@ -7,13 +7,15 @@
 #pragma once
 
 // A block's tile: its first row and column, the group whose weight it takes, the slot whose rows, and
-// the first row that is not to be written.
+// the first row that is not to be written. `is_common`: the other block of the cluster takes the same
+// group's weight.
 struct Place {
     int row;
     int column;
     int group;
     int slot;
     int end;
+    bool is_common;
 };
 
 // A consumer's rows of a tile: the first, and how many waves hold any.
@@ -21,6 +23,9 @@ struct OwnRows {
     int first;
     int waves;
 };
+
+// Rows of a unit: of a tile, or of two that share columns of the weight.
+constexpr int UNIT_ROWS = SHARE == Share::WEIGHT ? 2 * ROWS : ROWS;
 
 DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
@@ -35,7 +40,7 @@ DEVICE Place place_of(const Problem& problem, int unit_rows, int unit) {
     const int rank = block_index() % CLUSTER;
     if (SHARE == Share::ACTIVATION) column = 2 * column + rank;
     if (SHARE == Share::WEIGHT) row = 2 * row + rank;
-    return {row * ROWS, column * COLUMNS, 0, 0, problem.m};
+    return {row * ROWS, column * COLUMNS, 0, 0, problem.m, true};
 }
 
 // Who walks: one thread, or all lanes of a warp, for whom what they read is then uniform.
@@ -72,8 +77,8 @@ DEVICE void store_box(const TensorMap& out, u32 source, const Place& place) {
 constexpr int PARTS = ROWS > SCALE_BLOCK ? 2 : 1;
 constexpr int PART_ROWS = ROWS / PARTS;
 
-static_assert(GROUPING == Grouping::NOTHING || SHARE != Share::WEIGHT,
-              "two tiles of rows may belong to two groups");
+static_assert(GROUPING != Grouping::CONTIGUOUS || SHARE != Share::WEIGHT || PARTS == 1,
+              "two tiles of rows may belong to two groups, but not to four");
 
 // Rows of units up to the last row block that belongs to a group. All lanes of a warp.
 DEVICE int count_used_rows(const Problem& problem) {
@@ -83,11 +88,13 @@ DEVICE int count_used_rows(const Problem& problem) {
         const bool is_used = block >= 0 && load_global(problem.routing + block) >= 0;
         last = warp_maximum(is_used ? block + 1 : 0);
     }
-    return (last * problem.block_rows + ROWS - 1) / ROWS;
+    return (last * problem.block_rows + UNIT_ROWS - 1) / UNIT_ROWS;
 }
 
 // A tile whose halves belong to two groups is two units, of each of which the consumers share one
-// half; what belongs to no group is left out.
+// half; what belongs to no group is left out. Of two tiles that share columns one may be left out: its
+// block takes part in copying the other's weight. Where both belong to groups, but not to the same,
+// each copies its own.
 template <Walker WALKER>
 struct UnitsOf<Grouping::CONTIGUOUS, WALKER> {
     const Problem& problem;
@@ -96,6 +103,8 @@ struct UnitsOf<Grouping::CONTIGUOUS, WALKER> {
     int part = 0;
     int group = 0;
     bool is_whole = true;
+    bool is_nobodys = false;
+    bool is_common = true;
 
     DEVICE UnitsOf(const Problem& given, int rows) : problem(given), unit_rows(rows) { find(); }
     DEVICE bool are_left() const { return unit < unit_rows * problem.unit_columns; }
@@ -110,9 +119,12 @@ struct UnitsOf<Grouping::CONTIGUOUS, WALKER> {
     DEVICE Place place() const {
         Place found = place_of(problem, unit_rows, unit);
         found.group = group;
+        found.is_common = is_common;
+        if (is_nobodys) found.end = found.row;
         return found;
     }
     DEVICE OwnRows own_rows(int consumer) const {
+        if (is_nobodys) return {0, 0};
         if (PARTS == 1 || is_whole) return {consumer * OWN_ROWS, WAVES};
         return {part * PART_ROWS + consumer * WAVE_ROWS, 1};
     }
@@ -122,8 +134,12 @@ struct UnitsOf<Grouping::CONTIGUOUS, WALKER> {
         unit += grid_size() / CLUSTER;
         part = 0;
     }
-    // From this part on to the next that belongs to a group.
+    // From this part on to the next that belongs to a group; of two tiles, one that does.
     DEVICE void find() {
+        if (SHARE == Share::WEIGHT) {
+            find_pair();
+            return;
+        }
         for (; are_left(); next_tile()) {
             const int row = place_of(problem, unit_rows, unit).row;
             const int first = group_of(row);
@@ -131,6 +147,16 @@ struct UnitsOf<Grouping::CONTIGUOUS, WALKER> {
             is_whole = first == second;
             if (part == 0 && first < 0 && !is_whole) part = 1;
             group = part == 0 ? first : second;
+            if (group >= 0) return;
+        }
+    }
+    DEVICE void find_pair() {
+        for (; are_left(); next_tile()) {
+            const int row = place_of(problem, unit_rows, unit).row;
+            const int own = group_of(row), other = group_of(row ^ ROWS);
+            is_nobodys = own < 0;
+            is_common = own == other || own < 0 || other < 0;
+            group = is_nobodys ? other : own;
             if (group >= 0) return;
         }
     }
@@ -148,14 +174,15 @@ DEVICE int rows_of_group(const Problem& problem, int group) {
     return count < 0 ? 0 : smaller(count, problem.m);
 }
 
-// Writes GROUP_ENDS; how many tiles of rows there are. One warp.
-DEVICE int count_tiles(const Problem& problem, u32 ends) {
+// Writes GROUP_ENDS; how many rows of units there are. One warp.
+DEVICE int count_groups(const Problem& problem, u32 ends) {
     int before = 0;
     for (int first = 0; first < problem.groups; first += WARP) {
         const int group = first + lane_index();
-        int tiles = 0;
-        if (group < problem.groups) tiles = (rows_of_group(problem, group) + ROWS - 1) / ROWS;
-        const int end = before + warp_prefix_sum(tiles);
+        int rows = 0;
+        if (group < problem.groups)
+            rows = (rows_of_group(problem, group) + UNIT_ROWS - 1) / UNIT_ROWS;
+        const int end = before + warp_prefix_sum(rows);
         if (group < problem.groups) store_shared(ends + 4 * group, end);
         before = warp_maximum(end);
     }
@@ -224,7 +251,7 @@ DEVICE int count_unit_rows(const Problem& problem, u32 memory, int warp) {
     if (GROUPING == Grouping::NOTHING) return problem.unit_rows;
     wait_for_kernel_ahead();
     if (GROUPING == Grouping::CONTIGUOUS) return count_used_rows(problem);
-    if (warp == 0) count_tiles(problem, memory + GROUP_ENDS);
+    if (warp == 0) count_groups(problem, memory + GROUP_ENDS);
     sync_block();
     return uniform(load_shared_integer(memory + GROUP_ENDS + 4 * (problem.groups - 1)));
 }

@@ -386,9 +386,14 @@ def last_rows(form: Form, m: int) -> int:
     return ceil(rest / SWIZZLE_ROWS) * SWIZZLE_ROWS
 
 
+def unit_height(form: Form) -> int:
+    """Rows of a unit: of a tile, or of two."""
+    return form.rows * (2 if form.share is Share.WEIGHT else 1)
+
+
 def square_band(form: Form, clusters: int) -> int:
     """Rows of units such that what runs at a time reads as many rows of A as of B."""
-    height = form.rows * (2 if form.share is Share.WEIGHT else 1)
+    height = unit_height(form)
     width = form.columns * (2 if form.share is Share.ACTIVATION else 1)
     return max(1, round((clusters * width / height) ** 0.5))
 
