@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 SCALE = DOWN + "_scale_inv"
+GATE = "model.layers.0.mlp.gate_proj"
 EXPERT = "model.layers.1.mlp.experts.2."
 
 
@@ -144,6 +145,13 @@ def index(change: Callable[[dict[str, str]], object]) -> Any:
     return folder(edit_index)
 
 
+def lost_file(path: Path) -> None:
+    """The second file is gone, and the index written anew from what is left."""
+    (path / SECOND).unlink()
+    first = dict.fromkeys(sharded().tensors, "model-00001-of-00002.safetensors")
+    (path / INDEX_NAME).write_text(json.dumps({"weight_map": first}))
+
+
 SECOND = "model-00002-of-00002.safetensors"
 
 # Nothing can be read: one line, with these words.
@@ -244,6 +252,18 @@ FAULTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         tensor(DOWN, lambda data: data.view(torch.uint8).reshape(-1).view(data.dtype)),
         ("a weight has 2 or 3 axes",),
     ),
+    "weight without values": (
+        edit(
+            lambda model: model.tensors.update(
+                {DOWN: torch.empty(0, 384).to(torch.float8_e4m3fn), SCALE: torch.empty(0, 3)}
+            )
+        ),
+        (repr(DOWN), "(0, 384)", "no values", "download it again"),
+    ),
+    "gate and up of different shape": (
+        edit(lambda model: model.tensors.update(quantized(GATE, 256, 256))),
+        ("model.layers.0.mlp", "(256, 256), but up_proj (384, 256)", "download"),
+    ),
     "config of other blocks": (
         declare(weight_block_size=[64, 64]),
         ("would fit 128x128 blocks", "weight_block_size"),
@@ -292,6 +312,21 @@ WARNINGS: dict[str, tuple[Callable[[Path], None], str, tuple[str, ...]]] = {
         tensor(DOWN, torch.Tensor.bfloat16),
         "scale_without_data",
         ("scale of no quantized weight",),
+    ),
+    "codes saved as bytes": (
+        tensor(DOWN, lambda data: data.view(torch.uint8)),
+        "other_than_declared",
+        ("packed in U8", "view it as float8_e4m3fn and save it again"),
+    ),
+    "gate and up without down": (
+        edit(lambda model: model.drop("layers.1.mlp.down_proj")),
+        "missing_down",
+        ("model.layers.1.mlp", "no down_proj", "download"),
+    ),
+    "a file that the index lost": (
+        folder(lost_file),
+        "missing_file",
+        ("1 of 2 files model-*: 2 is missing", "download"),
     ),
     "declared E5M2": (declare(fmt="e5m2"), "declared_element", ("'e5m2'", "E4M3")),
     "unknown scale format": (declare(scale_fmt="ue7m1"), "declared_scale_format", ("'ue7m1'",)),
@@ -343,12 +378,18 @@ def at(place: tuple[int, int], value: float) -> Callable[[torch.Tensor], torch.T
     return change
 
 
+CURE = (SINGLE_NAME, "download that file again")
+
 # Only the data tells: verify finds it. (How, the finding's code, what it says.)
 IN_DATA: dict[str, tuple[Callable[[Path], None], str, tuple[str, ...]]] = {
-    "NaN": (tensor(SCALE, at((1, 2), float("nan"))), "nonfinite_scale", ("1 of 6", SCALE)),
-    "infinite": (tensor(SCALE, at((1, 2), float("inf"))), "nonfinite_scale", ("1 of 6", SCALE)),
-    "zero": (tensor(SCALE, at((1, 2), 0.0)), "zero_scale", ("1 of 6", SCALE)),
-    "negative": (tensor(SCALE, at((1, 2), -1e-3)), "negative_scale", ("1 of 6", SCALE)),
+    "NaN": (tensor(SCALE, at((1, 2), float("nan"))), "nonfinite_scale", ("1 of 6", SCALE, *CURE)),
+    "infinite": (
+        tensor(SCALE, at((1, 2), float("inf"))),
+        "nonfinite_scale",
+        ("1 of 6", SCALE, *CURE),
+    ),
+    "zero": (tensor(SCALE, at((1, 2), 0.0)), "zero_scale", ("1 of 6", SCALE, *CURE)),
+    "negative": (tensor(SCALE, at((1, 2), -1e-3)), "negative_scale", ("1 of 6", SCALE, *CURE)),
     "subnormal": (tensor(SCALE, lambda scale: scale * 1e-38), "subnormal_scale", ("6 of 6",)),
     "beyond float32": (tensor(SCALE, at((1, 2), 1e37)), "overflowing_scale", ("1e+37",)),
     "NaN in E8M0": (

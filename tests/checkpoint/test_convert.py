@@ -345,5 +345,11 @@ def test_lossy_stacks_with_scales_before_weights_in_other_files(tmp_path: Path) 
 
 
 def test_a_float_checkpoint_is_refused(float_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not quantized"):
+    with pytest.raises(CheckpointError, match="declares not quantized"):
         convert(float_checkpoint, tmp_path / "out", HF)
+
+
+def test_a_declaration_without_data_is_refused(fp8_checkpoint: Path, tmp_path: Path) -> None:
+    save_file({"norm.weight": torch.ones(4)}, fp8_checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match="declares block FP8, and no tensor is in it"):
+        convert(fp8_checkpoint, tmp_path / "out", HF)

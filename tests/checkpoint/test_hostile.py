@@ -72,6 +72,36 @@ def circular_link(folder: Path) -> None:
     shards(folder, {}, {"a": "a.safetensors"})
 
 
+def a_config_in_a_circle(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(encode({"a": tensor(0, 1)}, b"s"))
+    (folder / "config.json").symlink_to("config.json")
+
+
+def an_index_in_a_circle(folder: Path) -> None:
+    (folder / INDEX_NAME).symlink_to(INDEX_NAME)
+
+
+def a_folder_in_place_of_weights(folder: Path) -> None:
+    (folder / "model.safetensors").mkdir()
+
+
+def a_config_that_is_a_git_lfs_pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(encode({"a": tensor(0, 1)}, b"s"))
+    (folder / "config.json").write_text("version https://git-lfs.example/v1\noid sha256:0\n")
+
+
+def only_zeros(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(bytes(9000))
+
+
+def what_torch_saves(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"PK\x03\x04\x00\x00\x08\x08" + bytes(99))
+
+
+def gguf(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"GGUF\x03" + bytes(99))
+
+
 def in_two_shards(folder: Path) -> None:
     file = encode({"a": tensor(0, 1)}, b"1")
     shards(folder, {"1.safetensors": file, "2.safetensors": file}, {"a": "1.safetensors"})
@@ -179,6 +209,13 @@ HOSTILE: dict[Callable[[Path], None], str] = {
     config_link: "leaves the checkpoint",
     index_link: "leaves the checkpoint",
     circular_link: "missing",
+    a_config_in_a_circle: "config.json: is a link to a file that is missing; download it again",
+    an_index_in_a_circle: "index.json: is a link to a file that is missing; download it again",
+    a_folder_in_place_of_weights: "give the directory that holds the weights",
+    a_config_that_is_a_git_lfs_pointer: "Git LFS pointer or a page",
+    only_zeros: "an unfinished download; download it again",
+    what_torch_saves: "as torch.save writes it; load it with torch",
+    gguf: "a GGUF file; download the safetensors version",
     in_two_shards: "is also in",
     claims_more_than_there_is: "above the limit",
     a_sparse_gigabyte_of_header: "above the limit",

@@ -222,6 +222,21 @@ def test_a_quantized_source_is_refused(fp8_checkpoint: Path, tmp_path: Path) -> 
         run(fp8_checkpoint, tmp_path / "again")
 
 
+def test_fp8_data_without_a_declaration_is_refused(fp8_checkpoint: Path, tmp_path: Path) -> None:
+    """It would be copied as it is, and the new config would declare blocks of any size."""
+    (fp8_checkpoint / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"is F8_E4M3 already, though no config\.json"):
+        run(fp8_checkpoint, tmp_path / "again")
+    assert not list(tmp_path.glob("*again*"))
+
+
+def test_a_source_without_linear_weights_is_refused(float_checkpoint: Path, tmp_path: Path) -> None:
+    save_file({"norm.weight": torch.ones(4)}, float_checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds no float weight that is quantized"):
+        run(float_checkpoint, tmp_path / "again")
+    assert not list(tmp_path.glob("*again*"))
+
+
 def test_nan_weights_are_named(float_checkpoint: Path, tmp_path: Path) -> None:
     tensors = load_file(float_checkpoint / "model.safetensors")
     tensors[CHOSEN[1]][130, 7] = float("nan")

@@ -96,6 +96,21 @@ def test_declared_ue8m0_is_checked_against_the_data(float_checkpoint: Path, tmp_
     assert [finding.code for finding in verify(target).findings] == ["declared_ue8m0"]
 
 
+@pytest.mark.parametrize(("stored", "fault"), [(0, "subnormal_scale"), (255, "nonfinite_scale")])
+def test_what_is_stored_as_e8m0_is_not_said_to_be_no_power_of_two(
+    fp8_checkpoint: Path, tmp_path: Path, stored: int, fault: str
+) -> None:
+    source = read_checkpoint(fp8_checkpoint)
+    tensors = load_file(fp8_checkpoint / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_scale_inv")]:
+        tensors[name] = torch.full(tensors[name].shape, stored, dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    declared = {**source.config["quantization_config"], "scale_fmt": "ue8m0"}
+    config = {**source.config, "quantization_config": declared}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert {finding.code for finding in verify(tmp_path).findings} == {fault}
+
+
 def test_reading_scales_settles_the_unknown(fp8_checkpoint: Path) -> None:
     found = read_power_of_two(read_layers(read_checkpoint(fp8_checkpoint)).quantized)
     assert set(found.values()) == {PowerOfTwo.NO}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from blockscale.checkpoint.read import read_checkpoint
 from blockscale.checkpoint.requests import (
@@ -136,6 +136,31 @@ def test_experts_of_different_shape_are_an_error_that_names_them(tmp_path: Path)
     folder = write(tmp_path / "x", ("mlp.experts.0.w2", 256, 256), ("mlp.experts.1.w2", 256, 128))
     with pytest.raises(CheckpointError, match=r"experts\.1\.w2"):
         requests(folder)
+
+
+@pytest.mark.parametrize("listed", [["mlp.experts.1.w2"], None])
+def test_an_expert_left_in_float_is_an_error_that_names_it(
+    tmp_path: Path, listed: list[str] | None
+) -> None:
+    """Planned without it, the stack would be one short, and expert 2 be found as expert 1."""
+    folder = write(tmp_path / "x", *((f"mlp.experts.{i}.w2", 256, 256) for i in range(3)))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["mlp.experts.1.w2.weight"] = torch.ones(256, 256, dtype=torch.bfloat16)
+    del tensors["mlp.experts.1.w2.weight_scale_inv"]
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"] = listed
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"experts\.1\.w2': is BF16: .*quantize them alike"):
+        requests(folder)
+
+
+def test_experts_are_counted_by_the_numbers_that_engines_write(tmp_path: Path) -> None:
+    """No engine asks for expert 02: it is neither a fifth expert nor another 2."""
+    names = [f"mlp.experts.{index}.w2" for index in ("0", "1", "2", "02")]
+    found = requests(write(tmp_path / "x", *((name, 256, 256) for name in names)))
+    counts = {request.name: request.experts for request in found.requests}
+    assert counts == {"mlp.experts.w2": 3, "mlp.experts.02.w2": None}
 
 
 def test_unknown_projections_under_tp_are_a_note(tmp_path: Path) -> None:

@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 
     from blockscale.checkpoint.read import Checkpoint
 
-_LAYER = re.compile(r"((?:.+\.)?layers)\.(\d{1,9})\.")
-_EXPERT = re.compile(r"(.+\.experts)\.(\d{1,9})\.(.+\.weight)")
+_INDEX = r"(0|[1-9][0-9]{0,8})"  # as engines write it: not "02"
+_LAYER = re.compile(rf"((?:.+\.)?layers)\.{_INDEX}\.")
+_EXPERT = re.compile(rf"(.+\.experts)\.{_INDEX}\.(.+\.weight)")
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 _NUMBER = re.compile(r"\d+")
 _LAYER_COUNTS = ("num_hidden_layers",)
 _EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 _SHOWN = 3
+_MOST = 10**9  # a config that counts more than that says nothing
 _CURE = "; a file is missing or of another version, download all of them again"
 
 
@@ -28,8 +31,10 @@ def missing_tensors(checkpoint: Checkpoint) -> Iterator[Finding]:
     """What is missing, each kind once: it names the first place and counts the others.
 
     A FAULT for a gap in the numbers of layers (from the first one there) or of experts, and for a
-    gate without the up projection that others of its kind have, or the reverse. A WARNING where
-    the numbers have no gap, but config.json counts more or, of experts, fewer.
+    gate without the up projection that others of its kind have, or the reverse, or one of another
+    shape. A WARNING where the numbers have no gap, but config.json counts more or, of experts,
+    fewer; where gate and up have no down projection; where files call themselves parts of more
+    than are there.
     """
     layers: dict[str, set[int]] = defaultdict(set)
     experts: dict[tuple[str, str], set[int]] = defaultdict(set)
@@ -43,6 +48,9 @@ def missing_tensors(checkpoint: Checkpoint) -> Iterator[Finding]:
         yield from _layers(checkpoint, layers)
         yield from _experts(checkpoint, experts)
         yield from _halves(checkpoint)
+        yield from _unequal_halves(checkpoint)
+        yield from _without_down(checkpoint)
+        yield from _shards(checkpoint)
 
 
 def _layers(checkpoint: Checkpoint, stacks: Mapping[str, set[int]]) -> Iterator[Finding]:
@@ -101,12 +109,50 @@ def _halves(checkpoint: Checkpoint) -> Iterator[Finding]:
         yield Finding(Severity.FAULT, "missing_half", message + _CURE, where[0])
 
 
+def _unequal_halves(checkpoint: Checkpoint) -> Iterator[Finding]:
+    unequal: dict[str, list[str]] = defaultdict(list)
+    for name, gate in checkpoint.tensors.items():
+        stem = name.removesuffix(".gate_proj.weight")
+        up = checkpoint.tensors.get(f"{stem}.up_proj.weight") if stem != name else None
+        if up is not None and up.dtype == gate.dtype and up.shape != gate.shape:
+            unequal[f"{gate.shape}, but up_proj {up.shape}"].append(stem)
+    for shapes, where in unequal.items():
+        message = f"gate_proj has shape {shapes}: they are multiplied with each other"
+        yield Finding(Severity.FAULT, "unequal_halves", message + _others(where) + _CURE, where[0])
+
+
+def _without_down(checkpoint: Checkpoint) -> Iterator[Finding]:
+    stems = {name.rpartition(".down_proj.")[0] for name in checkpoint.tensors}
+    where = [
+        stem
+        for name in checkpoint.tensors
+        if (stem := name.removesuffix(".gate_proj.weight")) != name
+        and f"{stem}.up_proj.weight" in checkpoint.tensors
+        and stem not in stems
+    ]
+    if where:
+        message = f"has gate_proj and up_proj, but no down_proj{_others(where)}"
+        yield Finding(Severity.WARNING, "missing_down", message + _CURE, where[0])
+
+
+def _shards(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Files named 00001-of-00003 say how many there are; the index may have lost one of them."""
+    held: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for path in checkpoint.files:
+        if (found := _SHARD.fullmatch(path.name)) is not None:
+            held[found[1], int(found[3])].add(int(found[2]))
+    for (stem, total), numbers in held.items():
+        if 0 < max(numbers) <= total and (words := _gap(numbers, 1, total + 1)):
+            message = f"the index names {len(numbers)} of {total} files {stem}-*: {words} missing"
+            yield Finding(Severity.WARNING, "missing_file", message + _CURE)
+
+
 def _count(checkpoint: Checkpoint, keys: tuple[str, ...]) -> int | None:
     text = checkpoint.config.get("text_config")
     for config in (checkpoint.config, text if isinstance(text, Mapping) else {}):
         for key in keys:
             value = config.get(key)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            if isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST:
                 return value
     return None
 

@@ -110,8 +110,12 @@ def convert_checkpoint(
     """
     layers = read_layers(source)
     if layers.scheme.kind is not SchemeKind.BLOCK_FP8 or not layers.quantized:
-        found = layers.scheme.kind.value if not layers.quantized else "another quantization"
-        raise CheckpointError(source.config_path, f"declares {found}; convert takes block FP8")
+        stored = "" if layers.quantized else ", and no tensor is in it"
+        raise CheckpointError(
+            source.config_path,
+            f"declares {layers.scheme.kind.value}{stored}; convert takes block FP8, quantize makes "
+            "it of a float checkpoint",
+        )
     wanted = spelling(source, layers, options.dialect, options.storage)
     if reasons := obstacles(layers, wanted):
         raise CheckpointError(

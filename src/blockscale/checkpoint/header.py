@@ -31,6 +31,16 @@ LONGEST_NAME = 1000
 MAX_ELEMENTS = 2**63 - 1
 # How a Git LFS pointer and HTML begin.
 _NOT_WEIGHTS = (b"version ", b"<!DOCTY", b"<!docty", b"<html", b"<HTML", b"<?xml")
+_DOWNLOAD = (
+    "a Git LFS pointer or a page that a server answered; download the file itself (git lfs pull, "
+    "hf download)"
+)
+# Other formats under this one's name, whose first bytes no header length can be.
+_OTHER_FORMATS = {
+    b"PK\x03\x04": "a zip archive, as torch.save writes it; load it with torch and save it with "
+    "safetensors",
+    b"GGUF": "a GGUF file; download the safetensors version",
+}
 
 DTYPE_BITS: dict[str, int] = {
     "F4": 4,
@@ -116,13 +126,20 @@ def header_length(path: Path, prefix: bytes, size: int) -> int:
             text = prefix[:LENGTH_BYTES].decode("ascii")
             raise CheckpointError(
                 path,
-                f"holds text ({text!r}...) in place of weights: a Git LFS pointer or a page that a "
-                "server answered; download the file itself (git lfs pull, hf download)",
+                f"holds text ({text!r}...) in place of weights: {_DOWNLOAD}",
             )
+        for magic, what in _OTHER_FORMATS.items():
+            if prefix.startswith(magic):
+                raise CheckpointError(path, f"is {what}")
         raise CheckpointError(
             path,
             f"claims a header of {length} bytes, above the limit of {MAX_HEADER_BYTES}; "
-            "it is damaged or not a safetensors file",
+            "it is damaged or not a safetensors file; download it again",
+        )
+    if length == 0:
+        raise CheckpointError(
+            path,
+            "begins with zeros in place of a header, an unfinished download; download it again",
         )
     if LENGTH_BYTES + length > size:
         raise CheckpointError(
@@ -178,6 +195,8 @@ def parse_json_object(path: Path, raw: bytes, what: str) -> dict[str, Any]:
     except RecursionError as error:
         raise CheckpointError(path, f"{what} is nested too deeply") from error
     except ValueError as error:
+        if raw.startswith(_NOT_WEIGHTS):
+            raise CheckpointError(path, f"{what} is not valid JSON: it is {_DOWNLOAD}") from error
         raise CheckpointError(
             path, f"{what} is not valid JSON: {error}; repair it or download it again"
         ) from error

@@ -81,8 +81,9 @@ def quantize_checkpoint(
     (``crew``), interrupted at any moment and called again. ``target`` appears when it is complete.
     ``progress`` is called with bytes of the result that are done (``quantized_bytes`` in all).
 
-    Raises CheckpointError, naming file and tensor, if the source is already quantized or holds NaN
-    or Inf in a weight to quantize, if ``target`` exists, or if the disk is too full.
+    Raises CheckpointError, naming file and tensor, if the source is already quantized, has
+    nothing to quantize, or holds NaN or Inf in a weight to quantize, if ``target`` exists, or if
+    the disk is too full.
     """
     options, crew = options or QuantizeOptions(), crew or Crew()
     output, chosen = _output(source, target, options)
@@ -122,7 +123,21 @@ def _output(
         raise CheckpointError(
             source.config_path, "declares a quantization already; quantize float checkpoints only"
         )
+    stored = [entry for entry in source.tensors.values() if entry.dtype.startswith("F8_")]
+    if stored:
+        raise CheckpointError(
+            stored[0].path,
+            f"is {stored[0].dtype} already, though no config.json declares a quantization; "
+            "quantize float checkpoints only",
+            tensor=stored[0].name,
+        )
     chosen = _chosen(source, options)
+    if not chosen:
+        raise CheckpointError(
+            source.path,
+            "holds no float weight that is quantized: those are matrices named X.weight, but for "
+            "embeddings, heads, routers, norms and what --keep names",
+        )
     shards = plan_shards(_planned(source, chosen, options.format), options.max_shard_bytes)
     config = {
         **source.config,

@@ -153,7 +153,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a regular file of bounded size. Raises CheckpointError otherwise."""
     check_inside(path.parent, path)
     if not path.is_file():
-        raise CheckpointError(path, "is not a regular file")
+        kind = "a link to a file that is missing" if path.is_symlink() else "no regular file"
+        raise CheckpointError(path, f"is {kind}; download it again")
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
@@ -244,7 +245,7 @@ def _no_weights(directory: Path) -> str:
         names = sorted(entry.name for entry in os.scandir(directory))
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
-    weights = [name for name in names if name.endswith(SUFFIX)]
+    weights = [name for name in names if name.endswith(SUFFIX) and (directory / name).is_file()]
     others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf"))]
     inside = [
         name
@@ -266,9 +267,10 @@ def _no_weights(directory: Path) -> str:
 def check_inside(directory: Path, shard: Path) -> None:
     """Raise CheckpointError if ``shard`` is a link that leads out of ``directory``."""
     # The Hub's cache stores a snapshot as links to ../../blobs; anything further away is refused.
-    root = directory.resolve()
+    # realpath, unlike Path.resolve, raises nothing for a link in a circle.
+    root = Path(os.path.realpath(directory))
     allowed = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
-    real = shard.resolve()
+    real = Path(os.path.realpath(shard))
     if not (real.is_relative_to(root) or real.is_relative_to(allowed)):
         raise CheckpointError(shard, f"is a link that leaves the checkpoint, to {real}")
 

@@ -78,7 +78,9 @@ FUSED = {
 # Inside an expert the same roles have the names of the stacked parameters.
 EXPERT_MERGED = {"gate_up_proj": "w13", "down_proj": "w2"}
 
-_EXPERT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)$")
+# A number as engines write it: "02" would be another expert's name, and theirs is 2.
+_EXPERT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<index>0|[1-9][0-9]*)\.(?P<leaf>[^.]+)$")
+_ALIKE = "one kernel runs all experts of a layer, so quantize them alike"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,10 @@ def dtype_of_config(checkpoint: Checkpoint) -> DType:
         if declared == known.value:
             return known
     names = ", ".join(known.value for known in DType)
-    raise CheckpointError(checkpoint.config_path, f"declares dtype {declared!r}; known: {names}")
+    raise CheckpointError(
+        checkpoint.config_path,
+        f"declares dtype {declared!r}; known: {names}; give one with --dtype",
+    )
 
 
 def requests_of(checkpoint: Checkpoint, layers: Layers, options: RequestOptions) -> Requests:
@@ -165,6 +170,7 @@ def requests_of(checkpoint: Checkpoint, layers: Layers, options: RequestOptions)
 def merged_layers(checkpoint: Checkpoint, layers: Layers, options: RequestOptions) -> MergedLayers:
     """Every layer uncut, in checkpoint order, whatever the degrees. Raises as ``requests_of``."""
     groups, unmerged = _grouped(layers, options.merging)
+    _check_whole_stacks(checkpoint, layers)
     findings = tuple(
         Finding(
             Severity.NOTE,
@@ -339,7 +345,7 @@ def _parts(members: list[QuantizedLayer]) -> list[QuantizedLayer]:
             raise CheckpointError(
                 member.weight.path,
                 f"is {member.n}x{member.k} {member.format}, unlike {other.weight.name} "
-                f"({other.n}x{other.k} {other.format}) with which it is stacked",
+                f"({other.n}x{other.k} {other.format}) with which it is stacked; {_ALIKE}",
                 tensor=member.weight.name,
             )
     parts = sorted(by_leaf.values(), key=lambda part: _position(part.name))
@@ -368,10 +374,29 @@ def _expert_count(members: list[QuantizedLayer], parts: list[QuantizedLayer]) ->
         if has != leaves:
             raise CheckpointError(
                 members[0].weight.path.parent,
-                f"lacks FP8 {' and '.join(sorted(leaves - has))}, which the experts beside it have",
+                f"lacks FP8 {' and '.join(sorted(leaves - has))}, which the experts beside it "
+                f"have; {_ALIKE}, or download the files again",
                 tensor=expert,
             )
     return len(found)
+
+
+def _check_whole_stacks(checkpoint: Checkpoint, layers: Layers) -> None:
+    """Raises if an expert is not in block FP8, but others of its layer are.
+
+    Without it the stack would be planned one expert short, and those behind it under wrong numbers.
+    """
+    stacks = {found["prefix"] for layer in layers.quantized if (found := _EXPERT.match(layer.name))}
+    others = [(layer.name, layer.reason) for layer in layers.skipped]
+    others += [(layer.name, layer.detail) for layer in layers.foreign]
+    for name, what in others:
+        found = _EXPERT.match(name)
+        if found is not None and found["prefix"] in stacks:
+            raise CheckpointError(
+                checkpoint.path,
+                f"is {what}; experts beside it are block FP8: {_ALIKE}",
+                tensor=name,
+            )
 
 
 def _power_of_two(members: list[QuantizedLayer], options: RequestOptions) -> PowerOfTwo:

@@ -246,6 +246,9 @@ class _Pass:
         if len(weight.shape) not in (_MATRIX_AXES, _STACKED_AXES):
             problem = f"has shape {weight.shape}; a weight has 2 or 3 axes"
             raise CheckpointError(weight.path, problem, tensor=weight.name)
+        if 0 in weight.shape:
+            problem = f"has shape {weight.shape}, no values at all; save or download it again"
+            raise CheckpointError(weight.path, problem, tensor=weight.name)
         scale = self._scale_of(weight)
         if name in self._scheme.tables:
             self._add_foreign(weight, scale, SchemeKind.TABLE, "an FP8 embedding table")
@@ -280,10 +283,20 @@ class _Pass:
             detail = f"packed FP4 ({weight.dtype}, 1x{block} blocks, {scale.dtype} scales)"
             self._add_foreign(weight, scale, SchemeKind.FP4, detail)
         elif weight.dtype == "I8":
-            self._add_foreign(weight, scale, SchemeKind.INT8, "INT8 (I8)")
+            self._add_foreign(
+                weight, scale, SchemeKind.INT8, "INT8 (I8)" + self._bytes(weight, scale)
+            )
         else:
             detail = f"packed in {weight.dtype} with {scale.dtype} scales"
+            detail += self._bytes(weight, scale)
             self._add_foreign(weight, scale, SchemeKind.OTHER, detail)
+
+    def _bytes(self, weight: TensorEntry, scale: TensorEntry) -> str:
+        """What to try if the scales are those of the block FP8 that is declared."""
+        _, block = self._targets.declared(weight.name.removesuffix(WEIGHT_SUFFIX))
+        if block is None or not _has_grid(scale.shape, _grid(weight.shape, block)):
+            return ""
+        return " (if it is FP8 saved as bytes, view it as float8_e4m3fn and save it again)"
 
     def _read_float(self, entry: TensorEntry) -> None:
         name = entry.name.removesuffix(WEIGHT_SUFFIX)

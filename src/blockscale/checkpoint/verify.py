@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # A block's largest weight is 448 scales: here 3584, where real weights stay below a hundred, and
 # the inverse of a real scale, 448 / amax, is above this for every amax below 56.
 LEAST_IMPLAUSIBLE_SCALE = 8.0
+_AGAIN = "download that file again, or quantize the float checkpoint again"
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
@@ -120,28 +121,29 @@ def _fault(code: str, message: str, layer: str) -> Finding:
 
 def _scale_faults(layer: QuantizedLayer, facts: ScaleFacts) -> list[Finding]:
     found = []
+    where = f"scales in {layer.scale.name} ({layer.scale.path.name})"
     if facts.nonfinite:
-        message = f"{facts.nonfinite} of {facts.count} scales in {layer.scale.name} are NaN or Inf"
+        message = f"{facts.nonfinite} of {facts.count} {where} are NaN or Inf; {_AGAIN}"
         found.append(_fault("nonfinite_scale", message, layer.name))
     if facts.negative:
-        message = f"{facts.negative} of {facts.count} scales in {layer.scale.name} are negative"
+        message = f"{facts.negative} of {facts.count} {where} are negative; {_AGAIN}"
         found.append(_fault("negative_scale", message, layer.name))
     if facts.zero:
         message = (
-            f"{facts.zero} of {facts.count} scales in {layer.scale.name} are zero: whatever the "
-            "data is, those blocks are zero, and UE8M0 cannot hold them"
+            f"{facts.zero} of {facts.count} {where} are zero: whatever the data is, those blocks "
+            f"are zero, and UE8M0 cannot hold them; {_AGAIN}"
         )
         found.append(_fault("zero_scale", message, layer.name))
     if facts.largest is not None and facts.largest * layer.format.element.max > _FLOAT32_MAX:
         message = (
-            f"the largest scale in {layer.scale.name} is {facts.largest:.3g}: its block reaches "
-            "beyond float32, and becomes infinite"
+            f"the largest of the {where} is {facts.largest:.3g}: its block reaches beyond "
+            f"float32, and becomes infinite; {_AGAIN}"
         )
         found.append(_fault("overflowing_scale", message, layer.name))
     if facts.subnormal:
         message = (
-            f"{facts.subnormal} of {facts.count} scales in {layer.scale.name} are below 2**-126: "
-            "GPU kernels may take them for zero"
+            f"{facts.subnormal} of {facts.count} {where} are below 2**-126: GPU kernels may take "
+            "them for zero; quantize the float checkpoint with blockscale, which makes none"
         )
         found.append(Finding(Severity.WARNING, "subnormal_scale", message, layer.name))
     return found
@@ -152,7 +154,13 @@ def _declaration_findings(layers: Layers, checks: list[LayerCheck]) -> list[Find
         return []
     if layers.scheme.declared_scale is not ScaleFormat.UE8M0:
         return []
-    wrong = [check for check in checks if check.scales.power_of_two is PowerOfTwo.NO]
+    # What is stored as E8M0 is a power of two or NaN, which is a fault of its own.
+    wrong = [
+        check
+        for check in checks
+        if check.scales.power_of_two is PowerOfTwo.NO
+        and check.format.scale is not ScaleFormat.UE8M0
+    ]
     if not wrong:
         return []
     scales = sum(check.scales.not_power_of_two for check in wrong)
