@@ -237,6 +237,15 @@ def test_a_source_without_linear_weights_is_refused(float_checkpoint: Path, tmp_
     assert not list(tmp_path.glob("*again*"))
 
 
+def test_a_module_to_keep_that_is_not_there_is_refused(
+    float_checkpoint: Path, tmp_path: Path
+) -> None:
+    """A slip of the pen must not quantize what was to stay."""
+    options = QuantizeOptions(kept=("down_porj",))
+    with pytest.raises(CheckpointError, match=r"no module 'down_porj' to keep"):
+        quantize_checkpoint(read_checkpoint(float_checkpoint), tmp_path / "again", options)
+
+
 def test_nan_weights_are_named(float_checkpoint: Path, tmp_path: Path) -> None:
     tensors = load_file(float_checkpoint / "model.safetensors")
     tensors[CHOSEN[1]][130, 7] = float("nan")

@@ -140,6 +140,31 @@ def test_the_worst_layer_comes_first(fp8_checkpoint: Path, float_checkpoint: Pat
     assert verify(fp8_checkpoint, float_checkpoint).layers[0].name == LAYER
 
 
+def test_scales_rounded_without_their_codes_are_a_fault(
+    fp8_checkpoint: Path, float_checkpoint: Path
+) -> None:
+    """Three engines have shipped it: every scale is plausible, and no other check sees it."""
+    assert verify(fp8_checkpoint, float_checkpoint).findings == ()
+    tensors = load_file(fp8_checkpoint / "model.safetensors")
+    name = LAYER + ".weight_scale_inv"
+    tensors[name] = tensors[name].log2().ceil().exp2()
+    save_file(tensors, fp8_checkpoint / "model.safetensors")
+    (finding,) = verify(fp8_checkpoint, float_checkpoint).findings
+    assert (finding.code, finding.layer) == ("unlike_original", LAYER)
+    assert "1 of 2 layers differ" in finding.message
+    assert str(float_checkpoint) in finding.message
+
+
+def test_the_weights_of_another_model_are_a_fault(
+    fp8_checkpoint: Path, float_checkpoint: Path
+) -> None:
+    tensors = load_file(float_checkpoint / "model.safetensors")
+    other = {n: t.flip(0) if t.dim() == 2 else t for n, t in tensors.items()}
+    save_file({n: t.contiguous() for n, t in other.items()}, float_checkpoint / "model.safetensors")
+    (finding,) = verify(fp8_checkpoint, float_checkpoint).findings
+    assert "2 of 2 layers differ" in finding.message
+
+
 def test_another_model_is_refused(fp8_checkpoint: Path, float_checkpoint: Path) -> None:
     tensors = load_file(float_checkpoint / "model.safetensors")
     tensors[LAYER + ".weight"] = torch.ones(192, 321)

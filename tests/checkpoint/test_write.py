@@ -150,6 +150,13 @@ def test_a_folder_that_a_peer_removes_while_it_is_made_is_made_again(
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_file_system_that_makes_no_folders_is_an_error_not_a_wait(
+    float_checkpoint: Path,
+) -> None:
+    with pytest.raises(CheckpointError, match=r"/proc/out: cannot be written"):
+        quantize(float_checkpoint, Path("/proc/out"))
+
+
 def test_a_peer_may_rename_a_file_while_its_size_is_asked(
     float_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

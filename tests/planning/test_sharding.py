@@ -92,7 +92,7 @@ def test_experts_that_do_not_divide_are_a_finding() -> None:
     assert isinstance(cut(layer(64, 64, ShardStyle.ROW, experts=6), Parallelism(4, 4)), Finding)
 
 
-@pytest.mark.parametrize(("tensor", "expert"), [(0, 1), (1, 0), (8, 3), (2, 4)])
+@pytest.mark.parametrize(("tensor", "expert"), [(0, 1), (1, 0), (10**20, 1), (8, 3), (2, 4)])
 def test_degrees_without_meaning_are_refused(tensor: int, expert: int) -> None:
     with pytest.raises(SettingsError):
         Parallelism(tensor, expert)

@@ -131,6 +131,12 @@ def _output(
             "quantize float checkpoints only",
             tensor=stored[0].name,
         )
+    components = {component for name in source.tensors for component in name.split(".")}
+    for kept in options.kept:
+        if kept not in components:
+            raise CheckpointError(
+                source.path, f"has no module {kept!r} to keep; give a component of a tensor's name"
+            )
     chosen = _chosen(source, options)
     if not chosen:
         raise CheckpointError(

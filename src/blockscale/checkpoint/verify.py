@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 # A block's largest weight is 448 scales: here 3584, where real weights stay below a hundred, and
 # the inverse of a real scale, 448 / amax, is above this for every amax below 56.
 LEAST_IMPLAUSIBLE_SCALE = 8.0
+# E4M3 has three bits of mantissa: rounding to it changes a value by at most a sixteenth, and of two
+# FP8 versions each was rounded once. A scale rounded alone is off by up to a factor of two.
+LARGEST_ROUNDING = 0.125
 _AGAIN = "download that file again, or quantize the float checkpoint again"
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
@@ -108,6 +111,7 @@ def verify_layers(
     findings += _implausible(checks)
     if against is not None:
         checks.sort(key=_badness, reverse=True)
+        findings += _unlike(checks, against)
     return Verification(tuple(checks), tuple(findings))
 
 
@@ -190,6 +194,25 @@ def _implausible(checks: list[LayerCheck]) -> list[Finding]:
         " the stored number multiplies"
     )
     return [Finding(Severity.WARNING, "implausible_scale", message)]
+
+
+def _unlike(checks: list[LayerCheck], against: Checkpoint) -> list[Finding]:
+    """A fault where rounding explains no difference that large; ``checks``: the worst first."""
+    wrong = [
+        check
+        for check in checks
+        if check.error is not None and check.error.relative_error > LARGEST_ROUNDING
+    ]
+    if not wrong:
+        return []
+    first = wrong[0]
+    message = (
+        f"{len(wrong)} of {len(checks)} layers differ from {against.path} by more than rounding to "
+        f"E4M3 explains (worst: {first.name}, relative error {_badness(first):.3g}, above "
+        f"{LARGEST_ROUNDING}): other weights, or scales that were rounded or inverted; convert or "
+        "quantize the float checkpoint again"
+    )
+    return [_fault("unlike_original", message, first.name)]
 
 
 def _counterparts(layers: Layers, against: Checkpoint) -> dict[str, TensorEntry | QuantizedLayer]:

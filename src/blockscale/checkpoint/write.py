@@ -199,6 +199,9 @@ class _Job:
         """The descriptor of the shared lock; None if the work was finished or removed meanwhile."""
         self._prepare()
         path = self._work / "lock"
+        # No peer removes the folder above: where it is not found, the file system makes no folders.
+        with suppress(FileExistsError):
+            self._work.mkdir()
         try:
             for name in ("checkpoint", "parts", "sums"):
                 (self._work / name).mkdir(parents=True, exist_ok=True)

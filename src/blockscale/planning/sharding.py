@@ -16,6 +16,9 @@ from blockscale.planning.pieces import pieces_of_part
 from blockscale.planning.plan import Finding, Severity
 from blockscale.planning.request import LinearRequest, Shard, ShardStyle
 
+# Plans look at every rank; no engine cuts a matrix over as many.
+MOST_RANKS = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Parallelism:
@@ -32,6 +35,9 @@ class Parallelism:
         """Refuse degrees without meaning."""
         if self.tensor < 1 or self.expert < 1:
             msg = f"parallel degrees are at least 1, not tp={self.tensor}, ep={self.expert}"
+            raise SettingsError(msg)
+        if self.tensor > MOST_RANKS:
+            msg = f"tensor parallel degree {self.tensor} is above the limit of {MOST_RANKS}"
             raise SettingsError(msg)
         if self.tensor % self.expert:
             msg = (
@@ -168,6 +174,7 @@ def _indivisible(request: LinearRequest, what: str, kind: str, degree: int) -> F
     return Finding(
         Severity.FAULT,
         "indivisible",
-        f"{what} cannot be divided evenly over {kind} parallel degree {degree}",
+        f"{what} cannot be divided evenly over {kind} parallel degree {degree}; plan --advise "
+        "lists the degrees that work",
         request.name,
     )
