@@ -49,7 +49,7 @@ pytestmark = [
     ),
 ]
 
-NAMES = ("gluon", "triton", "deep_gemm")
+NAMES = ("gluon", "cuda", "triton", "deep_gemm")
 MB = 1_000_000
 
 

@@ -235,7 +235,7 @@ def test_what_the_rules_choose_is_exact_on_skewed_routing() -> None:
         assert not rows.wrong(rows.run(None, FP16)), alignment
 
 
-@pytest.mark.parametrize("name", ["gluon", "triton", "deep_gemm"])
+@pytest.mark.parametrize("name", ["gluon", "cuda", "triton", "deep_gemm"])
 def test_each_backend_serves_both_arrangements(name: str) -> None:
     if name == "deep_gemm":
         pytest.importorskip("deep_gemm", reason="pip install sgl-deep-gemm==0.1.5")

@@ -24,6 +24,7 @@ GPU = ROOT / "tests" / "gpu"
 # One of each kind: a graph over all seven launches, an update under it, memory, a whole model.
 QUICK = (
     "test_experts.py::test_a_graph_serves_every_routing[1-gluon]",
+    "test_experts.py::test_a_graph_serves_every_routing[1-cuda]",
     "test_experts.py::test_an_update_reaches_a_captured_graph[gluon-4]",
     "test_experts.py::test_an_update_reaches_a_captured_graph[triton-1]",
     "test_experts.py::test_a_forward_leaves_nothing_in_memory[gluon]",
@@ -97,7 +98,42 @@ def test_a_benchmark_times_the_gpu_s_kernels(name: str, tmp_path: Path) -> None:
         assert line["timing"] == "cuda_graph"
         backends = line["backends"]
         names = [backends] if isinstance(backends, list) else list(backends.values())
-        assert {one for few in names for one in few} == {"gluon"}
+        assert {"gluon"} <= {one for few in names for one in few} <= {"gluon", "cuda"}
+
+
+@SLOW
+@pytest.mark.parametrize("backend", ["gluon", "cuda"])
+def test_rows_and_slots_are_timed_beside_one_another(backend: str, tmp_path: Path) -> None:
+    out = tmp_path / "records.jsonl"
+    program = ROOT / "benchmarks" / "expert_slots.py"
+    pretended(program, "--smoke", "--backend", backend, "--out", out)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["m"], line["backend"]) for line in lines] == [(1, backend), (3, backend)]
+    assert all(line["rows_us"] > 0 and line["slots_us"] > 0 for line in lines)
+
+
+@SLOW
+@pytest.mark.parametrize("name", ["gluon:Gluon", "cuda:Cuda"])
+def test_the_probe_s_processes_have_the_same_gpu(name: str) -> None:
+    """One shape of experts in both arrangements, by ``prove`` as ``doctor --probe`` calls it."""
+    module, _, kind = name.partition(":")
+    program = (
+        "from blockscale.testing import pretend_gpu; pretend_gpu.install()\n"
+        f"from blockscale.backends.{module} import {kind} as Backend\n"
+        "from blockscale.formats import DType\n"
+        "from blockscale.probe import items, proving\n"
+        "items.SHAPES, items.EXPERT_SHAPES = (), ((192, 256),)\n"
+        "for proof in proving.prove([Backend()], [DType.FLOAT16]):\n"
+        "    print(proof.words + ':', proof.detail)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    first, *others = done.stdout.splitlines()
+    assert first.startswith(f"{module} proven for float16, contiguous experts: 1 shapes")
+    assert [line.partition(":")[0] for line in others] == [
+        f"{module} proven for float16, masked experts"
+    ]
 
 
 @SLOW

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # A provider that compiles needs about 10 s for each of the probe's shapes and M.
 TIME_LIMIT_S = 300.0
+# What Python runs in a child process.
+CHILD = ("-m", "blockscale.probe.child")
 # Child processes at a time on a GPU: as many as there are cores, if memory allows.
 MAX_CHILDREN = 16
 BYTES_OF_A_CHILD = 4 << 30
@@ -205,7 +207,7 @@ class _Probe:
             self._answer(backend, Item.parsed(said["item"]), answer)
 
         kind = type(backend)
-        command = [sys.executable, "-m", "blockscale.probe.child"]
+        command = [sys.executable, *CHILD]
         command += [f"{kind.__module__}:{kind.__qualname__}", *map(str, items)]
         return self._children.run(command, heard), current
 

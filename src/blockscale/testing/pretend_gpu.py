@@ -34,12 +34,16 @@ import torch
 
 from blockscale import ops
 from blockscale.kernels.cpu.build import find_compiler
+from blockscale.probe import machine, proving
 from blockscale.testing.pretend_memory import MEMORY, SITUATION, Graph, computed, new_mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 GB = 1 << 30
+# Of a process of the probe.
+CHILD_LIMIT_S = 3600.0
+_VERSION = machine._version  # noqa: SLF001 - what ``_replacements`` puts another in place of
 # What an H100 SXM answers (torch 2.11, 2026-11-25).
 PROPERTIES = SimpleNamespace(
     name="pretend H100",
@@ -305,6 +309,11 @@ def _replacements() -> Iterator[tuple[object, str, object]]:
         _on_cpu("scaled_dot_product_attention"),
     )
     yield torch.distributed, "init_process_group", _starting_gloo()
+    # What its driver answers (``pretend_driver``) needs no NVRTC; and what the probe starts is on
+    # this GPU too.
+    yield machine, "_version", lambda name: "13.0" if name == "cuda-bindings" else _VERSION(name)
+    yield proving, "CHILD", ("-m", "blockscale.testing.pretend_gpu", *proving.CHILD)
+    yield proving.Pace, "on", staticmethod(_patient)
     run = threading.Thread.run
 
     def run_there(thread: threading.Thread) -> None:
@@ -313,6 +322,11 @@ def _replacements() -> Iterator[tuple[object, str, object]]:
 
     # A mode is its thread's, and transformers reads weights in threads.
     yield threading.Thread, "run", run_there
+
+
+def _patient(device: object, seconds: float | None = None) -> proving.Pace:  # noqa: ARG001 - as ``Pace.on``
+    """Triton's interpreter needs longer than a compiler: minutes for a shape are no failure."""
+    return proving.Pace(CHILD_LIMIT_S, len(os.sched_getaffinity(0)), seconds)
 
 
 @cache
