@@ -1,7 +1,7 @@
 """What each backend wants its operands to be: format and scale layout, by architecture.
 
-Letters are those of facts/sglang.md 2.1. Forms are compared as shapes, strides and dtypes in memory
-too, so that renaming a layout cannot hide a change.
+Letters are those of ``formats/layout.py``. Forms are compared as shapes, strides and dtypes in
+memory too, so that renaming a layout cannot hide a change.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def test_a_missing_package_is_the_one_reason_and_named(
     assert "install" in rejection.reason
 
 
-# The first CUDA release of each (facts/peers.md 2.2), and one before it.
+# The first CUDA release of each (docs/backends.md), and one before it.
 @pytest.mark.parametrize(
     ("backend", "device", "first", "before"),
     [

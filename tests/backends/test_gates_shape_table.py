@@ -1,6 +1,6 @@
 """The gates against 467 GEMMs of real models, whose columns were computed without this code.
 
-tests/data/shapes.csv (facts/peers.md 4): one row for each projection and tensor-parallel degree.
+tests/data/shapes.csv: one row for each projection and tensor-parallel degree.
 """
 
 from __future__ import annotations

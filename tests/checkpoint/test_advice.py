@@ -1,4 +1,4 @@
-"""Parallel degrees and remedies against answers worked out by hand (facts/peers.md 4).
+"""Parallel degrees and remedies against answers worked out by hand.
 
 Bytes for one rank: a share of the experts' width, times hidden size, times experts and layers.
 """

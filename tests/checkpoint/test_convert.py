@@ -303,7 +303,7 @@ def test_loss_that_is_allowed_is_requantized_and_measured(
         assert torch.equal(after[loss.layer], dequantize(wanted.tensor))
         assert loss.error.relative_error == pytest.approx(wanted.relative_error, rel=1e-6)
         assert loss.error.max_error == wanted.max_error
-        # Rounding scales alone would cost 20 to 60 % (facts/peers.md 0.5).
+        # Rounding scales alone would cost 20 to 60 %.
         assert 0 < loss.error.relative_error < 0.03
     errors = [loss.error.relative_error for loss in summary.losses]
     assert errors == sorted(errors, reverse=True)

@@ -1,4 +1,4 @@
-"""Every dialect of facts/peers.md 3: names, shapes, formats, values and contradictions."""
+"""Every dialect of docs/checkpoints.md: names, shapes, formats, values and contradictions."""
 
 from __future__ import annotations
 

@@ -254,13 +254,17 @@ def load_values(folder: Path) -> dict[str, torch.Tensor]:
     return {layer.name: dequantize(read_block_scaled(layer)) for layer in layers}
 
 
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.complex64, "C64")],
+)
 def test_against_codes_without_scales_is_refused(
-    fp8_checkpoint: Path, float_checkpoint: Path
+    fp8_checkpoint: Path, float_checkpoint: Path, dtype: torch.dtype, name: str
 ) -> None:
     tensors = load_file(float_checkpoint / "model.safetensors")
-    tensors[LAYER + ".weight"] = torch.ones(192, 320, dtype=torch.int8)
+    tensors[LAYER + ".weight"] = torch.ones(192, 320).to(dtype)
     save_file(tensors, float_checkpoint / "model.safetensors")
-    with pytest.raises(CheckpointError, match="is I8; compare with a float"):
+    with pytest.raises(CheckpointError, match=f"is {name} and no block FP8.*; compare"):
         verify(fp8_checkpoint, float_checkpoint)
 
 

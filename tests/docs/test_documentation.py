@@ -47,6 +47,20 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert anchor in anchors(file), link
 
 
+def test_nothing_cites_a_file_that_a_clone_does_not_have() -> None:
+    """The team's notes lie beside the repository."""
+    notes = re.compile(r"\b(facts|baseline|shared)/\w")
+    sources = [*DOCUMENTS, *ROOT.glob("src/**/*.py"), *ROOT.glob("tests/**/*.py")]
+    found = [
+        f"{path.relative_to(ROOT)}: {line}"
+        for path in sources
+        if path != Path(__file__)
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if notes.search(line)
+    ]
+    assert found == []
+
+
 def anchors(document: Path) -> set[str]:
     """What a forge calls the headings of a document in links."""
     headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)

@@ -67,7 +67,7 @@ TOKENS = (1, 7, 33, 128, 129, 600)
 CASES = [(name, out) for name, outs in OUTPUTS.items() for out in outs]
 
 # Relative Frobenius error against float64 of the dequantized operands, normal data. The first part
-# is the tensor core's 13 fraction bits, summed in blocks of 128 (facts/kernels.md 8: 1.3e-4), the
+# is the tensor core's 13 fraction bits, summed in blocks of 128 (1.3e-4), the
 # rest is the rounding of the result.
 MAX_RELATIVE_ERROR = {FP32: 3e-4, FP16: 5e-4, BF16: 2.5e-3}
 # One element's error, relative to the sum of its products' magnitudes (positive data: 7.7e-4), and

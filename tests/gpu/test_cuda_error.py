@@ -20,7 +20,7 @@ pytestmark = [
     ),
 ]
 
-# facts/kernels.md 8, as in test_gluon_error.py.
+# As in test_gluon_error.py.
 RELATIVE = {torch.float32: 3e-4, torch.float16: 4e-4, torch.bfloat16: 2.5e-3}
 TRUNCATION, SMALLEST = 1.2e-3, 2.0**-25
 ROUNDING = {torch.float32: 2.0**-22, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}

@@ -1,6 +1,6 @@
 """The Gluon kernels' error against the float64 product of the dequantized operands.
 
-Limits: facts/kernels.md 8, emulated from the tensor cores' documented behaviour: sums of 128
+Limits: emulated from the tensor cores' documented behaviour: sums of 128
 products keep 13 fraction bits below the largest, truncated; promotion to float32 follows.
 """
 

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 # The promotion of one K block and all that goes with it; DeepGEMM's 256x128 loop has about 185
-# instructions (facts/kernels.md 1.1), the Gluon kernel's 199. By rows, columns, blocks of a
+# instructions, the Gluon kernel's 199. By rows, columns, blocks of a
 # cluster; 2026-11-25, nvcc 13.0: 198, 205, 119, 126, 176, 136.
 MOST_INSTRUCTIONS = {
     (256, 128, 1): 200,

@@ -42,7 +42,7 @@ OVERLAPPING = [
 ]
 FORMS = [*HALVES, *FLOATS, *OVERLAPPING]
 # Instructions of one K block, all included; DeepGEMM's 256x128 loop has about 185
-# (facts/kernels.md 2.5). By waves and columns; 2026-11-25, ptxas 12.8: 213, 179,
+# . By waves and columns; 2026-11-25, ptxas 12.8: 213, 179,
 # 125, 95 and 82.
 MOST_INSTRUCTIONS = {(2, 128): 216, (1, 192): 184, (1, 128): 128, (1, 64): 98, (1, 32): 86}
 # In the loop these mean a stall or a detour through memory.

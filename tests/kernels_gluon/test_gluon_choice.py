@@ -36,7 +36,7 @@ from blockscale.kernels.gluon.work import (
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "src" / "blockscale" / "kernels" / "gluon" / "tables" / "gluon.json"
 PROCESSORS = 132
-# baseline/h200.md, and the edges of the contract.
+# benchmarks/results, and the edges of the contract.
 SHAPES = (
     (4096, 7168),
     (2112, 7168),

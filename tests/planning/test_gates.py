@@ -34,8 +34,8 @@ BF16, FP16, FP32 = DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32
 ARCHITECTURES = [device.name for device in KNOWN_DEVICES]
 BY_NAME = {backend.name: backend for backend in BACKENDS}
 
-# Which architectures each backend serves a plain bfloat16 layer on. Sources: facts/peers.md 2.2,
-# facts/sglang.md 2.2.
+# Which architectures each backend serves a plain bfloat16 layer on. Sources: the second
+# table of docs/backends.md.
 SERVES = {
     "deep_gemm": {"sm_90", "sm_100", "sm_103"},
     "flashinfer_trtllm": {"sm_100", "sm_103"},

@@ -227,7 +227,7 @@ def rows() -> list[dict[str, str]]:
 
 
 def test_deep_gemm_gate_agrees_with_the_table_of_real_shapes() -> None:
-    """467 GEMMs of real models at real tensor-parallel degrees (facts/shapes.csv)."""
+    """467 GEMMs of real models at real tensor-parallel degrees (tests/data/shapes.csv)."""
     policy = PlanPolicy(backends=("deep_gemm",))
     checked = 0
     for row in rows():

@@ -58,7 +58,7 @@ _PACKED_FORMS = (
 )
 FORMS = {(9, 0): _FP32_FORMS, (10, 0): _PACKED_FORMS, (10, 3): _PACKED_FORMS}
 
-# facts/sglang.md 2.1, 2.4: upstream HEAD dispatches on arch 9 and 10 only.
+# Upstream 54e2261 dispatches on architectures 9 and 10 only.
 MISSING = {
     (11, 0): "upstream has no kernel for it",
     (12, 0): "only forks have it, with differing ABIs; upstream raises 'Unknown SF transformation'",
@@ -73,7 +73,7 @@ CUDA = {(9, 0): (12, 3), (10, 0): (12, 9), (10, 3): (12, 9)}
 N_MULTIPLE, K_MULTIPLE = 64, 128
 
 # N and K as constants of the compiled kernel. The wheel's own default leaves them to run time, with
-# less unrolling (facts/kernels.md 1.7).
+# less unrolling.
 COMPILED_DIMS = "nk"
 
 # Rows of a row block: get_mk_alignment_for_contiguous_layout() on SM90. The masked kernel stores

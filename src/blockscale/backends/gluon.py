@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 PACKAGE = "triton"
 # Warpgroup MMA (wgmma) exists on SM90 only (PTX ISA).
 ARCHITECTURES = ((9, 0),)
-# The first release whose Gluon has TMA, mbarriers and warpgroup_mma (baseline/h200.md).
+# The first release whose Gluon has TMA, mbarriers and warpgroup_mma.
 FIRST_TRITON = (3, 6)
 # Experts whose row counts one warp holds (``kernels.gluon.grouped_work``).
 MAX_EXPERTS = 512

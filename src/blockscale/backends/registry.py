@@ -1,6 +1,6 @@
 """All backends in order of preference. Importing this loads no provider and no torch.
 
-The order, and why: DeepGEMM is the fastest public kernel where it can run (baseline/h200.md);
+The order, and why: DeepGEMM is the fastest public kernel where it can run (docs/performance.md);
 TRT-LLM next on SM100; then blockscale's own Hopper kernels, in Gluon and in CUDA C++, which share
 token counts by their estimates (docs/adr, 10 and 11); cuBLASLt; the CUTLASS kernels of SM120 and
 SM100; plain Triton, which takes any shape; FlashInfer's SM90 kernel only on request, since its

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "sgl-kernel"
 ARCHITECTURES = ((12, 0), (12, 1))
-# facts/sglang.md 2.2: the dispatcher raises on them.
+# Its dispatcher raises on them.
 _DEPRECATED = "deprecated there, sgl-kernel raises"
 MISSING = {(9, 0): _DEPRECATED, (10, 0): _DEPRECATED, (10, 3): _DEPRECATED}
 

@@ -56,7 +56,7 @@ class Recipe:
 
 # ATen/native/cuda/ScaledBlas.cpp: block recipes need compute capability 9.0 and cuBLASLt 12.9.
 # torch asks for K % 16 only; with K % 128 != 0 it takes a padded scale, but nobody compared the
-# numbers (baseline/h200.md), and wrong scales were once accepted in silence (pytorch #166752).
+# numbers, and wrong scales were once accepted in silence (pytorch #166752).
 _BLOCKWISE = Recipe(
     OperandForm(FP8_128X128_FP32, K_MAJOR_PADDED_TRANSPOSED),
     OperandForm(FP8_1X128_FP32, MN_MAJOR_TMA_ALIGNED),
@@ -68,8 +68,8 @@ _BLOCKWISE = Recipe(
     Readiness.RUNNABLE,
     "M is padded to a multiple of four, which costs a copy of the result where it is none",
 )
-# facts/peers.md 2.2, torch MXFP8: UE8M0 scales of larger blocks are served by repetition. Float32
-# scales are left alone: only DeepGEMM makes converting them worth it (design 6).
+# torch's MXFP8 recipe: UE8M0 scales of larger blocks are served by repetition. Float32 scales are
+# left alone: only DeepGEMM makes converting them worth it (docs/concepts.md).
 _MXFP8 = Recipe(
     OperandForm(MXFP8, SWIZZLED_32_4_4),
     OperandForm(MXFP8, SWIZZLED_32_4_4),

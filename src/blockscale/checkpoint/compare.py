@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from blockscale.tensor import BlockScaledTensor
 
 _NAN_CODE = 0x7F
+# What stands for itself: FP8 without its scales does not.
+_FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ def compare(layer: QuantizedLayer, right: TensorEntry | QuantizedLayer) -> Compa
     """
     import torch
 
-    from blockscale.checkpoint.tensors import TORCH_DTYPES, read_rows
+    from blockscale.checkpoint.tensors import read_rows
     from blockscale.reference import dequantize
 
     other = right if isinstance(right, QuantizedLayer) else None
@@ -68,8 +70,11 @@ def compare(layer: QuantizedLayer, right: TensorEntry | QuantizedLayer) -> Compa
             f"has shape {entry.shape}, but {layer.weight.path} has {layer.weight.shape}",
             tensor=entry.name,
         )
-    if other is None and not TORCH_DTYPES[entry.dtype].is_floating_point:
-        problem = f"is {entry.dtype}; compare with a float or a block-FP8 checkpoint"
+    if other is None and entry.dtype not in _FLOATS:
+        problem = (
+            f"is {entry.dtype} and no block FP8 that can be read; compare with a float or a "
+            "block-FP8 checkpoint"
+        )
         raise CheckpointError(entry.path, problem, tensor=entry.name)
     difference_squared = signal_squared = largest = 0.0
     nan_codes = 0

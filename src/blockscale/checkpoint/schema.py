@@ -55,7 +55,7 @@ FP8_DATA = "F8_E4M3"
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
 # Two FP4 values in a byte (DeepSeek-V4: I8; ModelOpt and compressed-tensors: U8; safetensors: F4).
 PACKED_DTYPES = frozenset({"I8", "U8", "F4"})
-# U8 holds E8M0 exponents in MXFP8 checkpoints (facts/peers.md 3.2). F16 is restated exactly.
+# U8 holds E8M0 exponents in MXFP8 checkpoints. F16 is restated exactly.
 SCALE_DTYPES = {
     "F32": ScaleFormat.FP32,
     "F16": ScaleFormat.FP32,

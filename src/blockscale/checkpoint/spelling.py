@@ -328,7 +328,7 @@ def _hf_fp8(
 
 
 def _compressed_tensors(block: BlockShape, names: list[str]) -> dict[str, Any]:
-    """The dialect of llm-compressor's FP8_BLOCK and MXFP8 schemes (facts/peers.md 3.1)."""
+    """The dialect of llm-compressor's FP8_BLOCK and MXFP8 schemes."""
     is_mx = block == _MX_BLOCK
     number = {"num_bits": 8, "type": "float", "symmetric": True}
     weights: dict[str, Any] = {**number, "dynamic": False}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blockscale.checkpoint.read import read_into
-from blockscale.checkpoint.tensors import TORCH_DTYPES
+from blockscale.checkpoint.tensors import torch_dtype
 from blockscale.errors import CheckpointError
 from blockscale.formats import ScaleFormat, round_up
 from blockscale.reference.layout import restate
@@ -93,7 +93,7 @@ class StripQuantizer:
     def _scales(self, entry: TensorEntry, first: int, count: int) -> torch.Tensor:
         """Read one strip, leave its codes in ``self._codes``, give back its scales."""
         columns, block = entry.shape[1], self._format.block
-        dtype = TORCH_DTYPES[entry.dtype]
+        dtype = torch_dtype(entry)
         strip = self._raw.view(torch.uint8)[: count * columns * dtype.itemsize]
         read_into(entry, first * columns * dtype.itemsize, memoryview(strip.numpy()))  # type: ignore[arg-type]  # as above
         stored = strip.view(dtype).view(count, columns)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blockscale.checkpoint.read import read_bytes
+from blockscale.errors import CheckpointError
 from blockscale.formats import K_MAJOR, ScaleFormat
 from blockscale.tensor import BlockScaledTensor
 
@@ -23,6 +24,10 @@ TORCH_DTYPES = {
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -36,9 +41,21 @@ TORCH_DTYPES = {
 BAND_ELEMENTS = 4 << 20
 
 
+def torch_dtype(entry: TensorEntry) -> torch.dtype:
+    """What torch calls the stored dtype. Raises CheckpointError where it has none (F4, F6)."""
+    dtype = TORCH_DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise CheckpointError(
+            entry.path,
+            f"is {entry.dtype}, for which torch has no dtype; save it as BF16, F16 or F32",
+            tensor=entry.name,
+        )
+    return dtype
+
+
 def read_tensor(entry: TensorEntry) -> torch.Tensor:
-    """The whole tensor. Raises CheckpointError if the file cannot be read."""
-    dtype = TORCH_DTYPES[entry.dtype]
+    """The whole tensor. Raises CheckpointError if it cannot be read, or torch has no such dtype."""
+    dtype = torch_dtype(entry)
     if entry.length == 0:
         return torch.empty(entry.shape, dtype=dtype)
     return torch.frombuffer(bytearray(read_bytes(entry)), dtype=dtype).reshape(entry.shape)
@@ -47,10 +64,10 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
 def read_rows(entry: TensorEntry, first: int, count: int) -> torch.Tensor:
     """Rows [first, first + count) of a tensor seen as a matrix: all axes but the last are rows."""
     columns = entry.shape[-1]
-    rows = entry.length // (columns * TORCH_DTYPES[entry.dtype].itemsize) if columns else 0
+    rows = entry.length // (columns * torch_dtype(entry).itemsize) if columns else 0
     row_bytes = entry.length // rows if rows else 0
     raw = read_bytes(entry, first * row_bytes, (first + count) * row_bytes)
-    return torch.frombuffer(bytearray(raw), dtype=TORCH_DTYPES[entry.dtype]).reshape(count, columns)
+    return torch.frombuffer(bytearray(raw), dtype=torch_dtype(entry)).reshape(count, columns)
 
 
 def row_bands(rows: int, columns: int, block_rows: int) -> Iterator[tuple[int, int]]:

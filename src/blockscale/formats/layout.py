@@ -10,7 +10,7 @@ data (``rows``), whether four exponents share an int32 (``packing``), to how man
 stride is rounded up (``leading_align_bytes``) and whether the stored tensor shows that padding.
 
 =========================================  =======================================================
-layout                                     who reads it (letters: facts/sglang.md 2.1)
+layout                                     who reads it (in letters, what tests call it)
 =========================================  =======================================================
 ``K_MAJOR``                                checkpoints, Triton, DeepGEMM SM90 weights (WF32)
 ``MN_MAJOR``                               torch scaled_mm activations, FlashInfer TRTLLM (AF32C)

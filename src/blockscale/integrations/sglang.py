@@ -1,6 +1,6 @@
 """SGLang's names for these decisions, on the planner: for people who come from there.
 
-Four functions with the meaning that SGLang documents (facts/sglang.md 1), and one difference: each
+Four functions with the meaning that SGLang documents, and one difference: each
 decides once, when a weight is first seen, and what it decided is a plan that can be read. SGLang
 itself is not imported; its layers are known by their attributes: ``weight`` (N, K) float8_e4m3fn,
 ``weight_scale_inv``, ``weight_block_size`` (or the one handed in), ``orig_dtype``, ``bias``.

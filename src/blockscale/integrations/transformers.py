@@ -2,8 +2,8 @@
 
 ``nn.Linear`` modules whose weight is block FP8 on disk become ``BlockScaledLinear``; everything
 else is loaded as it is. No weight passes through bfloat16, and no scale is cast: transformers' own
-loader rounds float32 scales to the nearest power of two when a config declares ``ue8m0``
-(facts/peers.md 0.5), this one reads the bytes.
+loader rounds float32 scales to the nearest power of two when a config declares ``ue8m0``,
+this one reads the bytes.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from blockscale import events
-from blockscale.checkpoint.tensors import TORCH_DTYPES, read_block_scaled, read_tensor
+from blockscale.checkpoint.tensors import read_block_scaled, read_tensor, torch_dtype
 from blockscale.errors import ModelError
 from blockscale.events import Kind, Ranges
 from blockscale.modules.linear import BlockScaledLinear
@@ -181,7 +181,7 @@ def renamed_tensors(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, 
 
 def as_entry(tensor: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
     """The dtype and shape that the file has for it; values came from there, so it is exact."""
-    wanted = TORCH_DTYPES[entry.dtype]
+    wanted = torch_dtype(entry)
     if tensor.dtype is not wanted:
         # Exponent bytes have two names in files; BF16 scales and biases are float32 here, and came
         # from BF16, so they go back to it exactly.

@@ -4,7 +4,7 @@ Importing this module registers it with transformers and changes nothing else th
 loads by plan if a ``BlockScaleConfig`` is passed, or after ``serve_block_fp8_by_plan()``. FP8
 layers are read from the files by blockscale's own reader, so that no scale passes through
 transformers' loader, which rounds float32 scales to powers of two where a config declares
-``ue8m0`` (facts/peers.md 0.5), and none is dequantized to bfloat16.
+``ue8m0``, and none is dequantized to bfloat16.
 """
 
 from __future__ import annotations

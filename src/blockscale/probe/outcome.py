@@ -9,7 +9,7 @@ import torch
 from blockscale.formats import DType
 
 # Relative Frobenius error on normal data: half an ulp of the output dtype, plus what Hopper's
-# tensor cores drop inside a block of 128 products (facts/kernels.md: about 14 bits are kept).
+# tensor cores drop inside a block of 128 products (about 14 bits are kept).
 MAX_RELATIVE_ERROR = {DType.BFLOAT16: 4e-3, DType.FLOAT16: 1.5e-3, DType.FLOAT32: 1.5e-3}
 
 

@@ -2,7 +2,7 @@
 
 ``write_model_headers`` makes sparse safetensors files: headers are real, the bytes behind them are
 holes that take no disk and read as zeros. Every linear layer is there, norms only in part. Names
-and shapes: the models' config.json and index files, as collected in facts/peers.md 3 and 4.
+and shapes: the models' config.json and index files.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ the results' shapes are powers of two.
 Rows beyond M and columns beyond N and K are read as zeros and not written, by TMA.
 
 Two partitions rather than one of eight warps, so that no barrier spans both consumers and one can
-promote while the other has the tensor cores (facts/kernels.md 2.5).
+promote while the other has the tensor cores.
 """
 
 from __future__ import annotations

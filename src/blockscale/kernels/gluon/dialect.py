@@ -13,8 +13,8 @@ AST source           ``gluon._runtime``        as 3.6        as 3.6             
 
 .. [1] There, but an arrival reaches the own program's barrier only: of no use to pairs.
 
-Source: the modules themselves, facts/kernels.md 2.2. ``make test-triton-versions`` compiles every
-form under each release; runs on a GPU were made with 3.6 only.
+Source: the modules themselves, in the wheels of these releases. ``make test-triton-versions``
+compiles every form under each release; runs on a GPU were made with 3.6 only.
 """
 
 from __future__ import annotations

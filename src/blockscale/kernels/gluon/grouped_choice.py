@@ -3,8 +3,8 @@
 Row counts are on the GPU; the host knows the number of groups and what a count is likely to be.
 Whatever is chosen is right for any counts, only not as fast.
 
-Rules, not yet a model: estimates from facts/kernels.md 1.2, 5 and 7 and from the dense kernels'
-measurements, to be replaced by what ``benchmarks/grouped.py --variants`` finds
+Rules, not yet a model: estimates from DeepGEMM's heuristics, the memory's bandwidth and the dense
+kernels' measurements, to be replaced by what ``benchmarks/grouped.py --variants`` finds
 (``benchmarks/grouped_fit.py`` reads it).
 """
 

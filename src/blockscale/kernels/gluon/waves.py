@@ -45,7 +45,7 @@ def _promote(result, partial, scales):
     """``result += partial * scales`` by row, finished before the next wave is issued."""
     result += partial * gl.expand_dims(scales, 1)
     # Without this (free) wait LLVM moves the FFMAs below the next wgmma and the loop spills
-    # 436-520 bytes (ptxas 13.0, facts/kernels.md 2.5).
+    # 436-520 bytes (ptxas 13.0).
     return warpgroup_mma_wait(0, deps=(result,))
 
 
