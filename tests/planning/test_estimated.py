@@ -189,8 +189,9 @@ def made_ratio(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Puts other numbers in place of those that ship, which change with new records."""
 
     def put(few: float, many: float, per_doubling: float) -> None:
-        made = Behind((few, few, few, many), per_doubling, (1, 1 << 40))
-        monkeypatch.setattr(grouped_times, "shipped", lambda: made)
+        made = Behind((few, few, few, few, few, many), per_doubling, (1, 1 << 40))
+        later = Behind((0.1, 0.1, 0.1, 0.1, 0.1, -0.1), 0.0, (1, 1 << 40))
+        monkeypatch.setattr(grouped_times, "shipped", lambda: {"gluon": made, "deep_gemm": later})
 
     return put
 
@@ -217,6 +218,22 @@ def test_experts_are_shared_by_rows_of_a_group(made_ratio: Callable[..., None]) 
     assert (few.offer.backend, many.offer.backend) == ("gluon", "cuda")
     # 256 rows of each lie halfway, as a logarithm, and are where the ratio is one; 8 for a token.
     assert 225 <= many.m_range.min_m <= 320
+
+
+def test_deep_gemm_is_estimated_for_experts_only(made_ratio: Callable[..., None]) -> None:
+    made_ratio(-0.05, 0.05, 0.0)
+    names = {"gluon", "cuda", "deep_gemm"}
+    three = [backend for backend in BACKENDS if backend.name in names]
+    in_bfloat16 = [
+        replace(one, activation_dtype=DType.BFLOAT16, out_dtype=DType.BFLOAT16)
+        for one in weights(8, 7168, 7168)
+    ]
+    few, many = plan_experts(in_bfloat16, SM90, PlanPolicy(), three)[0].choices
+    assert (few.offer.backend, many.offer.backend) == ("gluon", "deep_gemm")
+    assert few.m_range.min_m == 0
+    assert few.reason.startswith("estimated 1.05 times as fast as cuda")
+    dense = replace(in_bfloat16[0], experts=None)
+    assert ranges(plan_linear(dense, SM90, PlanPolicy(), three)) == [("deep_gemm", 0, None)]
 
 
 def test_experts_with_float32_results_keep_the_order_of_preference() -> None:

@@ -128,6 +128,14 @@ class DeepGemm:
             rows=() if request.experts is None else ROWS,
         )
 
+    def estimate_us(self, request: LinearRequest, device: Device, m: int) -> float | None:  # noqa: ARG002 - the protocol's signature
+        """For experts, as GPUs of SM90 ran them beside the own kernels; None for dense layers."""
+        from blockscale.kernels.grouped_times import deep_gemm_us
+
+        if request.experts is None:
+            return None
+        return deep_gemm_us(m, request.experts, (request.n, request.k), request.out_dtype)
+
     def prepare(self, weight: BlockScaledTensor, offer: Offer) -> BlockScaledTensor:  # noqa: ARG002 - the protocol's signature
         """The weight in contiguous memory, after running DeepGEMM once for each row tile.
 

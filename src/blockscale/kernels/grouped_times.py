@@ -1,11 +1,13 @@
-"""Microseconds of grouped products, by kernel family: comparable between families, and only so.
+"""Microseconds of grouped products, by who computes them: comparable among these, and only so.
 
-A common time (weights once from memory, or all products) and what Gluon takes of ``gemm.cu``'s
-beside it, with rows as their offers list them: a level by the rows of a group, and, where groups
-have many, so much a doubling of a group's weight. ``tables/grouped_times.json`` has these numbers
-and says what they are from; ``benchmarks/grouped_times_fit.py`` writes it, and prints how well they
-do on a GPU and on weights that they were not fitted to. Between the fewest and the most rows of the
-records, levels that nobody measured lie near their neighbours. Needs neither torch nor Triton.
+A common time (weights once from memory, or all products), taken for ``gemm.cu``'s, and what Gluon's
+kernels and DeepGEMM take beside it, with rows as their offers list them: a level by the rows of a
+group, and, where groups have many, so much a doubling of a group's weight.
+``tables/grouped_times.json`` has these numbers and says what they are from;
+``benchmarks/grouped_times_fit.py`` writes it, and prints how well they do on a GPU and on weights
+that they were not fitted to. Levels that nobody measured lie near their neighbours. DeepGEMM's few
+rows were timed in slots, which take it less than the rows that it offers. Needs neither torch nor
+Triton.
 """
 
 from __future__ import annotations
@@ -27,16 +29,16 @@ TOP = 8
 # Bytes of weights and multiply-adds, a microsecond.
 STREAM, PRODUCTS = 2.9e6, 0.5e9
 OUT_BYTES = 2
-# Rows of a group, the mean, that have a level: 128 tokens, 1024 and 4096 of a model with 256
-# experts; and from where Gluon has tiles of 256 rows (``gluon.grouped_choice``).
-ROWS = (4, 32, 128, 512)
+# Rows of a group, the mean, that have a level: 1, 16, 128, 1024 and 4096 tokens with 256
+# experts, and from where Gluon has tiles of 256 rows (``gluon.grouped_choice``).
+ROWS = (1 / 32, 0.5, 4, 32, 128, 512)
 # Bytes of a group's weight from which doublings are counted.
 EVEN_WEIGHT = 4096 * 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Behind:
-    """log(Gluon's time / that of ``gemm.cu``).
+    """log(somebody's time / that of ``gemm.cu``).
 
     ``levels``: at ``ROWS``; ``per_doubling`` of the weight, on top of the last level; ``weights``:
     bytes of the lightest and the heaviest that was fitted, which stand for all beyond.
@@ -66,9 +68,22 @@ def cuda_us(tokens: int, experts: int, shape: tuple[int, int], out: DType) -> fl
 
 def gluon_us(tokens: int, experts: int, shape: tuple[int, int], out: DType) -> float | None:
     """As ``cuda_us``, of the Gluon kernels."""
+    return _beside("gluon", tokens, experts, shape, out)
+
+
+def deep_gemm_us(tokens: int, experts: int, shape: tuple[int, int], out: DType) -> float | None:
+    """As ``cuda_us``, of DeepGEMM."""
+    return _beside("deep_gemm", tokens, experts, shape, out)
+
+
+def _beside(
+    family: str, tokens: int, experts: int, shape: tuple[int, int], out: DType
+) -> float | None:
     found = cuda_us(tokens, experts, shape, out)
-    n, k = shape
-    return None if found is None else found * exp(shipped().at(tokens * TOP / experts, n * k))
+    if found is None:
+        return None
+    rows, weight = tokens * TOP / experts, shape[0] * shape[1]
+    return found * exp(shipped()[family].at(rows, weight))
 
 
 def terms(rows: float, weight: int, weights: tuple[int, int]) -> tuple[float, ...]:
@@ -92,9 +107,12 @@ def _place(rows: float) -> float:
 
 
 @lru_cache(maxsize=1)
-def shipped() -> Behind:
-    """The table that ships."""
+def shipped() -> dict[str, Behind]:
+    """The table that ships, by family."""
     place = resources.files("blockscale.kernels") / "tables" / "grouped_times.json"
     document = json.loads(place.read_text(encoding="utf-8"))
     low, high = document["weights"]
-    return Behind(tuple(document["levels"]), document["per_doubling"], (low, high))
+    return {
+        family: Behind(tuple(row[:-1]), row[-1], (low, high))
+        for family, row in document["behind"].items()
+    }

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from blockscale.planning.device import Device
     from blockscale.planning.request import LinearRequest
 
+# Asked too of experts; dense layers were timed with more tokens.
+FEWEST = (1, 2, 4)
+
 
 @dataclass(frozen=True, slots=True)
 class _Estimates:
@@ -58,7 +61,13 @@ def timed_for(
     ``preferred``: those that would serve them on one prepared weight, most preferred first.
     ``measured``: as a table has it for these layers or some near them.
     """
-    able = [b for b in backends if b.name in preferred and isinstance(b, EstimatingBackend)]
+    able = [
+        backend
+        for backend in backends
+        if backend.name in preferred
+        and isinstance(backend, EstimatingBackend)
+        and _knows(backend, requests, device)
+    ]
     if len(able) > 1:
         estimates = _Estimates(requests, device, able)
         if measured:
@@ -68,8 +77,14 @@ def timed_for(
     return tuple(one for one in measured if any(name in one.time_us for name in preferred))
 
 
+def _knows(backend: EstimatingBackend, requests: Sequence[LinearRequest], device: Device) -> bool:
+    """Whether it estimates such layers at all: many tokens, if any."""
+    return all(backend.estimate_us(one, device, TOKENS[-1]) is not None for one in requests)
+
+
 def _estimated(estimates: _Estimates) -> tuple[Timed, ...]:
-    known = [(m, times) for m in TOKENS if (times := estimates.at(m))]
+    tokens = TOKENS if estimates.requests[0].experts is None else (*FEWEST, *TOKENS)
+    known = [(m, times) for m in tokens if (times := estimates.at(m))]
     if not known:
         return ()
     starts = starts_of([m for m, _ in known])

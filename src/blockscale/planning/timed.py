@@ -94,7 +94,7 @@ def starts_of(tokens: Sequence[int]) -> tuple[int, ...]:
 
     The first speaks for no fewer than half of it.
     """
-    before = ((tokens[0] + 1) // 2, *tokens)
+    before = (tokens[0] // 2, *tokens)
     return tuple(isqrt(low * high) + 1 for low, high in zip(before, tokens, strict=False))
 
 
