@@ -62,15 +62,15 @@ def test_others_are_behind_by_what_the_table_says() -> None:
             assert log(found / cuda) == pytest.approx(behind)
 
 
-def test_the_table_that_ships_chooses_as_records_do(fit: Any) -> None:
-    """Of the committed records that count, by the kernels of today: the mean loss is below 1 %."""
-    times, _ = fit.read(sorted(fit.RESULTS.glob("*/grouped.jsonl")))
+def test_the_table_that_ships_chooses_as_its_records_do(fit: Any) -> None:
+    """By those that count, of the kernels of today: the mean loss is below 2 %."""
+    document = json.loads(fit.TARGET.read_text(encoding="utf-8"))
+    assert document["rows"] == [*ROWS]
+    times, _ = fit.read([ROOT / source for source in document["sources"]])
     seen = fit.observed(times)
     for among in (fit.FAMILIES, (*fit.FAMILIES, fit.DEEP_GEMM)):
         lost = [one.lost(one.fastest(shipped(), among), among) for one in seen]
-        assert expm1(fmean(lost)) < 0.01
-    document = json.loads(fit.TARGET.read_text(encoding="utf-8"))
-    assert document["rows"] == [*ROWS]
+        assert expm1(fmean(lost)) < 0.02
 
 
 def test_times_grow_with_tokens_and_weights() -> None:
