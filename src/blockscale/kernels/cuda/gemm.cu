@@ -243,18 +243,19 @@ DEVICE Own own_operands(const Ring& ring, int first_row, int warp_row) {
             ring.memory + A_SCALE_SLOTS + 4 * (first_row + warp_row + lane_index() / 4)};
 }
 
-// One K block, COUNT waves. While one runs the next slot is looked at, and a form of one wave reads
-// scales: what stands between two waves is the FFMAs and the arrival that gives the slot back. Where
-// there are two, reading while one runs takes longer: the tensor cores and TMA nearly fill the
-// bandwidth of shared memory. 256x128 took 1.7 % less clocks with the loads before the wave and four
-// slots, 0.7 % with three (ncu, H200, 2026-11-26), 256x112 4 % less time; forms of one wave up to 9 %
-// more. `meanwhile` is called while each wave runs, with its number, and with those of waves beyond
+// One K block, COUNT waves. While one runs the next slot is looked at, and a small form reads scales:
+// what stands between two waves is the FFMAs and the arrival that gives the slot back. In large ones
+// reading while a wave runs takes longer: the tensor cores and TMA nearly fill the bandwidth of shared
+// memory. 256x128 took 1.7 % less clocks with the loads before the wave and four slots, 0.7 % with
+// three, 128x192 1 % (ncu, H200, 2026-11-26), 256x112 4 % less time; 128x144 and smaller forms of one
+// wave up to 9 % more. `meanwhile` is called while each wave runs, with its number, and with those of waves beyond
 // COUNT. `is_full`: whether the slot is known to be, then the next. `own_columns`: as `promote`'s;
 // read after the first `meanwhile`.
 template <int COUNT, class Meanwhile>
 DEVICE void multiply_block(float (&results)[WAVES][SUMS], float (&wave)[SUMS], Ring& ring,
                            bool& is_full, const Own& own, const int& own_columns,
                            Meanwhile meanwhile) {
+    constexpr bool is_large = WAVES == 2 || (CONSUMERS == 2 && COLUMNS > 144);
     if (!is_full) barrier_wait(ring.full(), ring.parity);
     const u32 a = own.a_slots + ring.slot * (A_BYTES / DESCRIPTOR_UNIT);
     const u32 b = own.b_slots + ring.slot * (B_BYTES / DESCRIPTOR_UNIT);
@@ -262,9 +263,9 @@ DEVICE void multiply_block(float (&results)[WAVES][SUMS], float (&wave)[SUMS], R
     next.advance();
     Scales scales;
     UNROLL for (int number = 0; number < COUNT; number++) {
-        if (WAVES == 2 && number == 0) scales = read_scales<COUNT>(ring, own.scales);
+        if (is_large && number == 0) scales = read_scales<COUNT>(ring, own.scales);
         start_wave(wave, a + number * (WAVE_ROWS * K_BLOCK / DESCRIPTOR_UNIT), b);
-        if (WAVES == 1) scales = read_scales<COUNT>(ring, own.scales);
+        if (!is_large) scales = read_scales<COUNT>(ring, own.scales);
         meanwhile(number);
         if (number == COUNT - 1)
             UNROLL for (int beyond = COUNT; beyond < WAVES; beyond++) meanwhile(beyond);
@@ -276,20 +277,28 @@ DEVICE void multiply_block(float (&results)[WAVES][SUMS], float (&wave)[SUMS], R
     ring = next;
 }
 
-// All K blocks of one tile. `begin`: as `meanwhile`, in the first; or before it.
-template <int COUNT, class Begin>
+// All K blocks of one tile. `begin`: as `meanwhile`, in the first; or before it. `look_ahead`: called
+// once; where tiles follow one another, while a wave of the second K block runs.
+template <int COUNT, class Begin, class LookAhead>
 DEVICE void multiply_tile(float (&results)[WAVES][SUMS], float (&wave)[SUMS], Ring& ring,
-                          int k_blocks, const Own& own, const int& own_columns, Begin begin) {
+                          int k_blocks, const Own& own, const int& own_columns, Begin begin,
+                          LookAhead look_ahead) {
     bool is_full = false;
     int block = 0;
+    const auto second = [&](int number) {
+        if (number == 0) look_ahead();
+    };
     if (WHEN == When::LATE) {
         multiply_block<COUNT>(results, wave, ring, is_full, own, own_columns, begin);
-        block = 1;
+        if (k_blocks > 1)
+            multiply_block<COUNT>(results, wave, ring, is_full, own, own_columns, second);
+        block = 2;
     } else {
         UNROLL for (int number = 0; number < WAVES; number++) begin(number);
     }
     for (; block < k_blocks; block++)
         multiply_block<COUNT>(results, wave, ring, is_full, own, own_columns, [](int) {});
+    if (WHEN == When::AT_ONCE || k_blocks == 1) look_ahead();
 }
 
 // Gives back the slots of a tile that has no rows for this consumer.
@@ -325,10 +334,15 @@ DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& pr
         if (GROUPING != Grouping::NOTHING && first.row >= first.end) return;
         write_wave(results[number], out, problem, first, staging);
     };
-    for (Units<Walker::WARP> units(problem, unit_rows); units.are_left(); units.advance()) {
+    Units<Walker::WARP> units(problem, unit_rows);
+    // Not between two tiles, where the tensor cores would wait for it: 128x192 took 3 % less clocks
+    // in slots, 256x128 1 % in row blocks (ncu, H200, 2026-11-26).
+    const auto look_ahead = [&]() { units.advance(); };
+    while (units.are_left()) {
         const OwnRows rows = units.own_rows(consumer);
         if (rows.waves == 0) {
             skip(ring, problem.k_blocks);
+            units.advance();
             continue;
         }
         const Own own = own_operands(ring, rows.first, warp_row);
@@ -348,10 +362,13 @@ DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& pr
             UNROLL for (int i = 0; i < SUMS; i++) odd[i] = 0;
             multiply_blocks(results[0], wave, odd, ring, problem.k_blocks, own, own_columns,
                             begin);
+            look_ahead();
         } else if (WAVES == 1 || rows.waves == WAVES) {
-            multiply_tile<WAVES>(results, wave, ring, problem.k_blocks, own, own_columns, begin);
+            multiply_tile<WAVES>(results, wave, ring, problem.k_blocks, own, own_columns, begin,
+                                 look_ahead);
         } else {
-            multiply_tile<1>(results, wave, ring, problem.k_blocks, own, own_columns, begin);
+            multiply_tile<1>(results, wave, ring, problem.k_blocks, own, own_columns, begin,
+                             look_ahead);
         }
         place = next;
         is_written = false;

@@ -195,13 +195,30 @@ struct UnitsOf<Grouping::MASKED, WALKER> {
     u32 ends;
     int units;
     int unit = block_index() / CLUSTER;
+    Place found{};
 
-    DEVICE UnitsOf(const Problem& given, int tiles)
-        : problem(given), ends(shared_memory() + GROUP_ENDS), units(tiles * given.unit_columns) {}
+    DEVICE UnitsOf(const Problem& given, int rows)
+        : problem(given), ends(shared_memory() + GROUP_ENDS), units(rows * given.unit_columns) {
+        find();
+    }
     DEVICE bool are_left() const { return unit < units; }
-    DEVICE void advance() { unit += grid_size() / CLUSTER; }
-    // The first group that ends behind this unit's tile has it.
-    DEVICE Place place() const {
+    DEVICE void advance() {
+        unit += grid_size() / CLUSTER;
+        find();
+    }
+    DEVICE Place place() const { return found; }
+    // Few rows are shared evenly.
+    DEVICE OwnRows own_rows(int consumer) const {
+        const int rows = found.end - found.row;
+        const int first = consumer * (rows > CONSUMERS * WAVE_ROWS ? OWN_ROWS : WAVE_ROWS);
+        const int waves = (rows - first + WAVE_ROWS - 1) / WAVE_ROWS;
+        return {first, rows > first ? smaller(waves, rows > CONSUMERS * WAVE_ROWS ? WAVES : 1) : 0};
+    }
+
+  private:
+    // The first group that ends behind this unit has it.
+    DEVICE void find() {
+        if (!are_left()) return;
         const int tile = unit / problem.unit_columns;
         int group = 0, last = problem.groups - 1;
         while (group < last) {
@@ -215,21 +232,10 @@ struct UnitsOf<Grouping::MASKED, WALKER> {
         const int start = group > 0 ? read(ends + 4 * (group - 1)) : 0;
         const int tiles = read(ends + 4 * group) - start;
         const int inside = unit - start * problem.unit_columns;
-        Place found = place_of(problem, tiles, turned(inside, tiles));
+        found = place_of(problem, tiles, turned(inside, tiles));
         found.group = found.slot = group;
         found.end = same(rows_of_group(problem, group));
-        return found;
     }
-    // Few rows are shared evenly.
-    DEVICE OwnRows own_rows(int consumer) const {
-        const Place found = place();
-        const int rows = found.end - found.row;
-        const int first = consumer * (rows > CONSUMERS * WAVE_ROWS ? OWN_ROWS : WAVE_ROWS);
-        const int waves = (rows - first + WAVE_ROWS - 1) / WAVE_ROWS;
-        return {first, rows > first ? smaller(waves, rows > CONSUMERS * WAVE_ROWS ? WAVES : 1) : 0};
-    }
-
-  private:
     // The tiles of a column upside down in every other round. Of groups with two tiles each, an
     // even number of blocks would otherwise always give half of them the first, which is full, and
     // half the second: these run ahead, and read weights that have left L2 when the others come.
