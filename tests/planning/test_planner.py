@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockscale.backends.registry import BACKENDS
-from blockscale.errors import PlanError, SettingsError
+from blockscale.errors import BackendError, PlanError, SettingsError
 from blockscale.formats import (
     FP8_1X128_FP32,
     FP8_128X128_FP32,
@@ -65,6 +65,34 @@ H200 = Device.named("sm_90")
 def ranges(*backends: Invented) -> list[tuple[str, int, int | None]]:
     plan = plan_linear(request(), H200, PlanPolicy(), backends)
     return [(c.offer.backend, c.m_range.min_m, c.m_range.max_m) for c in plan.choices]
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Somebody's backend, with a slip of the pen."""
+
+    answer: object
+    name: str = "slip"
+
+    def evaluate(self, request: LinearRequest, device: Device) -> object:
+        assert request.n
+        assert device.name
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (None, "answers 'None'.*an Offer, or at least one Rejection"),
+        ([], r"answers '\[\]'"),
+        (["no"], "at least one Rejection"),
+        ({"backend": "slip"}, "an Offer"),
+        (Offer("other", AS_STORED, None), "backend slip offers as 'other'"),
+    ],
+)
+def test_what_is_no_answer_is_an_error_that_names_the_backend(answer: object, words: str) -> None:
+    with pytest.raises(BackendError, match=words):
+        plan_linear(request(), H200, PlanPolicy(), [Answering(answer)])  # type: ignore[list-item]  # as somebody's package may have it
 
 
 def test_first_unbounded_offer_serves_everything() -> None:

@@ -74,6 +74,12 @@ def _interrupted() -> NoReturn:
     sys.exit(ExitCode.INTERRUPTED)
 
 
+def _reader_left() -> NoReturn:
+    """The reader closed the pipe (`| head`): not our error; stdout must not be flushed again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]  # a pipe was there
+    sys.exit(ExitCode.FINE)
+
+
 def _needs(error: ModuleNotFoundError) -> None:
     """One line for a package that a user may well be without; any other is our own fault."""
     package = (error.name or "").partition(".")[0]
@@ -96,6 +102,7 @@ def run() -> None:
     """Entry point: every expected failure is one line on stderr and an exit code."""
     try:
         status = app(["--help"] if len(sys.argv) == 1 else None, standalone_mode=False)
+        sys.stdout.flush()
     except BlockscaleError as error:
         error_line(str(error))
         sys.exit(ExitCode.WRONG_USE)
@@ -109,9 +116,11 @@ def run() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _interrupted()
     except BrokenPipeError:
-        # The reader closed the pipe (`| head`): not our error; stdout must not be flushed again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(ExitCode.FINE)
+        _reader_left()
+    except SystemExit as end:  # Typer turns a closed pipe into 1, which says FINDING here.
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        _reader_left()
     if status == ExitCode.INTERRUPTED:  # Typer turns Ctrl-C into this status.
         _interrupted()
     sys.exit(status if isinstance(status, int) else ExitCode.FINE)

@@ -40,8 +40,14 @@ def console() -> Console:
     """Where tables go: stdout."""
     from rich.console import Console
 
+    class Quiet(Console):
+        """Rich would end the program with 1, which says here that a fault was found."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
     wide = None if sys.stdout.isatty() else PIPE_WIDTH
-    return Console(width=wide, highlight=False, soft_wrap=False)
+    return Quiet(width=wide, highlight=False, soft_wrap=False)
 
 
 def error_line(message: str) -> None:

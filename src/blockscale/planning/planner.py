@@ -10,10 +10,11 @@ looks at a machine, an environment or a clock.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from blockscale.errors import PlanError, SettingsError
+from blockscale.errors import BackendError, PlanError, SettingsError
 from blockscale.formats import K_MAJOR, PowerOfTwo, ScaleFormat
 from blockscale.planning.announce import announce_plan
 from blockscale.planning.decision import (
@@ -36,7 +37,7 @@ from blockscale.planning.policy import Determinism, Exactness, PlanPolicy, Provi
 from blockscale.planning.timed import in_ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from blockscale.planning.decision import PlannableBackend
     from blockscale.planning.device import Device, Proof
@@ -258,8 +259,12 @@ def _excluded(backends: Sequence[PlannableBackend], policy: PlanPolicy) -> list[
 def answer_of(
     backend: PlannableBackend, request: LinearRequest, device: Device, policy: PlanPolicy
 ) -> Offer | list[Rejection]:
-    """A backend's answer under a policy and what the probe found: an offer, or all reasons."""
+    """A backend's answer under a policy and what the probe found: an offer, or all reasons.
+
+    Raises BackendError for what is no answer: backends of other packages are anybody's.
+    """
     answer = backend.evaluate(request, device)
+    _check_answer(backend.name, answer)
     proofs = _proofs(backend.name, request, device, answer)
     rejections = _against_proofs(backend.name, proofs, policy)
     if not isinstance(answer, Offer):
@@ -277,6 +282,23 @@ def answer_of(
     if all(proof is not None for proof in proofs):
         return replace(answer, evidence=Evidence.PROVEN)
     return answer
+
+
+def _check_answer(backend: str, answer: object) -> None:
+    if isinstance(answer, Offer):
+        if answer.backend != backend:
+            msg = f"backend {backend} offers as {answer.backend!r}; an offer has its backend's name"
+            raise BackendError(msg)
+    elif not (
+        isinstance(answer, Sequence)
+        and answer
+        and all(isinstance(reason, Rejection) for reason in answer)
+    ):
+        msg = (
+            f"backend {backend} answers {str(answer)[:80]!r} when it is asked for a layer; "
+            "evaluate gives an Offer, or at least one Rejection"
+        )
+        raise BackendError(msg)
 
 
 def _proofs(
