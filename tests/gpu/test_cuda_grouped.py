@@ -38,6 +38,7 @@ FORMS = (
     (256, 112, Share.ACTIVATION, FP32),
     (128, 192, Share.ACTIVATION, FP16),
     (128, 96, Share.NOTHING, BF16),
+    (128, 192, Share.WEIGHT, FP16),
 )
 # Ends of waves and just beyond, empty ones anywhere, one hot expert, nothing at all.
 COUNTS = (
