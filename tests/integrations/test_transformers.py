@@ -83,6 +83,32 @@ def test_a_config_of_another_model_is_named(quantized: dict[str, Path], tmp_path
         load_model(broken)
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("config.json", {"hidden_size": 512}, r"config\.json: .*not a multiple of the number of"),
+        ("config.json", {"hidden_size": "576"}, r"config\.json: .*expected int, got str"),
+        ("config.json", {"hidden_act": "nope"}, r"config\.json: KeyError: 'nope'"),
+        ("generation_config.json", None, r"generation_config\.json is none .*; remove it"),
+    ],
+)
+def test_a_damaged_config_is_one_clear_error(
+    quantized: dict[str, Path],
+    tmp_path: Path,
+    file: str,
+    change: dict[str, object] | None,
+    words: str,
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(quantized["fp32"], broken)
+    path = broken / file
+    whole = json.loads(path.read_text()) if change else {}
+    path.write_text(json.dumps(whole | change) if change else "[1")
+    with pytest.raises(ModelError, match=words) as caught:
+        load_model(broken)
+    assert str(caught.value).isprintable()
+
+
 def test_no_tokenizer_is_one_clear_error(quantized: dict[str, Path], tmp_path: Path) -> None:
     loaded = load_model(quantized["fp32"])
     with pytest.raises(ModelError, match="tokenizer"):

@@ -21,6 +21,8 @@ from blockscale.planning.planner import plan_model
 from blockscale.planning.policy import PlanPolicy, Strictness
 from blockscale.probe import detect_device
 
+LONGEST_REASON = 300  # of what transformers says of a file
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -186,14 +188,24 @@ def empty_model(checkpoint: Checkpoint, dtype: DType) -> PreTrainedModel:
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype))
-    except (ValueError, KeyError, ImportError, OSError) as error:
-        first = (str(error).strip().splitlines() or ["no message"])[0]
-        msg = f"transformers cannot build the model of {checkpoint.config_path}: {first}"
+    except Exception as error:
+        msg = f"transformers cannot build the model of {checkpoint.config_path}: {_said(error)}"
         raise ModelError(msg) from error
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:
+            msg = f"{generation} is none that transformers can read: {_said(error)}; remove it"
+            raise ModelError(msg) from error
     model.eval()
     return model  # type: ignore[no-any-return]  # transformers is untyped here
+
+
+def _said(error: Exception) -> str:
+    """What transformers said of a file: any kind of error, often over many lines."""
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text[:LONGEST_REASON]}"
 
 
 def load_rest(model: PreTrainedModel, checkpoint: Checkpoint, layers: Layers, dtype: DType) -> None:
@@ -264,9 +276,11 @@ def generate_text(
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
-        first = (str(error).strip().splitlines() or ["no message"])[0]
-        msg = f"{path} has no tokenizer that transformers can load: {first}"
+    except Exception as error:
+        msg = (
+            f"{path} has no tokenizer that transformers can load: {_said(error)}; download "
+            "tokenizer.json and its like anew"
+        )
         raise ModelError(msg) from error
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.model.device)
     length = inputs["input_ids"].shape[1]

@@ -216,7 +216,7 @@ def _linear_at(model: PreTrainedModel, name: str, plan: LinearPlan) -> nn.Linear
         found = "nothing" if module is None else type(module).__name__
         msg = (
             f"the checkpoint has an FP8 layer {plan.name!r}, but {type(model).__name__} has "
-            f"{found} there"
+            f"{found} there; is config.json the checkpoint's own?"
         )
         raise ModelError(msg)
     if (module.out_features, module.in_features) != (plan.request.n, plan.request.k):
