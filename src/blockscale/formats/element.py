@@ -45,11 +45,6 @@ class ElementFormat:
     max: float
     torch_name: str
 
-    @property
-    def smallest_subnormal(self) -> float:
-        """Smallest magnitude above zero."""
-        return float(2.0 ** (1 - self.bias - self.mantissa_bits))
-
 
 # OCP 8-bit floating point (OFP8) E4M3: no infinities, one NaN code per sign (0x7f, 0xff).
 E4M3FN = ElementFormat("e4m3fn", 4, 3, 7, 448.0, "float8_e4m3fn")

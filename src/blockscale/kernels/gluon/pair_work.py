@@ -49,14 +49,6 @@ class PairVariant:
         }
 
     @property
-    def copied_bytes(self) -> int:
-        """Codes of one K block that L2 gives to one program, on average."""
-        rows, columns = self.tile.rows, self.tile.columns
-        if self.shares is Shares.WEIGHTS:
-            return (rows + columns // PAIR) * K_BLOCK
-        return (rows // PAIR + columns) * K_BLOCK
-
-    @property
     def name(self) -> str:
         """``pair256x128s3b2-tokens``."""
         return f"pair{self.tile.name}-{self.shares.name.lower()}"

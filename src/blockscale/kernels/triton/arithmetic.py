@@ -19,7 +19,6 @@ from blockscale.formats.scale import (
 from blockscale.reference import fused
 
 AMAX_FLOOR = tl.constexpr(_AMAX_FLOOR)
-LARGEST_CODE = tl.constexpr(E4M3FN.max)
 MANTISSA_BITS = tl.constexpr(FLOAT32_MANTISSA_BITS)
 MANTISSA_MASK = tl.constexpr(FLOAT32_MANTISSA_MASK)
 NAN_BYTE = tl.constexpr(UE8M0_NAN_BYTE)

@@ -35,11 +35,6 @@ TYPES = {
     torch.float8_e8m0fnu: "u8",
     torch.int32: "i32",
 }
-TRITON_TYPES = {
-    torch.float32: triton.language.float32,
-    torch.bfloat16: triton.language.bfloat16,
-    torch.float16: triton.language.float16,
-}
 
 
 @dataclass(frozen=True, slots=True)
