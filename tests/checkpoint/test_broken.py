@@ -260,6 +260,10 @@ FAULTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         ),
         (repr(DOWN), "(0, 384)", "no values", "download it again"),
     ),
+    "bias of another length": (
+        edit(lambda model: model.tensors.update({DOWN[:-6] + "bias": torch.ones(7)})),
+        (DOWN[:-7], "has shape (7,), but the weight 256 rows", "download both"),
+    ),
     "gate and up of different shape": (
         edit(lambda model: model.tensors.update(quantized(GATE, 256, 256))),
         ("model.layers.0.mlp", "(256, 256), but up_proj (384, 256)", "download"),

@@ -134,6 +134,21 @@ REFUSED = {
         {"a.weight": fp8(256, 128), "a.weight_scale": torch.ones(256, 1)},
         "per-channel",
     ),
+    "an algorithm without blocks (ModelOpt)": (
+        {"quant_method": "modelopt", "quant_algo": "FP9"},
+        {"a.weight": fp8(256, 256), "a.weight_scale": torch.ones(2, 2)},
+        r"'a\.weight'.*no block size.*add a quant_algo with blocks \(FP8_PB_WO, MXFP8\)",
+    ),
+    "another strategy (compressed-tensors)": (
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {
+                "group_0": {"weights": {"num_bits": 8, "type": "float", "strategy": "tensor"}}
+            },
+        },
+        {"a.weight": fp8(256, 256), "a.weight_scale": torch.ones(2, 2)},
+        r"'a\.weight'.*add strategy 'block' and block_structure to its config_groups",
+    ),
     "per-channel declared": (
         {
             "quant_method": "compressed-tensors",

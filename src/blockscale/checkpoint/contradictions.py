@@ -48,6 +48,7 @@ def contradictions(
         *_on_scales(layers),
         *_orphans(checkpoint, used),
         *_activation_scales(checkpoint, layers),
+        *_biases(checkpoint, layers),
         *_two_declarations(checkpoint, layers),
         *_unheard(checkpoint, layers),
         *missing_tensors(checkpoint),
@@ -222,6 +223,19 @@ def _activation_scales(checkpoint: Checkpoint, layers: Layers) -> Iterator[Findi
         "they come and does not read it",
         layer_name,
     )
+
+
+def _biases(checkpoint: Checkpoint, layers: Layers) -> Iterator[Finding]:
+    for layer in layers.quantized:
+        bias = checkpoint.tensors.get(f"{layer.name}.bias")
+        if bias is not None and layer.stacked is None and bias.shape != (layer.n,):
+            yield Finding(
+                Severity.FAULT,
+                "bias_shape",
+                f"its bias in {bias.path.name} has shape {bias.shape}, but the weight {layer.n} "
+                "rows; they are of different checkpoints, download both again",
+                layer.name,
+            )
 
 
 def _two_declarations(checkpoint: Checkpoint, layers: Layers) -> Iterator[Finding]:

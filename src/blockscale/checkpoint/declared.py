@@ -201,7 +201,11 @@ def _compressed_tensors(path: Path, declared: Mapping[str, Any], _: Mapping[str,
     found = [group for group in values if isinstance(group, Mapping)]
     weights = [group.get("weights") for group in found]
     if not any(isinstance(of, Mapping) for of in weights):
-        raise CheckpointError(path, "compressed-tensors without config_groups.*.weights")
+        raise CheckpointError(
+            path,
+            "quantization_config has no config_groups.*.weights, where compressed-tensors declares "
+            "blocks; take the config.json that came with these weights",
+        )
     targets = [
         _target(path, group, of)
         for group, of in zip(found, weights, strict=True)

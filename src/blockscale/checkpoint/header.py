@@ -35,6 +35,7 @@ _DOWNLOAD = (
     "a Git LFS pointer or a page that a server answered; download the file itself (git lfs pull, "
     "hf download)"
 )
+_DAMAGED = "; the file is damaged, download it again"
 # Other formats under this one's name, whose first bytes no header length can be.
 _OTHER_FORMATS = {
     b"PK\x03\x04": "a zip archive, as torch.save writes it; load it with torch and save it with "
@@ -176,7 +177,7 @@ def parse_json_object(path: Path, raw: bytes, what: str) -> dict[str, Any]:
         if len(result) != len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]  # set.add returns None, which is the point
-            raise CheckpointError(path, f"{what} has the key {_short(twice)} twice")
+            raise CheckpointError(path, f"{what} has the key {_short(twice)} twice{_DAMAGED}")
         return result
 
     values = sum(raw.count(mark) for mark in (b"{", b"[", b","))
@@ -201,7 +202,9 @@ def parse_json_object(path: Path, raw: bytes, what: str) -> dict[str, Any]:
             path, f"{what} is not valid JSON: {error}; repair it or download it again"
         ) from error
     if not isinstance(document, dict):
-        raise CheckpointError(path, f"{what} must be a JSON object, not {type(document).__name__}")
+        raise CheckpointError(
+            path, f"{what} must be a JSON object, not {type(document).__name__}{_DAMAGED}"
+        )
     return document
 
 
@@ -224,27 +227,31 @@ def _entry(path: Path, name: str, claim: object, data_start: int) -> TensorEntry
             tensor=_cut(name),
         )
     if not isinstance(claim, dict):
-        raise CheckpointError(path, "its header entry is not an object", tensor=_cut(name))
+        raise CheckpointError(path, f"its entry is not an object{_DAMAGED}", tensor=_cut(name))
     missing = {"dtype", "shape", "data_offsets"} - claim.keys()
     if missing:
-        raise CheckpointError(path, f"lacks {sorted(missing)} in the header", tensor=_cut(name))
+        raise CheckpointError(
+            path, f"lacks {sorted(missing)} in the header{_DAMAGED}", tensor=_cut(name)
+        )
     dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         known = ", ".join(DTYPE_BITS)
         raise CheckpointError(path, f"has dtype {_short(dtype)}; known: {known}", tensor=_cut(name))
     if not _is_list_of_sizes(shape) or len(shape) > MAX_AXES:
-        raise CheckpointError(path, f"has shape {_short(shape)}", tensor=_cut(name))
+        raise CheckpointError(path, f"has shape {_short(shape)}{_DAMAGED}", tensor=_cut(name))
     if not _is_list_of_sizes(offsets) or len(offsets) != 2:  # noqa: PLR2004 - begin and end
-        raise CheckpointError(path, f"has data_offsets {_short(offsets)}", tensor=_cut(name))
+        problem = f"has data_offsets {_short(offsets)}{_DAMAGED}"
+        raise CheckpointError(path, problem, tensor=_cut(name))
     elements, (begin, end) = prod(shape), offsets
     if elements > MAX_ELEMENTS:
-        raise CheckpointError(path, f"has shape {_short(shape)}, too large", tensor=_cut(name))
+        problem = f"has shape {_short(shape)}, too large{_DAMAGED}"
+        raise CheckpointError(path, problem, tensor=_cut(name))
     needed = -(-elements * DTYPE_BITS[dtype] // 8)
     if end - begin != needed:
         raise CheckpointError(
             path,
             f"{dtype} of shape {tuple(shape)} takes {needed} bytes, but data_offsets "
-            f"{offsets} span {end - begin}",
+            f"{offsets} span {end - begin}{_DAMAGED}",
             tensor=_cut(name),
         )
     return TensorEntry(name, dtype, tuple(shape), path, data_start + begin, needed)

@@ -30,8 +30,6 @@ from blockscale.formats import E4M3FN, BlockFormat, BlockShape, ScaleFormat
 from blockscale.planning.plan import Finding, SkippedLayer
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from blockscale.checkpoint.header import TensorEntry
     from blockscale.checkpoint.read import Checkpoint
     from blockscale.checkpoint.skips import Reader
@@ -269,7 +267,7 @@ class _Pass:
             return
         kind = _kind_of_shapes(weight.shape, scale.shape)
         if kind is None:
-            raise _shape_error(weight, scale, grid, block, (declared, self._scheme.source))
+            raise _shape_error(weight, scale, grid, block, self._declares(declared))
         self._add_foreign(weight, scale, kind, _SHAPE_DETAILS[kind])
 
     def _read_packed(self, weight: TensorEntry) -> None:
@@ -316,6 +314,18 @@ class _Pass:
         if scale is not None:
             self.used.add(scale.name)
         self._foreign.append(ForeignLayer(name, kind, detail, weight, scale))
+
+    def _declares(self, declared: SchemeKind) -> str:
+        """What the declaration says instead of a block size, and what to add to it."""
+        source = self._scheme.source
+        if source is None:
+            says = "no config.json beside it declares a quantization"
+        else:
+            says = f"{source.name} says {declared.value!r} and no block size"
+        missing = _BLOCK_SIZE_KEYS.get(
+            self._scheme.method or "", "quantization_config with quant_method and weight_block_size"
+        )
+        return f"{says}; block sizes are never guessed from shapes: add {missing}"
 
     def _scale_of(self, weight: TensorEntry) -> TensorEntry:
         found = stored_scales(weight.name, self._checkpoint.tensors)
@@ -365,14 +375,12 @@ def _shape_error(
     scale: TensorEntry,
     grid: tuple[int, ...] | None,
     block: BlockShape | None,
-    declared: tuple[SchemeKind, Path | None],
+    declares: str,
 ) -> CheckpointError:
     if grid is None:
         return CheckpointError(
             weight.path,
-            f"is FP8 with scales of shape {scale.shape}, but {_declares(*declared)}; block "
-            "sizes are never guessed from shapes: add quantization_config with quant_method and "
-            "weight_block_size",
+            f"is FP8 with scales of shape {scale.shape}, but {declares}",
             tensor=weight.name,
         )
     return CheckpointError(
@@ -383,10 +391,11 @@ def _shape_error(
     )
 
 
-def _declares(declared: SchemeKind, source: Path | None) -> str:
-    if source is None:
-        return "no config.json beside it declares a quantization"
-    return f"{source.name} says {declared.value!r} and no weight_block_size"
+# Where the block size is declared, by ``Scheme.method``.
+_BLOCK_SIZE_KEYS = {
+    "compressed-tensors": "strategy 'block' and block_structure to its config_groups",
+    "modelopt": "a quant_algo with blocks (FP8_PB_WO, MXFP8)",
+}
 
 
 def _likely_cause(weight: TensorEntry, scale: TensorEntry, grid: tuple[int, ...]) -> str:
