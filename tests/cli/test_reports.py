@@ -31,6 +31,14 @@ def test_html_is_written_and_changes_nothing_else(
     assert file.read_text() == html
 
 
+def test_a_report_on_a_path_that_is_no_utf8(fp8_checkpoint: Path, tmp_path: Path) -> None:
+    other = tmp_path / "bad\udcff"  # the byte 0xff, as Python spells it
+    fp8_checkpoint.rename(other)
+    page = tmp_path / "page.html"
+    assert blockscale("verify", other, "--html", page).returncode == 0
+    assert r"bad\udcff" in page.read_text(encoding="utf-8")
+
+
 def test_a_report_that_cannot_be_written_is_one_line(fp8_checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "nowhere" / "report.html"
     done = blockscale("plan", fp8_checkpoint, "--device", "sm_90", "--html", file)

@@ -71,11 +71,14 @@ def write_plan(path: Path, saved: SavedPlan) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it. Raises CheckpointError if that fails."""
+    """Write a file beside its place and rename it. Raises CheckpointError if that fails.
+
+    What UTF-8 cannot say (a path of other bytes) is written as an escape.
+    """
     try:
         descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
             Path(scratch).chmod(0o644)
             Path(scratch).replace(path)
