@@ -27,6 +27,7 @@ from blockscale.kernels.cuda.work import (
     OUTPUTS,
     SHARED_BYTES,
     WAVE_ROWS,
+    Share,
 )
 
 BF16, FP32 = DType.BFLOAT16, DType.FLOAT32
@@ -127,3 +128,26 @@ def test_choosing_needs_neither_torch_nor_a_compiler() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], check=False)
     assert done.returncode == 0
+
+
+def test_two_row_blocks_of_a_group_share_its_weight_where_k_is_long() -> None:
+    for blocks, k, share in (
+        (512, 3072, Share.WEIGHT),
+        (330, 7168, Share.WEIGHT),
+        (256, 7168, Share.NOTHING),
+        (1024, 3072, Share.NOTHING),
+        (512, 1536, Share.NOTHING),
+    ):
+        work = choose_contiguous((256, blocks, 128), (3072, k), DType.BFLOAT16, 132)
+        assert work.form.share is share, (blocks, k)
+    # One row block has none beside it.
+    assert choose_contiguous((1, 1, 128), (3072, 7168), DType.FLOAT16, 132).unit_rows == 1
+
+
+def test_a_band_is_no_higher_than_a_groups_rows_of_units() -> None:
+    for blocks, high in ((256, 1), (700, 3), (256 * 20, 3)):
+        for work in contiguous_works((256, blocks, 128), (4096, 2048), DType.BFLOAT16, 132):
+            if work.form.rows == 128 and work.form.share is Share.NOTHING:
+                assert work.band == high
+    for work in masked_works((6, 4096, 1024), (4096, 7168), DType.BFLOAT16, 132):
+        assert work.band <= 3

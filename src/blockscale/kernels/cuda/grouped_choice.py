@@ -58,6 +58,10 @@ STREAM, READ_AGAIN = 1690.0, 1.7
 # Up to this many tiles of rows a group, its weight is streamed rather than kept in L2: a fourth
 # slot then gains 2 to 4 %, and loses 1 to 5 % at four tiles (H100, 2026-11-26).
 STREAMED_TILES = 1.5
+# Row blocks of a group, the mean, and K, from which on pairs share its weight.
+BLOCKS_OF_PAIRS, K_OF_PAIRS = (1.25, 3.0), 3072
+# Bands of units (``grouped_band``).
+MOST_IN_BAND = 3
 # Two blocks share a multiprocessor where each has more slots than these.
 LEAST_STAGES = 4
 
@@ -70,11 +74,29 @@ def choose_contiguous(
 
     ``shape``: (n, k) of a group's weight; ``processors``: the device's multiprocessors.
     """
-    found = contiguous_works(rows, shape, out, processors)
+    found = [
+        work
+        for work in contiguous_works(rows, shape, out, processors)
+        if (work.form.share is Share.WEIGHT) == shares_weights(rows, shape[1])
+    ] or contiguous_works(rows, shape, out, processors)
     pairs = [work for work in found if is_deep_pair(work) and is_several(work)]
     if pairs:
         found = [work for work in found if not can_be_deeper(work.form) or work in pairs]
     return min(found, key=lambda work: contiguous_clocks(work, rows, shape[0], processors))
+
+
+def shares_weights(rows: tuple[int, int, int], k: int) -> bool:
+    """Whether two tiles of rows should share the columns of a group's weight.
+
+    Where about two row blocks of a group read it, and K is long. 128x192 then took 1 to 8 % less in
+    pairs than alone (4 of 4 cases with 1.3 to 2.5 row blocks a group at K of 3072 and more, 256 and
+    128 experts); up to 2 % more with one row block a group or none to share, 5 to 9 % more at K of
+    1536 and 2048, and with many row blocks a group 256x128 took less (H100, 2026-11-26, perf-log
+    G34).
+    """
+    groups, blocks, _ = rows
+    least, most = BLOCKS_OF_PAIRS
+    return k >= K_OF_PAIRS and least <= blocks / groups <= most
 
 
 def is_deep_pair(work: Work) -> bool:
@@ -97,12 +119,13 @@ def contiguous_works(
     rows: tuple[int, int, int], shape: tuple[int, int], out: DType, processors: int
 ) -> list[Work]:
     """Everything that ``choose_contiguous`` compares."""
-    _, blocks, alignment = rows
+    groups, blocks, alignment = rows
     found = []
     for form in contiguous_forms(out):
         if form.rows > alignment and alignment < WIDE_BLOCK:
             continue
         work = in_turns(make_work(form, blocks * alignment, *shape, processors))
+        work = grouped_band(work, work.unit_rows / groups)
         if can_run(work, blocks * alignment):
             found.append(work)
     return found
@@ -151,7 +174,9 @@ def choose_masked(
     rows: tuple[int, int, int], shape: tuple[int, int], out: DType, processors: int
 ) -> Work:
     """What serves the ``rows``: slots, rows of a slot, and how many of them are likely to count."""
-    found = masked_works(rows, shape, out, processors)
+    works = masked_works(rows, shape, out, processors)
+    # In slots pairs that share a weight took 2 % less to 3 % more than the same tile alone (H100).
+    found = [work for work in works if work.form.share is not Share.WEIGHT]
     if min(rows[1:]) <= WAVE_ROWS:
         return min(found, key=lambda work: low_clocks(work, rows, shape))
     return min(found, key=lambda work: masked_clocks(work, rows, shape, processors))
@@ -172,14 +197,14 @@ def masked_works(
         if (form.rows == WAVE_ROWS) == is_low
         and (not can_be_deeper(form) or (form.stores == LOW_BOXES) == is_streamed)
     ]
-    found = [
-        in_turns(
-            make_masked_work(form, rows[:2], shape, processors),
-            max(1, round(rows[0] * likely_tiles(unit_height(form), rows))),
-        )
-        for form in forms
-    ]
-    return [work for work in found if can_run(work, rows[1])]
+    found = []
+    for form in forms:
+        tiles = likely_tiles(unit_height(form), rows)
+        work = make_masked_work(form, rows[:2], shape, processors)
+        work = grouped_band(in_turns(work, max(1, round(rows[0] * tiles))), tiles)
+        if can_run(work, rows[1]):
+            found.append(work)
+    return found
 
 
 @lru_cache(maxsize=8)
@@ -228,6 +253,17 @@ def low_clocks(work: Work, rows: tuple[int, int, int], shape: tuple[int, int]) -
     # The model counts one weight's bytes; here each slot has its own.
     found = estimate(with_unit_rows(work, unit_rows), unit_rows * tall, n)
     return together(MEMORY_POWER, found.clocks, slots * n * k / MEMORY)
+
+
+def grouped_band(work: Work, unit_rows: float) -> Work:
+    """With units in bands as high as a group's rows of units; ``unit_rows``: how many those are.
+
+    Higher bands read weights of more groups at a time than stay in L2: 128x192 took 2 to 12 % more
+    in bands of 14 with one or two row blocks a group, and up to 3 % more with eight; 256x128 up to
+    3 % more in bands of 8 with 16 of them (H100, 2026-11-26, perf-log G34).
+    """
+    high = max(1, min(MOST_IN_BAND, round(unit_rows + 0.25)))
+    return replace(work, band=min(work.band, high))
 
 
 def in_turns(work: Work, unit_rows: int | None = None) -> Work:
