@@ -478,6 +478,15 @@ def test_the_whole_model_has_no_finding(base: Callable[[], Model], tmp_path: Pat
     assert verify_checkpoint(checkpoint).findings == ()
 
 
+def test_files_numbered_from_zero_are_all_there(tmp_path: Path) -> None:
+    """As MiniMax's are, and DeepSeek's total has six digits."""
+    model = sharded()
+    names = [f"model-0000{shard}-of-000002.safetensors" for shard in range(2)]
+    model.files = dict(zip(names, model.files.values(), strict=True))
+    model.write(tmp_path)
+    assert inspect_checkpoint(read_checkpoint(tmp_path)).findings == ()
+
+
 def test_a_file_alone_is_not_said_to_lack_what_lies_beside_it(tmp_path: Path) -> None:
     sharded().write(tmp_path)
     assert inspect_checkpoint(read_checkpoint(tmp_path / SECOND)).findings == ()

@@ -155,6 +155,19 @@ def test_an_expert_left_in_float_is_an_error_that_names_it(
         requests(folder)
 
 
+def test_experts_may_keep_one_projection_in_float(tmp_path: Path) -> None:
+    """All down projections are: they are a stack of their own, which is not planned."""
+    names = [f"mlp.experts.{index}.{leaf}" for index in range(2) for leaf in ("w1", "w2", "w3")]
+    folder = write(tmp_path / "x", *((name, 256, 256) for name in names))
+    tensors = load_file(folder / "model.safetensors")
+    for index in range(2):
+        tensors[f"mlp.experts.{index}.w2.weight"] = torch.ones(256, 256, dtype=torch.bfloat16)
+        del tensors[f"mlp.experts.{index}.w2.weight_scale_inv"]
+    save_file(tensors, folder / "model.safetensors")
+    (request,) = requests(folder).requests
+    assert (request.name, request.experts, request.n) == ("mlp.experts.w13", 2, 512)
+
+
 def test_experts_are_counted_by_the_numbers_that_engines_write(tmp_path: Path) -> None:
     """No engine asks for expert 02: it is neither a fifth expert nor another 2."""
     names = [f"mlp.experts.{index}.w2" for index in ("0", "1", "2", "02")]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _INDEX = r"(0|[1-9][0-9]{0,8})"  # as engines write it: not "02"
 _LAYER = re.compile(rf"((?:.+\.)?layers)\.{_INDEX}\.")
 _EXPERT = re.compile(rf"(.+\.experts)\.{_INDEX}\.(.+\.weight)")
-_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+_SHARD = re.compile(r"(.*)-([0-9]{1,6})-of-([0-9]{1,6})\.safetensors")
 _NUMBER = re.compile(r"\d+")
 _LAYER_COUNTS = ("num_hidden_layers",)
 _EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")

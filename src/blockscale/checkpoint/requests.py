@@ -382,21 +382,30 @@ def _expert_count(members: list[QuantizedLayer], parts: list[QuantizedLayer]) ->
 
 
 def _check_whole_stacks(checkpoint: Checkpoint, layers: Layers) -> None:
-    """Raises if an expert is not in block FP8, but others of its layer are.
+    """Raises if an expert is not in block FP8, but others of its stack are.
 
     Without it the stack would be planned one expert short, and those behind it under wrong numbers.
     """
-    stacks = {found["prefix"] for layer in layers.quantized if (found := _EXPERT.match(layer.name))}
+    stacks = {stack for layer in layers.quantized if (stack := _stack_of(layer.name)) is not None}
     others = [(layer.name, layer.reason) for layer in layers.skipped]
     others += [(layer.name, layer.detail) for layer in layers.foreign]
     for name, what in others:
-        found = _EXPERT.match(name)
-        if found is not None and found["prefix"] in stacks:
+        if _stack_of(name) in stacks:
             raise CheckpointError(
                 checkpoint.path,
                 f"is {what}; experts beside it are block FP8: {_ALIKE}",
                 tensor=name,
             )
+
+
+def _stack_of(name: str) -> str | None:
+    """The stack that an expert's weight is part of, None if it is no expert's."""
+    expert = _EXPERT.match(name)
+    if expert is None:
+        return None
+    projection = PROJECTIONS.get(expert["leaf"])
+    merged = projection.merged if projection else expert["leaf"]
+    return f"{expert['prefix']}.{EXPERT_MERGED.get(merged, merged)}"
 
 
 def _power_of_two(members: list[QuantizedLayer], options: RequestOptions) -> PowerOfTwo:

@@ -282,14 +282,14 @@ class _Pass:
             self._add_foreign(weight, scale, SchemeKind.FP4, detail)
         elif weight.dtype == "I8":
             self._add_foreign(
-                weight, scale, SchemeKind.INT8, "INT8 (I8)" + self._bytes(weight, scale)
+                weight, scale, SchemeKind.INT8, "INT8 (I8)" + self._hint_of_bytes(weight, scale)
             )
         else:
             detail = f"packed in {weight.dtype} with {scale.dtype} scales"
-            detail += self._bytes(weight, scale)
+            detail += self._hint_of_bytes(weight, scale)
             self._add_foreign(weight, scale, SchemeKind.OTHER, detail)
 
-    def _bytes(self, weight: TensorEntry, scale: TensorEntry) -> str:
+    def _hint_of_bytes(self, weight: TensorEntry, scale: TensorEntry) -> str:
         """What to try if the scales are those of the block FP8 that is declared."""
         _, block = self._targets.declared(weight.name.removesuffix(WEIGHT_SUFFIX))
         if block is None or not _has_grid(scale.shape, _grid(weight.shape, block)):
