@@ -69,9 +69,8 @@ class Cuda:
             self.name,
             HOPPER_WEIGHT,
             HOPPER_ACTIVATION,
-            # tests/gpu passed on an H200 (source c4f41cb, 2026-11-26). gemm.cu was changed since:
-            # its own tests passed again (71f0fd6), those of experts' layers wait for the next run.
-            evidence=Evidence.TESTED if request.experts is None else Evidence.DOCUMENTED,
+            # All of tests/gpu passed on an H100 (source 3e46ab0, 2026-11-26).
+            evidence=Evidence.TESTED,
             readiness=Readiness.RUNNABLE,
             rows=() if request.experts is None else row_blocks(request.experts, ALIGNMENTS),
         )
