@@ -42,7 +42,7 @@ ROTATED_BYTES = 200 << 20
 MAX_COPIES = 32
 # Rows that are compared with float64: the first and the last.
 CHECKED_ROWS = 256
-# Relative to the norm of the product (facts/kernels.md 8); bf16_matmul rounds its operands.
+# Relative to the norm of the product; bf16_matmul rounds its operands.
 LIMITS = {DType.FLOAT32: 3e-4, DType.FLOAT16: 5e-4, DType.BFLOAT16: 2.5e-3}
 BF16_OPERANDS_LIMIT = 1e-2
 

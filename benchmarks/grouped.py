@@ -82,7 +82,7 @@ COMPILERS = 10
 # Fewer rows than this are lost in a tile of 128.
 LEAST_FOR_WIDE = 16
 CHECKED_ROWS = 64
-# Relative to the norm of the product (facts/kernels.md 8).
+# Relative to the norm of the product.
 LIMITS = {torch.float16: 5e-4, torch.bfloat16: 2.5e-3}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 OFFER = Offer(

@@ -30,7 +30,6 @@ ROW_BYTES = 128
 SWIZZLE_ROWS = 8
 # Widths that gemm.cu has wgmmas for: no tile meets more than two weight scales.
 WIDTHS = (16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 192)
-HEIGHTS = (64, 128, 256)
 # Two waves of more columns than these would not leave room for their results in registers.
 MAX_COLUMNS = {64: 192, 128: 192, 256: 128}
 # Of more there are no registers for two waves beside the results.
