@@ -197,12 +197,12 @@ def masked(rows: int, columns: int, out: DType, *, share: Share = Share.NOTHING)
 MASKED_FORMS = [
     masked(256, 128, BF16),
     masked(128, 96, FP32, share=Share.ACTIVATION),
-    masked(128, 96, BF16, share=Share.WEIGHT),
     *(
         pytest.param(form, marks=machine)
         for form in (
             masked(256, 112, FP16, share=Share.ACTIVATION),
             masked(128, 192, BF16),
+            masked(128, 96, BF16, share=Share.WEIGHT),
             masked(128, 192, FP16, share=Share.WEIGHT),
             masked(256, 128, BF16, share=Share.WEIGHT),
             deeper(masked(256, 128, FP16)),

@@ -24,7 +24,6 @@ GPU = ROOT / "tests" / "gpu"
 # One of each kind: a graph over all seven launches, an update under it, memory, a whole model.
 QUICK = (
     "test_experts.py::test_a_graph_serves_every_routing[1-gluon]",
-    "test_experts.py::test_a_graph_serves_every_routing[1-cuda]",
     "test_experts.py::test_an_update_reaches_a_captured_graph[gluon-4]",
     "test_experts.py::test_an_update_reaches_a_captured_graph[triton-1]",
     "test_experts.py::test_a_forward_leaves_nothing_in_memory[gluon]",
