@@ -23,7 +23,6 @@ import argparse
 import json
 import math
 import random
-import subprocess
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,13 +33,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blockscale.kernels.corrected import Table, bounded, bucket
+from record import ROOT, last_change
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from blockscale.kernels.corrected import Estimate
 
-ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "src" / "blockscale" / "kernels"
 PROCESSORS = 132
 RANGES = ((1, 16), (17, 32), (33, 64), (65, 128), (129, 256), (257, 512), (513, 1024), (1025, 8192))
@@ -381,9 +380,7 @@ def write(target: Path, sweeps: list[Path], table: Table, kept: dict[tuple[int, 
     """The table that ships, with where it comes from."""
     heads = [json.loads(sweep.read_text(encoding="utf-8").splitlines()[0]) for sweep in sweeps]
     paths = [str(sweep.resolve().relative_to(ROOT)) for sweep in sweeps]
-    log = ["git", "log", "-1", "--format=%h %cs", "--", *paths]
-    said = subprocess.run(log, cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603 - git
-    commit, _, date = said.stdout.strip().partition(" ")
+    commit, date = last_change(paths)
     document = {
         "schema": 1,
         "device": ", ".join(dict.fromkeys(head["machine"] for head in heads)),

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -42,8 +41,9 @@ from blockscale.kernels.cuda import corrections as cuda_corrections
 from blockscale.kernels.gluon import choice as gluon_choice
 from blockscale.kernels.gluon import corrections as gluon_corrections
 from blockscale.planning.timed import TOKENS, Timed, in_ranges, starts_of
-from choice_fit import HELD_OUT, PROCESSORS, ROOT, parts, report
+from choice_fit import HELD_OUT, PROCESSORS, parts, report
 from cuda_fit import time_of
+from record import ROOT, last_change
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -251,9 +251,7 @@ def write(
     """The table that ships, with where it comes from."""
     head = json.loads(sweeps[0].read_text(encoding="utf-8").splitlines()[0])
     paths, own = ([str(path.resolve().relative_to(ROOT)) for path in x] for x in (sweeps, others))
-    log = ["git", "log", "-1", "--format=%h %cs", "--", *paths, *own]
-    said = subprocess.run(log, cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603 - git
-    commit, _, date = said.stdout.strip().partition(" ")
+    commit, date = last_change([*paths, *own])
     kept = parts(shapes, HELD_OUT)
     document = {
         "schema": 1,

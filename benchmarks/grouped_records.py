@@ -10,7 +10,6 @@ import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +24,8 @@ from grouped_cases import MINIMAX_TOP, Case, all_cases
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results"
 FAMILIES = ("gluon", "cuda")
 DEEP_GEMM = "deep_gemm"
 PROCESSORS = 132

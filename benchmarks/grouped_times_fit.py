@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -33,7 +32,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from blockscale.kernels.grouped_times import ROWS, Behind, shipped, terms
-from grouped_records import DEEP_GEMM, FAMILIES, RESULTS, read
+from grouped_records import DEEP_GEMM, FAMILIES, read
+from record import RESULTS, ROOT, last_change
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
     Ratios = dict[str, Behind]
 
-ROOT = RESULTS.parent.parent
 TARGET = ROOT / "src" / "blockscale" / "kernels" / "tables" / "grouped_times.json"
 # What the others are measured by, and these.
 UNIT, OTHERS = "cuda", ("gluon", DEEP_GEMM)
@@ -249,9 +248,7 @@ def print_slots(times: Mapping[Product, Times]) -> None:
 def write(files: Sequence[Path], fitted: Ratios) -> None:
     """The table that ships, with where it comes from."""
     sources = [str(file.resolve().relative_to(ROOT)) for file in files]
-    log = ["git", "log", "-1", "--format=%h %cs", "--", *sources]
-    asked = subprocess.run(log, cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603 - git
-    commit, _, date = asked.stdout.strip().partition(" ")
+    commit, date = last_change(sources)
     document = {
         "schema": 1,
         "commit": commit,

@@ -10,9 +10,13 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("blockscale", "torch", "transformers", "triton", "sgl-deep-gemm", "numpy")
 
 
@@ -100,6 +104,17 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return out.stdout.strip()
+
+
+def last_change(sources: Sequence[str]) -> tuple[str, str]:
+    """Id and date of the newest commit that changed one of these files, by the repository's root.
+
+    Raises CalledProcessError without git.
+    """
+    log = ["git", "log", "-1", "--format=%h %cs", "--", *sources]
+    said = subprocess.run(log, cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603 - git
+    found, _, date = said.stdout.strip().partition(" ")
+    return found, date
 
 
 def _processor() -> str:

@@ -188,7 +188,7 @@ def test_the_fit_finds_what_records_were_made_with(
     assert found.levels[0] == pytest.approx(found.levels[-1])
     monkeypatch.setattr(fit, "ROOT", tmp_path)
     monkeypatch.setattr(fit, "TARGET", tmp_path / "grouped_times.json")
-    monkeypatch.setattr(fit.subprocess, "run", lambda *_, **__: Log())
+    monkeypatch.setattr(import_module("record").subprocess, "run", lambda *_, **__: Log())
     monkeypatch.setattr("sys.argv", ["grouped_times_fit.py", str(path), "--write"])
     assert fit.main() == 0
     said = capsys.readouterr().out

@@ -74,11 +74,10 @@ def choose_contiguous(
 
     ``shape``: (n, k) of a group's weight; ``processors``: the device's multiprocessors.
     """
-    found = [
-        work
-        for work in contiguous_works(rows, shape, out, processors)
-        if (work.form.share is Share.WEIGHT) == shares_weights(rows, shape[1])
-    ] or contiguous_works(rows, shape, out, processors)
+    works = contiguous_works(rows, shape, out, processors)
+    is_shared = shares_weights(rows, shape[1])
+    # All of them where no pair can run: one row block has none beside it.
+    found = [work for work in works if (work.form.share is Share.WEIGHT) == is_shared] or works
     pairs = [work for work in found if is_deep_pair(work) and is_several(work)]
     if pairs:
         found = [work for work in found if not can_be_deeper(work.form) or work in pairs]
@@ -132,7 +131,7 @@ def contiguous_works(
 
 
 def can_run(work: Work, rows: int) -> bool:
-    """Whether there are two tiles and two multiprocessors for a cluster; ``rows``: of a slot."""
+    """Whether a cluster has two tiles and two multiprocessors; ``rows``: all, or a slot's."""
     if work.form.share is Share.NOTHING:
         return True
     is_pair = rows > work.form.rows if work.form.share is Share.WEIGHT else work.unit_columns > 1
