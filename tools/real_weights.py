@@ -72,7 +72,8 @@ def ask_for_room(model: str, cache: Path) -> None:
         if free < ROOM_BYTES:
             sys.exit(
                 f"real_weights: {free / 1e6:.0f} MB are free in {place}, {ROOM_BYTES / 1e6:.0f} MB"
-                f" are needed to make {model}; make room there, or name another place (--cache, TMPDIR)"
+                f" are needed to make {model}; make room there, or name another place (--cache,"
+                " TMPDIR)"
             )
 
 
