@@ -357,7 +357,7 @@ BROKEN = {
         PAIR,
         "is_common = own == other || own < 0 || other < 0;",
         "is_common = own == other || own < 0;",
-        "wrong|nothing can go on|while",
+        "fills a slot|nothing can go on",
     ),
     "groups are read too early": (
         LOW,
@@ -373,6 +373,15 @@ BROKEN = {
     ),
 }
 IN_THE_DEFAULT_RUN = ("both consumers take",)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [(piece, instead) for *_, piece, instead, _ in [*BROKEN.values(), *MASKED_BROKEN.values()]],
+    ids=[*BROKEN, *MASKED_BROKEN],
+)
+def test_the_kernel_still_has_what_is_broken(change: tuple[str, str]) -> None:
+    assert cuda_machine.sources(change) != cuda_machine.sources()
 
 
 @pytest.mark.parametrize(

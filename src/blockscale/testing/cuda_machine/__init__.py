@@ -88,20 +88,26 @@ class _Run(ctypes.Structure):
     )
 
 
+def sources(change: tuple[str, str] | None = None) -> dict[str, str]:
+    """The kernel's texts by file name; ``change``: a piece of them, and what takes its place."""
+    texts = {name: (KERNELS / name).read_text(encoding="utf-8") for name in SOURCES}
+    if change is None:
+        return texts
+    count = sum(text.count(change[0]) for text in texts.values())
+    assert count == 1, f"the kernel has {change[0]!r} not once, but {count} times"
+    return {name: text.replace(*change) for name, text in texts.items()}
+
+
 @cache
 def library(form: Form, change: tuple[str, str] | None = None) -> ctypes.CDLL:
     """The kernel in this form for the CPU, compiled when its sources have changed."""
     compiler = find_compiler()
     assert compiler is not None, "needs a C++ compiler (apt install g++)"
-    texts = {name: (KERNELS / name).read_text(encoding="utf-8") for name in SOURCES}
-    if change is not None:
-        count = sum(text.count(change[0]) for text in texts.values())
-        assert count == 1, f"the kernel has {change[0]!r} not once, but {count} times"
-        texts = {name: text.replace(*change) for name, text in texts.items()}
+    texts = sources(change)
     own = (path.read_bytes() for path in sorted(HERE.glob("*.[ch]*")))
-    sources = [*(text.encode() for text in texts.values()), *own]
+    everything = [*(text.encode() for text in texts.values()), *own]
     macros = [f"-D{name}={value}" for name, value in form.macros.items()]
-    key = hashlib.sha256(b"\0".join([*sources, *map(str.encode, (*FLAGS, *macros))]))
+    key = hashlib.sha256(b"\0".join([*everything, *map(str.encode, (*FLAGS, *macros))]))
     CACHE.mkdir(parents=True, exist_ok=True)
     target = CACHE / f"{form.name}-{key.hexdigest()[:16]}.so"
     if not target.exists():
