@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 
+from blockscale import ops
 from blockscale.errors import BackendError
+from blockscale.ops import NO_LIMIT
 from blockscale.planning.decision import Arrangement, MRange
 from blockscale.reference import quantize, relayout
 from blockscale.reference.experts import (
@@ -38,8 +40,6 @@ if TYPE_CHECKING:
     Operand: TypeAlias = torch.Tensor | BlockScaledTensor
     # (activation, rows, out): one grouped product.
     Product: TypeAlias = Callable[[Operand, ArrangedRows, torch.Tensor], None]
-
-NO_LIMIT = 2**63 - 1
 
 
 class RowSteps(Protocol):
@@ -117,6 +117,7 @@ class BoundExperts:
     k: int
     n13: int
     dtype: torch.dtype
+    device: torch.device
     steps: tuple[tuple[int, ExpertStep], ...]
 
     def step_for(self, tokens: int) -> ExpertStep:
@@ -129,7 +130,7 @@ class BoundExperts:
 
     def check(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """Refuse what was not planned: kernels read bytes, not intentions."""
-        if hidden.shape[-1] != self.k or hidden.dtype is not self.dtype:
+        if hidden.shape[-1:] != (self.k,) or hidden.dtype is not self.dtype:
             msg = (
                 f"experts {self.name!r} were planned for (..., {self.k}) {self.dtype}, got "
                 f"{tuple(hidden.shape)} {hidden.dtype}; plan them for this dtype"
@@ -142,6 +143,16 @@ class BoundExperts:
                 f"{tuple(ids.shape)} and {tuple(weights.shape)}"
             )
             raise BackendError(msg)
+
+    def check_devices(self, *operands: torch.Tensor) -> None:
+        """Refuse operands on another device than the weights: kernels read addresses."""
+        for operand in operands:
+            if operand.device != self.device:
+                msg = (
+                    f"experts {self.name!r} are on {self.device}, but a tensor of "
+                    f"{tuple(operand.shape)} {operand.dtype} on {operand.device}; move one of them"
+                )
+                raise BackendError(msg)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +202,12 @@ def bind(
         for step in _steps(plan, index, backend, weights)
     ]
     _BOUND[handle] = BoundExperts(
-        plan.name, request.k, request.n, torch_dtype(request.activation_dtype), tuple(steps)
+        plan.name,
+        request.k,
+        request.n,
+        torch_dtype(request.activation_dtype),
+        weights[0].device,
+        tuple(steps),
     )
     return handle
 
@@ -294,6 +310,7 @@ def _experts(
 ) -> torch.Tensor:
     bound = _BOUND[handle]
     bound.check(hidden, ids, weights)
+    bound.check_devices(hidden, ids, weights)
     matrix = hidden.reshape(-1, bound.k)
     if matrix.stride(-1) != 1:
         matrix = matrix.contiguous()
@@ -325,10 +342,11 @@ def experts(
     """A layer of experts: hidden (..., k) to (..., k), in the planned dtype.
 
     ``ids`` and ``weights``: (tokens, choices); an id outside the stack adds nothing. ``handle``
-    comes from ``bind``. Raises BackendError for another dtype or shape than was planned.
+    comes from ``bind``. Raises BackendError for another dtype or shape than was planned, or another
+    device than the weights'.
     """
     # As in ops.linear: only a tracer needs the operator.
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling() and not ops.is_watched(hidden):
         return _experts(hidden, ids, weights, handle)
     result: torch.Tensor = torch.ops.blockscale.experts(hidden, ids, weights, handle)
     return result

@@ -82,12 +82,20 @@ class BoundLinear:
 
     def check(self, activation: torch.Tensor) -> None:
         """Refuse an activation that is not the planned one: kernels read bytes, not intentions."""
-        if activation.shape[-1] != self.k or activation.dtype is not self.activation_dtype:
+        if activation.shape[-1:] != (self.k,) or activation.dtype is not self.activation_dtype:
             msg = (
                 f"layer {self.name!r} was planned for (..., {self.k}) {self.activation_dtype}, got "
                 f"{tuple(activation.shape)} {activation.dtype}; plan it for this dtype"
             )
             raise BackendError(msg)
+
+    def elsewhere(self, activation: torch.Tensor) -> BackendError:
+        """What to raise for an activation on another device: kernels read addresses."""
+        msg = (
+            f"layer {self.name!r} is on {self.device}, its activation on {activation.device}; "
+            "move one of them"
+        )
+        return BackendError(msg)
 
 
 # Shapes of activations that one layer remembers.
@@ -166,8 +174,10 @@ def two_calls(backend: Backend, weight: BlockScaledTensor, offer: Offer) -> Step
         out: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> None:
+        # One of them may be a matrix already: ``_rows`` makes one of what is not contiguous.
         if activation.ndim != 2:  # noqa: PLR2004 - backends take matrices
             activation = activation.view(-1, activation.shape[-1])
+        if out.ndim != 2:  # noqa: PLR2004 - as above
             out = out.view(-1, out.shape[-1])
         if offer.activation is None:
             cast("MultiplyFloat", multiply)(activation, out, bias)
@@ -189,6 +199,8 @@ def _linear(activation: torch.Tensor, bias: torch.Tensor | None, handle: int) ->
     call = named.calls.get(activation.shape)
     if call is None or activation.dtype is not named.activation_dtype:
         call = named.new_call(activation)
+    if activation.device != named.device:
+        raise named.elsewhere(activation)
     row_stride = named.k
     if not activation.is_contiguous():
         activation, row_stride = _rows(activation)
@@ -227,7 +239,7 @@ def linear(activation: torch.Tensor, bias: torch.Tensor | None, handle: int) -> 
     """Multiply: activation (..., k) x weight^T + bias as (..., n) in the planned output dtype.
 
     ``handle`` comes from ``bind``. M = 0 gives an empty result and launches nothing. Raises
-    BackendError if the activation has another dtype or K than was planned.
+    BackendError if the activation has another dtype or K than was planned, or is on another device.
     """
     if torch.compiler.is_dynamo_compiling() or is_watched(activation):
         result: torch.Tensor = torch.ops.blockscale.linear(activation, bias, handle)

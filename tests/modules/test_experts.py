@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from blockscale import expert_ops
 from blockscale.errors import BackendError, ModelError, PlanError
@@ -194,6 +195,15 @@ def test_what_was_not_planned_is_refused(
         layer(hidden, ids.long(), torch.ones_like(ids))
 
 
+@pytest.mark.parametrize("odd", [0, 1, 2], ids=["hidden", "ids", "weights"])
+def test_operands_on_another_device_are_refused(odd: int) -> None:
+    layer = BlockScaledExperts(cases.plan_for(), *random_weights())
+    operands = [torch.ones(2, cases.HIDDEN), *cases.routing(2)]
+    operands[odd] = operands[odd].to("meta")
+    with pytest.raises(BackendError, match=r"are on cpu, but a tensor of .* on meta"):
+        layer(*operands)
+
+
 def test_weights_read_expert_by_expert_are_the_same_stack() -> None:
     w13, w2 = random_weights()
 
@@ -333,3 +343,28 @@ def test_a_gradient_is_refused_and_not_dropped_in_silence() -> None:
 def test_repr_names_shapes_format_and_backend() -> None:
     text = repr(BlockScaledExperts(cases.plan_for(), *random_weights()))
     assert "6 x (256, 384, 256), e4m3fn/128x128/fp32, cpu (M >= 0)" in text
+
+
+def test_fake_tokens_give_a_fake_result() -> None:
+    layer = BlockScaledExperts(cases.plan_for(), *random_weights())
+    with FakeTensorMode() as mode:
+        operands = (torch.ones(3, cases.HIDDEN), *cases.routing(3))
+        result = layer(*(mode.from_tensor(operand) for operand in operands))
+    assert isinstance(result, FakeTensor)
+    assert result.shape == (3, cases.HIDDEN)
+
+
+def test_experts_stay_on_the_kind_of_device_they_were_planned_for() -> None:
+    layer = BlockScaledExperts(cases.plan_for(), *random_weights())
+    with pytest.raises(ModelError, match="planned for cpu, not for meta"):
+        layer.to("meta")
+
+
+def test_a_loaded_state_dict_is_what_runs() -> None:
+    source = BlockScaledExperts(cases.plan_for(), *random_weights())
+    layer = copy.deepcopy(source)
+    layer.w13.data.view(torch.uint8).zero_()
+    state = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+    operands = (torch.ones(3, cases.HIDDEN), *cases.routing(3))
+    assert torch.equal(layer(*operands), source(*operands))

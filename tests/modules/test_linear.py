@@ -101,6 +101,36 @@ def test_bias_of_another_shape_is_refused() -> None:
         BlockScaledLinear(plan_for(), weight_of(), torch.zeros(N + 1))
 
 
+def test_a_bias_on_another_device_is_refused() -> None:
+    with pytest.raises(ModelError, match="bias is on meta, its weight on cpu"):
+        BlockScaledLinear(plan_for(), weight_of(), torch.zeros(N, device="meta"))
+
+
+def test_a_weight_without_values_is_refused() -> None:
+    empty = weight_of().to("meta")
+    with pytest.raises(PlanError, match="on the meta device"):
+        BlockScaledLinear(plan_for(), empty)
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_leading_axes_that_do_not_follow_one_another_are_served(backend: str, tokens: int) -> None:
+    layer = BlockScaledLinear(plan_for(backend), weight_of())
+    x = activation(3, tokens)
+    for cut in (x[:, 1:], x[:, -1:], x.transpose(0, 1), x.expand(2, 3, tokens, K)):
+        assert not cut.is_contiguous()
+        result = layer(cut)
+        assert result.shape == (*cut.shape[:-1], N)
+        assert torch.equal(result, layer(cut.contiguous()))
+
+
+def test_an_activation_on_another_device_is_refused() -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of())
+    layer(activation(3))  # The shape is known then, and the device asked for all the same.
+    with pytest.raises(BackendError, match="'layer' is on cpu, its activation on meta"):
+        layer(activation(3).to("meta"))
+
+
 def test_strided_activations_are_served() -> None:
     layer = BlockScaledLinear(plan_for(), weight_of())
     x = activation(4)
@@ -110,7 +140,9 @@ def test_strided_activations_are_served() -> None:
 
 
 @pytest.mark.parametrize(
-    "x", [torch.zeros(1, K - 1), torch.zeros(1, K, dtype=torch.float16)], ids=["K", "dtype"]
+    "x",
+    [torch.zeros(1, K - 1), torch.zeros(1, K, dtype=torch.float16), torch.tensor(1.0)],
+    ids=["K", "dtype", "axes"],
 )
 def test_an_activation_that_was_not_planned_is_refused(x: torch.Tensor) -> None:
     layer = BlockScaledLinear(plan_for(), weight_of())
@@ -344,3 +376,23 @@ def test_compiled_code_serves_a_bias_that_changes() -> None:
     layer.take(layer.weight, torch.full((N,), 2.0))
     assert not torch.equal(compiled(x), before)
     assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_loaded_state_dict_is_what_runs(assign: bool) -> None:
+    source = BlockScaledLinear(plan_for(), weight_of(seed=1), torch.ones(N))
+    layer = BlockScaledLinear(plan_for(), weight_of(seed=0), torch.zeros(N))
+    state = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    layer.load_state_dict(state, assign=assign)
+    x = activation(2)
+    assert torch.equal(layer(x), source(x))
+    assert layer.data.data_ptr() == layer.weight.data.data_ptr()
+
+
+def test_no_scale_is_rounded_by_loading_a_state_dict() -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of())
+    before = layer.weight.scales.clone()
+    state = layer.state_dict() | {"scales": torch.ones_like(before).to(torch.float8_e8m0fnu)}
+    with pytest.raises(RuntimeError, match=r"dtype mismatch for scales: torch\.float8_e8m0fnu"):
+        layer.load_state_dict(state)
+    assert torch.equal(layer.weight.scales, before)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockscale.backends.gates import UNPADDED, Gates
-from blockscale.errors import FormatError
+from blockscale.errors import BackendError, FormatError
 from blockscale.formats import K_MAJOR, ScaleFormat
 from blockscale.planning.decision import Evidence, Obstacle, Offer, OperandForm, Readiness
 from blockscale.planning.device import Installed
@@ -71,11 +71,14 @@ class Cpu:
     def prepare(self, weight: BlockScaledTensor, offer: Offer) -> BlockScaledTensor:  # noqa: ARG002 - the protocol's signature
         """The weight as it is, after building the kernel and refusing NaN codes.
 
-        Raises BackendError without a compiler, FormatError if a code is NaN.
+        Raises BackendError without a compiler or on another device, FormatError if a code is NaN.
         """
         from blockscale.kernels.cpu.build import library
 
         library()
+        if weight.device.type != "cpu":
+            msg = f"the weight is on {weight.device}, but cpu runs on CPUs; plan for that device"
+            raise BackendError(msg)
         if _holds_nan(weight.data):
             msg = (
                 "the weight holds NaN codes; repair it, or quantize it again from the float weights"

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import nn
 
 from blockscale import expert_ops
 from blockscale.backends.registry import runnable_backend_named
 from blockscale.errors import ModelError
 from blockscale.modules.announce import announce_prepared, announce_updated_expert
 from blockscale.modules.prepare import check_parts, convert_into, prepare_experts, prepare_stack
+from blockscale.modules.prepared import PreparedModule
 from blockscale.planning.policy import PlanPolicy
 from blockscale.reference import expert_of
 from blockscale.tensor import BlockScaledTensor
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ExpertWeights: TypeAlias = BlockScaledTensor | Callable[[int], Iterable[BlockScaledTensor]]
 
 
-class BlockScaledExperts(nn.Module):
+class BlockScaledExperts(PreparedModule):
     """out[t] = sum over choices of weight x w2[expert] (silu(gate) * up), as planned.
 
     ``w13``: gate rows, then up rows, (2 n, k) for each expert; ``w2``: (k, n). Each is a stack in
@@ -42,7 +42,9 @@ class BlockScaledExperts(nn.Module):
     outside the stack adds nothing, so a rank of an expert-parallel group subtracts its first expert
     from the ids and adds up the ranks' results. A token names an expert once.
 
-    Inference only. ``.to(device)`` moves data and scales; dtype casts change nothing.
+    Inference only. ``.to(device)`` moves data and scales, to another device of the same kind; dtype
+    casts change nothing. ``load_state_dict`` takes what experts with the same prepared form saved,
+    always into the same storages.
 
     Raises PlanError if the plan does not fit the weights, BackendError if a provider fails.
     """
@@ -155,6 +157,12 @@ class BlockScaledExperts(nn.Module):
     ) -> BlockScaledExperts:
         # As in BlockScaledLinear: torch's own would cast codes and drop strides of padded layouts.
         device = fn(torch.empty(0, device=self.w13.device)).device
+        if device.type != self.w13.device.type:
+            msg = (
+                f"experts {self.plan.name!r} were planned for {self.w13.device.type}, not for "
+                f"{device.type}; plan and load them again for that device"
+            )
+            raise ModelError(msg)
         if device != self.w13.device:
             self._hold((self.w13.to(device), self.w2.to(device)), self._handle)
         return self

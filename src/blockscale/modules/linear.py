@@ -7,13 +7,13 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from blockscale import ops
 from blockscale.backends.registry import runnable_backend_named
 from blockscale.errors import ModelError
 from blockscale.modules.announce import announce_prepared, announce_updated
 from blockscale.modules.prepare import prepare_weight
+from blockscale.modules.prepared import PreparedModule
 from blockscale.planning.policy import PlanPolicy
 from blockscale.reference import dequantize
 from blockscale.tensor import BlockScaledTensor, torch_dtype
@@ -41,20 +41,22 @@ class _Differentiable(torch.autograd.Function):
         return gradient @ weight, None
 
 
-class BlockScaledLinear(nn.Module):
+class BlockScaledLinear(PreparedModule):
     """out = activation x weight^T + bias, run as planned.
 
     ``weight`` is the checkpoint's, (n, k) with scales in ``K_MAJOR``; it is prepared here, once.
-    ``bias`` is an (n,) tensor or None. ``forward`` takes (..., k) in the planned activation dtype
-    and gives (..., n) in the planned output dtype; all it looks up is the M range.
+    ``bias`` is an (n,) tensor on the same device or None. ``forward`` takes (..., k) in the planned
+    activation dtype and gives (..., n) in the planned output dtype; all it looks up is the M range.
 
     The weight is frozen: where autograd records, the activation gets the gradient of the product
     with the dequantized weight (quantizing activations counts as the identity), so that adapters
     before and beside this layer can be trained. ``.to(device)`` moves data and scales, to another
     device of the same kind: a plan for a CPU says nothing about a GPU. Dtype casts (``.half()``)
-    touch the bias alone, because FP8 codes have no other dtype.
+    touch the bias alone, because FP8 codes have no other dtype. ``load_state_dict`` takes what a
+    layer with the same prepared form saved, always into the same storages.
 
-    Raises PlanError if the plan does not fit the weight, BackendError if a provider fails.
+    Raises PlanError if the plan does not fit the weight, ModelError if the bias does not,
+    BackendError if a provider fails.
     """
 
     data: torch.Tensor
@@ -77,7 +79,15 @@ class BlockScaledLinear(nn.Module):
         prepared = prepare_weight(plan, weight, self._backends, self._policy)
         announce_prepared(plan, prepared, time.perf_counter() - started)
         self._out_dtype = torch_dtype(plan.request.out_dtype)
-        self.register_buffer("bias", None if bias is None else self._checked_bias(bias))
+        if bias is not None:
+            if bias.device != weight.device:
+                msg = (
+                    f"layer {plan.name!r}: its bias is on {bias.device}, its weight on "
+                    f"{weight.device}; move one of them"
+                )
+                raise ModelError(msg)
+            bias = self._checked_bias(bias)
+        self.register_buffer("bias", bias)
         self._handle = self._hold(prepared, None)
         weakref.finalize(self, ops.release, self._handle)
 

@@ -37,8 +37,8 @@ def prepare_weight(
     ``plan.choices`` in order; each gets to compile what it needs. The argument is not written to;
     its data is shared with the result unless the plan requantizes.
 
-    Raises PlanError if the layer has no backend, if the weight is not the one that was planned, or
-    if requantizing costs more than ``policy.max_relative_error``.
+    Raises PlanError if the layer has no backend, if the weight is not the one that was planned or
+    is on the meta device, or if requantizing costs more than ``policy.max_relative_error``.
     """
     form = _planned_form(plan)
     _check_is_planned(plan, weight)
@@ -216,6 +216,9 @@ def _check_is_planned(plan: LinearPlan, weight: BlockScaledTensor) -> None:
             f"layer {plan.name!r} was planned as {planned[0]}x{planned[1]} {planned[2]}, but its "
             f"weight is {found[0]}x{found[1]} {found[2]}; plan again"
         )
+        raise PlanError(msg)
+    if weight.data.is_meta:
+        msg = f"layer {plan.name!r}: its weight is on the meta device and has no values; load it"
         raise PlanError(msg)
 
 

@@ -1,0 +1,42 @@
+"""``PreparedModule``: what modules with a prepared weight have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+
+class PreparedModule(nn.Module):
+    """A module whose buffers are the very memory that its operator was bound to."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, torch.Tensor],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        *rest: Any,  # noqa: ANN401 - torch's: strict, three lists of what to tell
+    ) -> None:
+        """Copy into the same storages, also where ``assign=True`` asks for new ones.
+
+        The operator would go on reading the old ones. Codes and scales of another dtype are refused
+        as tensors of another shape are: a copy would round each scale by itself.
+        """
+        errors = rest[-1]
+        others = len(errors)
+        for name, own in self._buffers.items():
+            new = state_dict.get(prefix + name)
+            if name == "bias" or own is None or new is None or new.dtype is own.dtype:
+                continue
+            errors.append(
+                f"dtype mismatch for {prefix}{name}: {new.dtype} in the state dict, {own.dtype} as "
+                "prepared here; it is of another plan, load the checkpoint instead"
+            )
+        if len(errors) == others:
+            metadata = {**local_metadata, "assign_to_params_buffers": False}
+            super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
