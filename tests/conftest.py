@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+import warm_client
 from safetensors.torch import save_file
+from warm_python import warm_python
 
 from blockscale.checkpoint.quantize import quantize_checkpoint
 from blockscale.checkpoint.read import read_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,6 +60,41 @@ def fp8_checkpoint(float_checkpoint: Path, tmp_path: Path) -> Path:
     target = tmp_path / "fp8"
     quantize_checkpoint(read_checkpoint(float_checkpoint), target)
     return target
+
+
+@pytest.fixture(scope="session")
+def warm_program() -> Iterator[str]:
+    """What ``forked`` puts in Python's place, for fixtures that live longer than a test."""
+    with warm_python(["torch"], warm_client.TORCH) as program:
+        yield program
+
+
+@pytest.fixture(scope="session")
+def warm_transformers() -> Iterator[str]:
+    """The same, where transformers is imported too."""
+    modules = [
+        "torch._dynamo",
+        "torch.distributed.tensor",
+        "transformers.models.auto.modeling_auto",
+    ]
+    modules += ["transformers.modeling_utils", "transformers.generation.utils", "accelerate"]
+    with warm_python(modules, warm_client.TRANSFORMERS) as program:
+        yield program
+
+
+@pytest.fixture
+def forked(warm_program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``sys.executable`` starts forks of a Python that has imported torch: see warm_server.py.
+
+    For tests of what a process does and how it ends, not of what Python imports or how it starts.
+    """
+    monkeypatch.setattr(sys, "executable", warm_program)
+
+
+@pytest.fixture
+def forked_transformers(warm_transformers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``forked``, for programs that load models."""
+    monkeypatch.setattr(sys, "executable", warm_transformers)
 
 
 @pytest.fixture(scope="session")

@@ -385,6 +385,7 @@ def command(server: HubServer, tmp_path: Path, *arguments: str) -> subprocess.Co
     )
 
 
+@pytest.mark.usefixtures("forked")
 def test_commands_take_a_repository(server: HubServer, tmp_path: Path) -> None:
     inspected = command(server, tmp_path, "inspect", "org/tiny", "--json")
     assert json.loads(inspected.stdout)["path"] == "org/tiny"
@@ -397,6 +398,7 @@ def test_commands_take_a_repository(server: HubServer, tmp_path: Path) -> None:
     assert list((tmp_path / "hf" / "assets").rglob("manifest.json"))
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

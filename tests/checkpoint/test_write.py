@@ -40,6 +40,7 @@ def sources(float_checkpoint: Path, fp8_checkpoint: Path) -> dict[str, Path]:
     return {"quantize": float_checkpoint, "convert": fp8_checkpoint}
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("verb", ["quantize", "convert"])
 def test_killed_before_any_step_it_finishes_with_the_same_bytes(
     verb: str, sources: dict[str, Path], tmp_path: Path
@@ -89,6 +90,7 @@ def test_threads_and_processes_share_the_files_and_write_none_twice(
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.usefixtures("forked")
 def test_torchrun_shares_the_files(float_checkpoint: Path, tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),

@@ -23,6 +23,8 @@ from blockscale.testing.model_shapes import qwen3_8b, write_model_headers
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 ROOT = Path(__file__).parent.parent.parent
 # Lines that say what the machine is or how fast it was.
 VARIES = re.compile(r"^cpu \(|tokens/s|^\[\d+ tokens|^─+$")

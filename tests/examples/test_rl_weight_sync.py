@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("transformers", reason="pip install 'blockscale[transformers]'")
 
+pytestmark = pytest.mark.usefixtures("forked_transformers")
+
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "rl_weight_sync.py"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -22,9 +24,12 @@ CASES = (
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+def results(
+    tmp_path_factory: pytest.TempPathFactory, warm_transformers: str
+) -> list[dict[str, str]]:
     """What both ranks say about every case."""
-    return run_ranks(WORKER, 2, tmp_path_factory.mktemp("shards"))
+    with mock.patch.object(sys, "executable", warm_transformers):
+        return run_ranks(WORKER, 2, tmp_path_factory.mktemp("shards"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,6 +12,8 @@ import torch
 
 pytest.importorskip("triton", reason="pip install triton")
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 SCRIPT = Path(__file__).with_name("idle_steps.py")
 
 

@@ -46,6 +46,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.usefixtures("forked")
 def test_every_kernel_runs_in_the_interpreter() -> None:
     files = sorted(Path(__file__).parent.glob("test_interpreted_*.py"))
     assert {file.stem.removeprefix("test_interpreted_") for file in files} >= FAMILIES

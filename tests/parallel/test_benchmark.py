@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("transformers", reason="pip install 'blockscale[transformers]'")
 
+pytestmark = pytest.mark.usefixtures("forked_transformers")
+
 ROOT = Path(__file__).parent.parent.parent
 
 

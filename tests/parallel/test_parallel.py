@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -27,11 +29,12 @@ CASES = (
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size}-ranks")
 def results(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, warm_program: str
 ) -> list[dict[str, str]]:
     """What every rank says about every case."""
     size: int = request.param
-    return run_ranks(WORKER, size, tmp_path_factory.mktemp(f"ranks{size}"))
+    with mock.patch.object(sys, "executable", warm_program):
+        return run_ranks(WORKER, size, tmp_path_factory.mktemp(f"ranks{size}"))
 
 
 @pytest.mark.parametrize("case", CASES)

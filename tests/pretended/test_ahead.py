@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("triton", reason="pip install triton: kernels are Triton's")
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 ROOT = Path(__file__).parent.parent.parent
 # Layers on the pretend GPU, launches noted and not run, beside what ahead says.
 PROGRAM = """

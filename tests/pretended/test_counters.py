@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 pytest.importorskip("triton", reason="pip install triton: the benchmark imports kernels")
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 ROOT = Path(__file__).parent.parent.parent
 PRINTED = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3" / "experiments" / "ncu-g15.csv"
 PROGRAM = """

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 pytest.importorskip("triton", reason="pip install triton: the benchmarks import Gluon's kernels")
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 ROOT = Path(__file__).parent.parent.parent
 # One copy of the weight: nothing is timed here.
 PROGRAM = """

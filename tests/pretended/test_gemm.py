@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("triton", reason="pip install triton: its interpreter runs the kernels")
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 ROOT = Path(__file__).parent.parent.parent
 # Each run reads its state from files; one process saves two imports of torch and Triton.
 PROGRAM = """

@@ -16,6 +16,8 @@ import pytest
 
 pytest.importorskip("triton", reason="pip install triton: its interpreter runs the kernels")
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 ROOT = Path(__file__).parent.parent.parent
 SLOW = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="takes minutes: make test-kernels"

@@ -21,6 +21,8 @@ from blockscale.planning.request import LinearRequest
 from blockscale.probe import items
 from blockscale.probe.proving import Pace, keep_proof, load_proofs, proofs_path, prove, save_proofs
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 HERE = str(Path(__file__).parent)
 FP32 = (DType.FLOAT32,)
 ALL_EXPERT_SHAPES = items.EXPERT_SHAPES

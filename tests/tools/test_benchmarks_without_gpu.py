@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 # The first ones' modules import the kernels that they measure.
 NEED_TRITON = ("gemm", "counters", "grouped", "quantize")
