@@ -78,6 +78,16 @@ def test_minimax_at_tp8_has_the_shapes_of_the_fact_table(folders: dict[str, Path
     assert {leaf for leaf, r in leaves.items() if r.shard.split_blocks} == {"w13", "w2"}
 
 
+def test_ranks_share_key_heads_but_no_query_head(folders: dict[str, Path]) -> None:
+    """MiniMax has 48 query heads and 8 key heads: TP 16 shares the latter, TP 96 is refused."""
+    assert by_leaf(requests(folders["MiniMax-M2.5"], 16))["qkv_proj"].parts == (384, 128, 128)
+    for merging in Merging:
+        found = requests(folders["MiniMax-M2.5"], 96, 32, merging=merging)
+        refused = {finding.layer for finding in found.findings if finding.code == "indivisible"}
+        query = "qkv_proj" if merging is Merging.ENGINE else "q_proj"
+        assert f"model.layers.0.self_attn.{query}" in refused
+
+
 def test_module_merging_keeps_every_stored_weight(folders: dict[str, Path]) -> None:
     found = requests(folders["Qwen3-8B-FP8"], merging=Merging.MODULE)
     assert len(found.requests) == 36 * 7

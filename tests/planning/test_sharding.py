@@ -69,6 +69,23 @@ def test_key_value_heads_are_replicated_when_there_are_more_ranks() -> None:
     assert shard(qkv, 16).parts == (384, 128, 128)
 
 
+def test_query_heads_are_never_held_by_two_ranks() -> None:
+    """o_proj takes each of them once: engines refuse more ranks than query heads."""
+    qkv = layer(
+        1024,
+        512,
+        ShardStyle.COLUMN,
+        parts=(512, 256, 256),
+        part_names=("q", "k", "v"),
+        part_units=(4, 2, 2),
+        part_shared=(False, True, True),
+    )
+    assert shard(qkv, 4).parts == (128, 128, 128)
+    result = cut(qkv, Parallelism(8))
+    assert isinstance(result, Finding)
+    assert "part q: 4 heads cannot be divided evenly" in result.message
+
+
 def test_heads_that_do_not_divide_are_a_finding_not_a_crash() -> None:
     qkv = layer(576, 576, ShardStyle.COLUMN, part_units=(9,))
     result = cut(qkv, Parallelism(2))

@@ -310,7 +310,8 @@ def _with_style(
         if len(fused) != len(labels):
             return replace(whole, style=projection.style)
     units = tuple(_heads(checkpoint, label, whole.request.experts) for label in labels)
-    return WholeLayer(whole.request, projection.style, labels, units, fused)
+    shared = tuple(PROJECTIONS[label].heads_key == _KV_HEADS for label in labels)
+    return WholeLayer(whole.request, projection.style, labels, units, shared, fused)
 
 
 def _by_expert(members: list[QuantizedLayer], parts: int) -> tuple[tuple[QuantizedLayer, ...], ...]:

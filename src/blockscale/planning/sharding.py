@@ -57,16 +57,18 @@ class WholeLayer:
     """An unsharded layer and how it may be cut.
 
     ``part_names``: one word for each of ``request.parts``. ``part_units``: the attention heads of
-    each part, or None where any row may start a shard; ranks get whole heads, and heads are
-    replicated when there are more ranks. ``fused_parts``: rows of each part of a weight that was
-    merged before it was stored and has one scale grid; it is cut part by part, and left alone
-    otherwise.
+    each part, or None where any row may start a shard; ranks get whole heads. ``part_shared``:
+    whether neighbouring ranks hold the same heads of a part when there are more ranks, as engines
+    do with those of keys and values and never with those of queries; empty: they do.
+    ``fused_parts``: rows of each part of a weight that was merged before it was stored and has one
+    scale grid; it is cut part by part, and left alone otherwise.
     """
 
     request: LinearRequest
     style: ShardStyle = ShardStyle.WHOLE
     part_names: tuple[str, ...] = ()
     part_units: tuple[int | None, ...] = ()
+    part_shared: tuple[bool, ...] = ()
     fused_parts: tuple[int, ...] = ()
 
     def parts_when_cut(self, degree: int) -> tuple[int, ...]:
@@ -109,10 +111,14 @@ def cut(layer: WholeLayer, parallelism: Parallelism) -> LinearRequest | Finding:
 def _cut_rows(layer: WholeLayer, request: LinearRequest, degree: int) -> LinearRequest | Finding:
     whole = layer.parts_when_cut(degree)
     units = layer.part_units or (None,) * len(whole)
+    shared = layer.part_shared or (True,) * len(whole)
     parts: list[_Part] = []
-    for label, rows, heads in zip(_labels(layer, len(whole)), whole, units, strict=True):
+    for label, rows, heads, may_share in zip(
+        _labels(layer, len(whole)), whole, units, shared, strict=True
+    ):
         pieces = pieces_of_part(heads, degree)
-        if rows % pieces or (heads is not None and (degree % pieces or heads % pieces)):
+        has_ranks_left = pieces < degree and not (may_share and degree % pieces == 0)
+        if rows % pieces or has_ranks_left or (heads is not None and heads % pieces):
             what = f"{label}: {rows} rows" if heads is None else f"{label}: {heads} heads"
             return _indivisible(request, what, "tensor", degree)
         parts.append(_Part(label, rows // pieces, pieces))
