@@ -137,6 +137,9 @@ class BoundExperts:
             )
             raise BackendError(msg)
         tokens = hidden.shape[:-1].numel()
+        if ids.is_floating_point():
+            msg = f"experts {self.name!r} need integer ids, got {ids.dtype}"
+            raise BackendError(msg)
         if ids.ndim != 2 or ids.shape[0] != tokens or weights.shape != ids.shape:  # noqa: PLR2004 - (tokens, choices)
             msg = (
                 f"experts {self.name!r} need ids and weights of shape ({tokens}, choices), got "

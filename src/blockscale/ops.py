@@ -89,6 +89,14 @@ class BoundLinear:
             )
             raise BackendError(msg)
 
+    def other_bias(self, bias: torch.Tensor) -> BackendError:
+        """What to raise for a bias that is not (n,) in the planned output dtype."""
+        msg = (
+            f"layer {self.name!r} was planned for a bias of ({self.n},) {self.out_dtype}, got "
+            f"{tuple(bias.shape)} {bias.dtype}"
+        )
+        return BackendError(msg)
+
     def elsewhere(self, activation: torch.Tensor) -> BackendError:
         """What to raise for an activation on another device: kernels read addresses."""
         msg = (
@@ -201,6 +209,8 @@ def _linear(activation: torch.Tensor, bias: torch.Tensor | None, handle: int) ->
         call = named.new_call(activation)
     if activation.device != named.device:
         raise named.elsewhere(activation)
+    if bias is not None and (bias.dtype is not named.out_dtype or bias.numel() != named.n):
+        raise named.other_bias(bias)
     row_stride = named.k
     if not activation.is_contiguous():
         activation, row_stride = _rows(activation)
@@ -239,7 +249,8 @@ def linear(activation: torch.Tensor, bias: torch.Tensor | None, handle: int) -> 
     """Multiply: activation (..., k) x weight^T + bias as (..., n) in the planned output dtype.
 
     ``handle`` comes from ``bind``. M = 0 gives an empty result and launches nothing. Raises
-    BackendError if the activation has another dtype or K than was planned, or is on another device.
+    BackendError if the activation has another dtype or K than was planned, or is on another device,
+    and for a bias that is not (n,) in the planned output dtype.
     """
     if torch.compiler.is_dynamo_compiling() or is_watched(activation):
         result: torch.Tensor = torch.ops.blockscale.linear(activation, bias, handle)

@@ -138,6 +138,28 @@ def test_with_fallback_decides_once_for_each_weight(monkeypatch: pytest.MonkeyPa
     assert len(decisions) == 2
 
 
+def test_with_fallback_knows_scales_by_where_they_lie() -> None:
+    """An object per call (``.data``) is the same plan; other scales are another one, always."""
+    layer = Layer(128, 128, torch.float32, FP8_128X128_FP32)
+    call = sglang.flashinfer_gemm_w8a8_block_fp8_linear_with_fallback
+    x = torch.randn(1, 128)
+    once = call(x, layer.weight, [128, 128], layer.weight_scale_inv.data)
+    call(x, layer.weight, [128, 128], layer.weight_scale_inv.data)
+    assert len(sglang._DECIDED[layer.weight]) == 1
+    for factor in (2, 4, 8):  # Each is freed before the next is made, often at the same address.
+        scales = layer.weight_scale_inv.data * factor
+        assert torch.equal(call(x, layer.weight, [128, 128], scales), once * factor)
+        del scales
+
+
+def test_with_fallback_answers_in_the_dtype_of_its_input() -> None:
+    layer = Layer(128, 128, torch.bfloat16, FP8_128X128_FP32)
+    call = sglang.flashinfer_gemm_w8a8_block_fp8_linear_with_fallback
+    x, bias = torch.zeros(1, 128, dtype=torch.bfloat16), torch.ones(128)
+    out = call(x, layer.weight, [128, 128], layer.weight_scale_inv, None, bias)
+    assert torch.equal(out, torch.ones(1, 128, dtype=torch.bfloat16))
+
+
 def test_with_fallback_forgets_freed_weights() -> None:
     gc.collect()
     before = len(sglang._DECIDED)

@@ -195,6 +195,13 @@ def test_what_was_not_planned_is_refused(
         layer(hidden, ids.long(), torch.ones_like(ids))
 
 
+def test_ids_that_are_no_integers_are_refused() -> None:
+    layer = BlockScaledExperts(cases.plan_for(), *random_weights())
+    ids, weights = cases.routing(2)
+    with pytest.raises(BackendError, match=r"integer ids, got torch\.float32"):
+        layer(torch.zeros(2, cases.HIDDEN), ids.float(), weights)
+
+
 @pytest.mark.parametrize("odd", [0, 1, 2], ids=["hidden", "ids", "weights"])
 def test_operands_on_another_device_are_refused(odd: int) -> None:
     layer = BlockScaledExperts(cases.plan_for(), *random_weights())

@@ -368,6 +368,13 @@ def test_a_bias_that_is_exchanged_for_a_call_is_the_one_that_counts() -> None:
     assert torch.allclose(exchanged, layer(x) + 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [torch.ones(N).half(), torch.ones(1)], ids=["dtype", "shape"])
+def test_an_exchanged_bias_that_kernels_would_misread_is_refused(bias: torch.Tensor) -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of(), torch.zeros(N))
+    with pytest.raises(BackendError, match=r"planned for a bias of \(\d+,\) torch\.float32"):
+        torch.func.functional_call(layer, {"bias": bias}, (activation(2),))
+
+
 def test_compiled_code_serves_a_bias_that_changes() -> None:
     layer = BlockScaledLinear(plan_for(), weight_of(), torch.zeros(N))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

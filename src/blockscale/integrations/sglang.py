@@ -157,16 +157,24 @@ def flashinfer_gemm_w8a8_block_fp8_linear_with_fallback(
     if input_scale is not None:
         msg = "input_scale must be None: activations are quantized per token, with scales of 1x128"
         raise ModelError(msg)
-    linear = _DECIDED.get(weight, {}).get((id(weight_scale), input.dtype))
-    if linear is None:
-        linear = _decide(input, weight, block_size, weight_scale)
-    result: torch.Tensor = linear(input)
-    return result if bias is None else result + bias
+    decided = _DECIDED.get(weight, {}).get((weight_scale.data_ptr(), input.dtype))
+    if decided is None:
+        decided = _decide(input, weight, block_size, weight_scale)
+    result: torch.Tensor = decided.linear(input)
+    return result if bias is None else result + bias.to(result.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """A planned weight. ``scales``: kept, so that no other tensor comes to lie at their address."""
+
+    linear: BlockScaledLinear
+    scales: torch.Tensor
 
 
 # One plan for each weight that is alive; a weight that is freed takes its plan along.
 # (Not weakref's own dictionary: it compares keys with ==, which tensors answer by element.)
-_DECIDED: MutableMapping[torch.Tensor, dict[tuple[int, torch.dtype], BlockScaledLinear]] = (
+_DECIDED: MutableMapping[torch.Tensor, dict[tuple[int, torch.dtype], _Decided]] = (
     WeakTensorKeyDictionary()
 )
 
@@ -176,15 +184,15 @@ def _decide(
     weight: torch.Tensor,
     block_size: Sequence[int],
     weight_scale: torch.Tensor,
-) -> BlockScaledLinear:
+) -> _Decided:
     tensor = block_scaled(weight, weight_scale, block_size)
     order = (*FLASHINFER_FIRST, *(b.name for b in all_backends() if b.name not in FLASHINFER_FIRST))
     policy = PlanPolicy(backends=order)
     request = _request("weight", tensor, activation.dtype)
     plan = plan_linear(request, detect_device(), policy, all_backends())
-    linear = _linear(plan, tensor, None, policy)
-    _DECIDED.setdefault(weight, {})[id(weight_scale), activation.dtype] = linear
-    return linear
+    decided = _Decided(_linear(plan, tensor, None, policy), tensor.scales)
+    _DECIDED.setdefault(weight, {})[weight_scale.data_ptr(), activation.dtype] = decided
+    return decided
 
 
 def _weight_of(layer: nn.Module, weight_block_size: Sequence[int] | None) -> BlockScaledTensor:
