@@ -143,6 +143,11 @@ DIALECTS = {
         {"a": FP32},
         compressed(group_0=group("block", **BLOCK)),
     ),
+    "compressed-tensors block, sizes in one word": Dialect(
+        {"a.weight": codes(200, 130), "a.weight_scale": floats(4, 2)},
+        {"a": "e4m3fn/64x128/fp32"},
+        compressed(group_0=group("block", block_structure="64x128")),
+    ),
     "compressed-tensors block, bf16 scales": Dialect(
         {"a.weight": codes(200, 130), "a.weight_scale": bf16(2, 2)},
         {"a": BF16},

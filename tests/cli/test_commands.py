@@ -228,6 +228,13 @@ def test_quantize_keeps_what_it_is_told_to(float_checkpoint: Path, tmp_path: Pat
     assert torch.equal(kept, original["model.layers.0.self_attn.o_proj.weight"])
 
 
+def test_verify_says_what_it_did_not_read(float_checkpoint: Path, fp8_checkpoint: Path) -> None:
+    alone = blockscale("verify", fp8_checkpoint)
+    assert alone.out.endswith("no fault found in headers and scales; --against reads all data\n")
+    compared = blockscale("verify", fp8_checkpoint, "--against", float_checkpoint)
+    assert compared.out.endswith("\nno fault found\n")
+
+
 def test_verify_exits_1_and_names_the_layer_of_a_bad_scale(fp8_checkpoint: Path) -> None:
     file = fp8_checkpoint / "model.safetensors"
     tensors = load_file(file)

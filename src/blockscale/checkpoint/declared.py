@@ -7,6 +7,7 @@ say what is stored (``checkpoint.schema``), and the difference is a finding.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _BLOCK_128 = BlockShape(128, 128)
 _MX_BLOCK = BlockShape(1, 32)
+_BLOCK_WORDS = re.compile(r"([0-9]{1,9})x([0-9]{1,9})")
 
 
 class SchemeKind(Enum):
@@ -223,13 +225,19 @@ def _target(path: Path, group: Mapping[str, Any], weights: Mapping[str, Any]) ->
         known = [name for declared, name in named.items() if declared == (bits, kind)]
         return Target(patterns, known[0] if known else SchemeKind.OTHER)
     if strategy == "block":
-        block = _block(path, "block_structure", weights.get("block_structure"))
+        block = _block(path, "block_structure", _block_sizes(weights.get("block_structure")))
         return Target(patterns, SchemeKind.BLOCK_FP8, block)
     if strategy in ("group", "tensor_group"):
         block = _block(path, "group_size", [1, weights.get("group_size")])
         return Target(patterns, SchemeKind.BLOCK_FP8, block)
     per_channel = SchemeKind.PER_CHANNEL_FP8 if strategy == "channel" else SchemeKind.PER_TENSOR_FP8
     return Target(patterns, per_channel)
+
+
+def _block_sizes(structure: object) -> object:
+    """``"128x128"`` as the list that it means: compressed-tensors reads both spellings."""
+    sizes = _BLOCK_WORDS.fullmatch(structure) if isinstance(structure, str) else None
+    return structure if sizes is None else [int(size) for size in sizes.groups()]
 
 
 def _modelopt(path: Path, declared: Mapping[str, Any], _: Mapping[str, Any]) -> Scheme:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from blockscale.errors import CheckpointError
 from blockscale.formats import DType, PowerOfTwo, ScaleFormat
+from blockscale.planning.explain import layer_count
 from blockscale.planning.plan import Finding, Severity
 from blockscale.planning.request import LinearRequest, ShardStyle
 from blockscale.planning.sharding import Parallelism, WholeLayer, cut
@@ -175,7 +176,7 @@ def merged_layers(checkpoint: Checkpoint, layers: Layers, options: RequestOption
         Finding(
             Severity.NOTE,
             "not_merged",
-            f"engines merge the parts of {leaf}, here those of {reasons.total()} layers are "
+            f"engines merge the parts of {leaf}, here those of {layer_count(reasons.total())} are "
             f"planned one by one: {'; '.join(reasons)}",
         )
         for leaf, reasons in unmerged.items()

@@ -18,7 +18,7 @@ from blockscale.cli.output import (
     progress,
     table,
 )
-from blockscale.planning.explain import human_bytes
+from blockscale.planning.explain import human_bytes, layer_count
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -102,7 +102,7 @@ def convert(
     out = console()
     outcome = "no value changed" if not summary.losses else _loss_words(summary.losses)
     out.print(
-        f"{target}: {summary.layers} layers as {to.value}, scales of {summary.rewritten} in "
+        f"{target}: {layer_count(summary.layers)} as {to.value}, scales of {summary.rewritten} in "
         f"another dtype; {human_bytes(summary.bytes_after)}; {outcome}",
         soft_wrap=True,
     )
@@ -115,7 +115,7 @@ def convert(
 def _loss_words(losses: tuple[Loss, ...]) -> str:
     errors = [loss.error.relative_error for loss in losses]
     return (
-        f"{len(losses)} layers requantized, and their values changed: relative error mean "
+        f"{layer_count(len(losses))} requantized, and their values changed: relative error mean "
         f"{sum(errors) / len(errors):.4f}, worst {max(errors):.4f}"
     )
 

@@ -19,6 +19,7 @@ from blockscale.cli.options import (
 )
 from blockscale.cli.output import ExitCode, console, print_json, progress
 from blockscale.errors import SettingsError
+from blockscale.planning.explain import layer_count
 
 if TYPE_CHECKING:
     from blockscale.planning.plan import ModelPlan
@@ -76,7 +77,7 @@ def generate(
         return ExitCode.FINE
     out = console()
     out.print(f"{prompt}{result.text}", markup=False)
-    served = ", ".join(f"{layers} layers on {name}" for name, layers in backends.items())
+    served = ", ".join(f"{layer_count(layers)} on {name}" for name, layers in backends.items())
     out.print(
         f"\n[{result.new_tokens} tokens, {result.new_tokens / result.seconds:.1f} tokens/s; loaded "
         f"in {load_seconds:.1f} s; {served or 'no layer is quantized'}]",

@@ -50,7 +50,7 @@ def _skip_reasons(inspection: Inspection) -> Counter[str]:
 
 def _scheme_words(inspection: Inspection) -> str:
     scheme = inspection.scheme
-    words = [scheme.method or "not quantized", scheme.kind.value]
+    words = [scheme.kind.value] if scheme.method is None else [scheme.method, scheme.kind.value]
     if scheme.block is not None:
         words.append(f"blocks {scheme.block}")
     if scheme.declared_scale is not None:

@@ -152,7 +152,7 @@ def _read_scales(layers: Layers) -> Mapping[str, PowerOfTwo]:
 
 def _print_plan(planned: ModelPlan, options: object) -> None:
     from blockscale.checkpoint.requests import RequestOptions
-    from blockscale.planning.explain import layer_groups
+    from blockscale.planning.explain import layer_count, layer_groups
 
     assert isinstance(options, RequestOptions)
     out = console()
@@ -160,7 +160,7 @@ def _print_plan(planned: ModelPlan, options: object) -> None:
     shards = f", one rank of tp={parallel.tensor} ep={parallel.expert}"
     out.print(
         f"{_device_words(planned)}, {options.activation_dtype.value} activations"
-        f"{shards if parallel.tensor > 1 else ''}: {len(planned.layers)} layers, "
+        f"{shards if parallel.tensor > 1 else ''}: {layer_count(len(planned.layers))}, "
         f"{len(planned.skipped)} left unquantized\n"
     )
     if planned.layers:

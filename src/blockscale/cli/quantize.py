@@ -12,7 +12,7 @@ import typer
 from blockscale.cli.options import Json, Memory, ShardSize, Workers, bytes_from, crew_from
 from blockscale.cli.output import ExitCode, console, print_json, progress
 from blockscale.errors import SettingsError
-from blockscale.planning.explain import human_bytes
+from blockscale.planning.explain import human_bytes, layer_count
 
 if TYPE_CHECKING:
     from blockscale.formats import BlockShape
@@ -79,8 +79,8 @@ def quantize(
         )
         return ExitCode.FINE
     console().print(
-        f"{target}: {summary.quantized} layers in {options.format.name}, {summary.kept} tensors "
-        f"as they were; {human_bytes(summary.bytes_before)} became "
+        f"{target}: {layer_count(summary.quantized)} in {options.format.name}, {summary.kept} "
+        f"tensors as they were; {human_bytes(summary.bytes_before)} became "
         f"{human_bytes(summary.bytes_after)}",
         soft_wrap=True,
     )

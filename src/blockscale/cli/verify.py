@@ -94,7 +94,8 @@ def _print(result: Verification, shown: int) -> None:
         out.print()
         print_findings(out, result.findings, shown)
     if not result.has_fault:
-        out.print("\nno fault found")
+        unread = "" if compared else " in headers and scales; --against reads all data"
+        out.print(f"\nno fault found{unread}")
 
 
 def _rows(checks: tuple[LayerCheck, ...]) -> Any:  # noqa: ANN401 - a rich table, imported late
