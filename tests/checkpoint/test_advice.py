@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     from blockscale.checkpoint.read import Checkpoint
+    from blockscale.checkpoint.requests import MergedLayers
     from blockscale.checkpoint.schema import Layers
 
     Found: TypeAlias = dict[tuple[int, int], Advice]
@@ -66,8 +67,17 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Ch
     return read
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def merged(stored: Callable[[str], tuple[Checkpoint, Layers]]) -> Callable[[str], MergedLayers]:
+    """A model's layers, uncut."""
+    return cache(lambda name: merged_layers(*stored(name), RequestOptions(DType.BFLOAT16)))
+
+
+@pytest.fixture(scope="module")
 def advice(stored: Callable[[str], tuple[Checkpoint, Layers]]) -> Callable[..., Found]:
+    """What is advised for a model, found once for all tests."""
+
+    @cache
     def found(name: str, degrees: tuple[int, ...] = (1, 2, 4, 8)) -> Found:
         checkpoint, layers = stored(name)
         every = advise(checkpoint, layers, DType.BFLOAT16, HOPPER, degrees)
@@ -161,12 +171,11 @@ def test_remedies_cost_what_was_worked_out_by_hand(
 @pytest.mark.parametrize(("model", "tensor"), [row[:2] for row in HAND_WORKED])
 @pytest.mark.parametrize("device", ["sm_90", "sm_100", "sm_120", "cpu"])
 def test_every_rank_gets_a_working_plan(
-    stored: Callable[[str], tuple[Checkpoint, Layers]], model: str, tensor: int, device: str
+    merged: Callable[[str], MergedLayers], model: str, tensor: int, device: str
 ) -> None:
     target = Target(Device.named(device), PlanPolicy(), BACKENDS)
-    merged = merged_layers(*stored(model), RequestOptions(DType.BFLOAT16))
     for rank in (0, tensor - 1):
-        whole = [layer.whole for layer in merged.layers]
+        whole = [layer.whole for layer in merged(model).layers]
         plan = plan_shards(shards_of(whole, Parallelism(tensor), target, rank), target)
         assert plan.unservable == ()
         assert "reference" not in {name for layer in plan.layers for name in layer.backends}

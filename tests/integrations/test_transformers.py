@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +19,6 @@ from blockscale.integrations.transformers import generate_text, load_model
 from blockscale.modules.linear import BlockScaledLinear
 from blockscale.planning.policy import PlanPolicy
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 pytest.importorskip("transformers", reason="pip install 'blockscale[transformers]'")
 pytestmark = pytest.mark.weights
 
@@ -29,12 +26,20 @@ FORMATS = {"fp32": FP8_128X128_FP32, "ue8m0": FP8_128X128_UE8M0}
 
 
 @pytest.fixture(scope="module")
-def quantized(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {}
-    for name, fmt in FORMATS.items():
-        made[name] = tmp_path_factory.mktemp("smollm2") / name
-        quantize_checkpoint(read_checkpoint(smollm2), made[name], QuantizeOptions(fmt))
-    return made
+def quantized(
+    smollm2: Path, smollm2_fp8: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    ue8m0 = tmp_path_factory.mktemp("smollm2") / "ue8m0"
+    quantize_checkpoint(read_checkpoint(smollm2), ue8m0, QuantizeOptions(FORMATS["ue8m0"]))
+    return {"fp32": smollm2_fp8, "ue8m0": ue8m0}
+
+
+def linked(whole: str | Path, copy: str | Path) -> None:
+    """As ``shutil.copy2``, but weights (163 MB) become a link: to be replaced, not written to."""
+    if str(whole).endswith(".safetensors"):
+        Path(copy).hardlink_to(whole)
+    else:
+        shutil.copy2(whole, copy)
 
 
 @pytest.mark.parametrize("dtype", list(DType))
@@ -65,9 +70,10 @@ def test_a_checkpoint_that_lacks_a_parameter_is_named(
     quantized: dict[str, Path], tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
-    shutil.copytree(quantized["fp32"], broken)
+    shutil.copytree(quantized["fp32"], broken, copy_function=linked)
     tensors = load_file(broken / "model.safetensors")
     del tensors["model.norm.weight"]
+    (broken / "model.safetensors").unlink()
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"model\.norm\.weight"):
         load_model(broken)
@@ -75,7 +81,7 @@ def test_a_checkpoint_that_lacks_a_parameter_is_named(
 
 def test_a_config_of_another_model_is_named(quantized: dict[str, Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken"
-    shutil.copytree(quantized["fp32"], broken)
+    shutil.copytree(quantized["fp32"], broken, copy_function=linked)
     config = json.loads((broken / "config.json").read_text())
     config["intermediate_size"] = 1024
     (broken / "config.json").write_text(json.dumps(config))
@@ -100,7 +106,7 @@ def test_a_damaged_config_is_one_clear_error(
     words: str,
 ) -> None:
     broken = tmp_path / "broken"
-    shutil.copytree(quantized["fp32"], broken)
+    shutil.copytree(quantized["fp32"], broken, copy_function=linked)
     path = broken / file
     whole = json.loads(path.read_text()) if change else {}
     path.write_text(json.dumps(whole | change) if change else "[1")

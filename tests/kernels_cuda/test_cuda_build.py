@@ -98,7 +98,9 @@ def code(form: Form) -> list[str]:
     return sass.disassemble(cubin(form))
 
 
-@pytest.mark.parametrize("form", SOME_AND_MANY, ids=lambda form: form.name + form.out.value)
+@pytest.mark.parametrize(
+    "form", SOME_AND_MANY, ids=lambda form: form.name + form.out.value, scope="module"
+)
 def test_the_loop_is_wgmmas_and_one_ffma_an_element(form: Form) -> None:
     (loop,) = sass.inner_loops(code(form), "QGMMA")
     found = sass.count(loop)
@@ -116,7 +118,9 @@ def test_the_loop_is_wgmmas_and_one_ffma_an_element(form: Form) -> None:
     assert most is None or found.total() <= most * blocks
 
 
-@pytest.mark.parametrize("form", SOME_AND_MANY, ids=lambda form: form.name + form.out.value)
+@pytest.mark.parametrize(
+    "form", SOME_AND_MANY, ids=lambda form: form.name + form.out.value, scope="module"
+)
 def test_nothing_spills_and_copies_are_tma(form: Form) -> None:
     lines = code(form)
     found = sass.count(lines)
@@ -130,7 +134,9 @@ def test_nothing_spills_and_copies_are_tma(form: Form) -> None:
     assert has_multicast == (form.cluster == 2)
 
 
-@pytest.mark.parametrize("form", SOME_AND_MANY, ids=lambda form: form.name + form.out.value)
+@pytest.mark.parametrize(
+    "form", SOME_AND_MANY, ids=lambda form: form.name + form.out.value, scope="module"
+)
 def test_each_part_keeps_to_its_registers(form: Form) -> None:
     lines = code(form)
     if form.consumers == 1 and form.beside == 1:

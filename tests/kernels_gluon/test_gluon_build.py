@@ -50,6 +50,10 @@ NOT_IN_A_LOOP = {"LDG", "LDL", "STL", "STG", "R2UR", "FADD", "MUFU"}
 WAITING = {"BAR", "SYNCS", "LDS"}
 
 
+# Every parametrization has the module's scope: all tests of a form come one after the other, so
+# that two workers that share this file disassemble no form twice.
+
+
 @cache
 def compiled(form: Form) -> CompiledKernel:
     return compile_form(form, SM90)
@@ -65,7 +69,7 @@ def loops(form: Form) -> list[list[str]]:
     return sass.inner_loops(code(form), "QGMMA")
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name, scope="module")
 def test_nothing_spills_and_shared_memory_fits(form: Form) -> None:
     found = sass.resources(compiled(form).asm["ptx"])
     assert (found.spilled_bytes, found.stack_bytes) == (0, 0)
@@ -74,7 +78,7 @@ def test_nothing_spills_and_shared_memory_fits(form: Form) -> None:
     assert "LDL" not in sass.count(code(form))
 
 
-@pytest.mark.parametrize("form", HALVES, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", HALVES, ids=lambda form: form.name, scope="module")
 def test_the_loop_multiplies_on_fp8_tensor_cores_and_promotes_by_one_ffma(form: Form) -> None:
     variant = form.variant
     is_dense = isinstance(variant, DenseVariant)
@@ -94,14 +98,14 @@ def test_the_loop_multiplies_on_fp8_tensor_cores_and_promotes_by_one_ffma(form: 
             assert loop.total() <= MOST_INSTRUCTIONS[variant.waves, variant.columns]
 
 
-@pytest.mark.parametrize("form", HALVES, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", HALVES, ids=lambda form: form.name, scope="module")
 def test_barriers_in_the_loop_span_one_consumer(form: Form) -> None:
     barriers = [line for loop in loops(form) for line in loop if "BAR.SYNC" in line]
     assert barriers
     assert all(", 0x80" in line for line in barriers)
 
 
-@pytest.mark.parametrize("form", HALVES, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", HALVES, ids=lambda form: form.name, scope="module")
 def test_copies_are_tma_and_each_partition_keeps_to_its_registers(form: Form) -> None:
     parts = sass.sections(code(form))
     producers = [part for part in parts if part.instructions["UTMALDG"]]
@@ -115,7 +119,7 @@ def test_copies_are_tma_and_each_partition_keeps_to_its_registers(form: Form) ->
         assert sass.count(code(form))["UTMASTG"] > 0
 
 
-@pytest.mark.parametrize("form", HALVES, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", HALVES, ids=lambda form: form.name, scope="module")
 def test_tickets_are_drawn_with_release_and_acquire_after_a_barrier(form: Form) -> None:
     lines = [line.strip() for line in compiled(form).asm["ptx"].splitlines()]
     tickets = [at for at, line in enumerate(lines) if "atom.global" in line]
@@ -128,7 +132,7 @@ def test_tickets_are_drawn_with_release_and_acquire_after_a_barrier(form: Form) 
         assert before[-1].startswith("bar.sync")
 
 
-@pytest.mark.parametrize("form", HALVES, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", HALVES, ids=lambda form: form.name, scope="module")
 def test_a_partition_arrives_at_a_barrier_after_all_its_warps_have_read(form: Form) -> None:
     """Only one thread arrives: a barrier stands between it and every warp's reads of the slot."""
     before = sass.before_arrivals(compiled(form).asm["ptx"])
@@ -137,7 +141,7 @@ def test_a_partition_arrives_at_a_barrier_after_all_its_warps_have_read(form: Fo
         assert line.startswith(("bar.sync", "bar.warp.sync"))
 
 
-@pytest.mark.parametrize("form", OVERLAPPING, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", OVERLAPPING, ids=lambda form: form.name, scope="module")
 def test_an_overlapping_launch_copies_weights_and_nothing_else_before_it_waits(form: Form) -> None:
     ptx = compiled(form).asm["ptx"]
     before, after = ptx.split("griddepcontrol.wait;")
@@ -148,7 +152,7 @@ def test_an_overlapping_launch_copies_weights_and_nothing_else_before_it_waits(f
     assert "griddepcontrol" not in compiled(HALVES[0]).asm["ptx"]
 
 
-@pytest.mark.parametrize("form", HALVES, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", HALVES, ids=lambda form: form.name, scope="module")
 def test_nothing_is_waited_for_between_a_wave_and_the_next(form: Form) -> None:
     """Barriers, slots and scales are seen to while the tensor cores work (perf-log G12)."""
     for loop in loops(form):

@@ -57,7 +57,7 @@ def code(form: Form) -> list[str]:
     return sass.disassemble(compiled(form).asm["cubin"])
 
 
-@pytest.mark.parametrize("form", FORMS, ids=IDS)
+@pytest.mark.parametrize("form", FORMS, ids=IDS, scope="module")
 def test_nothing_spills_and_shared_memory_fits(form: Form) -> None:
     found = sass.resources(compiled(form).asm["ptx"])
     assert (found.spilled_bytes, found.stack_bytes) == (0, 0)
@@ -66,7 +66,7 @@ def test_nothing_spills_and_shared_memory_fits(form: Form) -> None:
     assert "LDL" not in sass.count(code(form))
 
 
-@pytest.mark.parametrize("form", FORMS, ids=IDS)
+@pytest.mark.parametrize("form", FORMS, ids=IDS, scope="module")
 def test_loops_multiply_on_fp8_tensor_cores_and_promote_by_one_ffma(form: Form) -> None:
     found = [sass.count(loop) for loop in sass.inner_loops(code(form), "QGMMA")]
     variant = form.variant
@@ -86,7 +86,7 @@ def test_loops_multiply_on_fp8_tensor_cores_and_promote_by_one_ffma(form: Form) 
             assert loop.total() <= MOST_INSTRUCTIONS[loop["FFMA"]]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=IDS)
+@pytest.mark.parametrize("form", FORMS, ids=IDS, scope="module")
 def test_each_partition_keeps_to_its_registers_and_one_of_them_copies(form: Form) -> None:
     parts = sass.sections(code(form))
     producers = [part for part in parts if part.instructions["UTMALDG"]]
@@ -103,7 +103,7 @@ def test_each_partition_keeps_to_its_registers_and_one_of_them_copies(form: Form
         assert len(consumers) == 1
 
 
-@pytest.mark.parametrize("form", FORMS, ids=IDS)
+@pytest.mark.parametrize("form", FORMS, ids=IDS, scope="module")
 def test_barriers_in_the_loop_span_one_consumer(form: Form) -> None:
     loops = sass.inner_loops(code(form), "QGMMA")
     barriers = [line for loop in loops for line in loop if "BAR.SYNC" in line]
@@ -111,7 +111,7 @@ def test_barriers_in_the_loop_span_one_consumer(form: Form) -> None:
     assert all(", 0x80" in line for line in barriers)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=IDS)
+@pytest.mark.parametrize("form", FORMS, ids=IDS, scope="module")
 def test_a_partition_arrives_at_a_barrier_after_all_its_warps_have_read(form: Form) -> None:
     """Slots and messages: see ``test_gluon_build``."""
     before = sass.before_arrivals(compiled(form).asm["ptx"])

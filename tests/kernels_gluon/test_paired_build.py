@@ -43,14 +43,14 @@ if not HAS_PAIRS:
 
 else:
 
-    @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+    @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name, scope="module")
     def test_pairs_neither_spill_nor_exceed_shared_memory(form: Form) -> None:
         found = sass.resources(compiled(form).asm["ptx"])
         assert (found.spilled_bytes, found.stack_bytes) == (0, 0)
         assert compiled(form).metadata.shared <= SHARED_BYTES
         assert compiled(form).metadata.num_ctas == 2
 
-    @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+    @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name, scope="module")
     def test_what_is_shared_is_multicast_and_the_other_program_is_told(form: Form) -> None:
         lines = sass.disassemble(compiled(form).asm["cubin"])
         assert sum("UTMALDG.2D.MULTICAST" in line for line in lines) >= 2

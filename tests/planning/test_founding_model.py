@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import pytest
 
 from blockscale.backends.registry import BACKENDS
-from blockscale.checkpoint.read import Checkpoint, read_checkpoint
-from blockscale.checkpoint.requests import RequestOptions, requests_of
-from blockscale.checkpoint.schema import Layers, read_layers
+from blockscale.checkpoint.read import read_checkpoint
+from blockscale.checkpoint.requests import RequestOptions, Requests, requests_of
+from blockscale.checkpoint.schema import read_layers
 from blockscale.formats import DType, PowerOfTwo, ScaleFormat
 from blockscale.planning.decision import Obstacle
 from blockscale.planning.device import Device
@@ -21,6 +22,7 @@ from blockscale.testing.model_shapes import minimax_m25, write_model_headers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
 BF16, FP16 = DType.BFLOAT16, DType.FLOAT16
 LOSSY = PlanPolicy(exactness=Exactness.ALLOW_LOSSY)
@@ -28,16 +30,30 @@ LAYERS = 62
 LEAVES = {"qkv_proj", "o_proj", "w13", "w2"}
 
 
+class Model:
+    """The model's headers, and what was asked of them: once for all devices and policies."""
+
+    def __init__(self, folder: Path) -> None:
+        write_model_headers(folder, minimax_m25())
+        self.checkpoint = read_checkpoint(folder)
+        self.layers = read_layers(self.checkpoint)
+        self.wanted = cache(self._wanted)
+
+    def _wanted(
+        self, dtype: DType, parallelism: Parallelism, scales: PowerOfTwo | None
+    ) -> Requests:
+        read = {layer.name: scales for layer in self.layers.quantized} if scales else None
+        options = RequestOptions(dtype, parallelism, power_of_two=read)
+        return requests_of(self.checkpoint, self.layers, options)
+
+
 @pytest.fixture(scope="module")
-def minimax(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Layers]:
-    folder = tmp_path_factory.mktemp("minimax")
-    write_model_headers(folder, minimax_m25())
-    checkpoint = read_checkpoint(folder)
-    return checkpoint, read_layers(checkpoint)
+def minimax(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(tmp_path_factory.mktemp("minimax"))
 
 
 def planned(
-    model: tuple[Checkpoint, Layers],
+    model: Model,
     device: str,
     dtype: DType,
     *,
@@ -45,10 +61,8 @@ def planned(
     parallelism: Parallelism | None = None,
     scales: PowerOfTwo | None = None,
 ) -> ModelPlan:
-    checkpoint, layers = model
-    read = {layer.name: scales for layer in layers.quantized} if scales else None
-    options = RequestOptions(dtype, parallelism or Parallelism(), power_of_two=read)
-    wanted = requests_of(checkpoint, layers, options)
+    layers = model.layers
+    wanted = model.wanted(dtype, parallelism or Parallelism(), scales)
     return plan_model(
         wanted.requests,
         Device.named(device),
@@ -76,7 +90,7 @@ def obstacles(plan: ModelPlan, backend: str) -> Iterable[set[Obstacle]]:
 @pytest.mark.parametrize("scales", [None, PowerOfTwo.YES, PowerOfTwo.NO], ids=str)
 @pytest.mark.parametrize("device", ["sm_100", "sm_103"])
 def test_float16_keeps_float32_scales_on_blackwell_whatever_is_permitted(
-    minimax: tuple[Checkpoint, Layers], device: str, scales: PowerOfTwo | None, policy: PlanPolicy
+    minimax: Model, device: str, scales: PowerOfTwo | None, policy: PlanPolicy
 ) -> None:
     plan = planned(minimax, device, FP16, policy=policy, scales=scales)
     assert len(plan.layers) == LAYERS * len(LEAVES)
@@ -90,7 +104,7 @@ def test_float16_keeps_float32_scales_on_blackwell_whatever_is_permitted(
 
 
 def test_bfloat16_with_unread_scales_converts_nothing_and_says_what_reading_would_change(
-    minimax: tuple[Checkpoint, Layers],
+    minimax: Model,
 ) -> None:
     plan = planned(minimax, "sm_100", BF16)
     assert {layer.weight.format.scale for layer in plan.layers if layer.weight} == {
@@ -108,7 +122,7 @@ def test_bfloat16_with_unread_scales_converts_nothing_and_says_what_reading_woul
 
 
 def test_bfloat16_with_powers_of_two_is_packed_without_touching_the_weights(
-    minimax: tuple[Checkpoint, Layers],
+    minimax: Model,
 ) -> None:
     plan = planned(minimax, "sm_100", BF16, scales=PowerOfTwo.YES)
     for layer in plan.layers:
@@ -120,7 +134,7 @@ def test_bfloat16_with_powers_of_two_is_packed_without_touching_the_weights(
 
 
 def test_bfloat16_with_other_scales_is_requantized_only_with_permission(
-    minimax: tuple[Checkpoint, Layers],
+    minimax: Model,
 ) -> None:
     exact = planned(minimax, "sm_100", BF16, scales=PowerOfTwo.NO)
     assert all(found == {Obstacle.LOSSY_CONVERSION} for found in obstacles(exact, "deep_gemm"))
@@ -133,9 +147,7 @@ def test_bfloat16_with_other_scales_is_requantized_only_with_permission(
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_hopper_serves_every_layer_from_the_stored_weight(
-    minimax: tuple[Checkpoint, Layers], dtype: DType
-) -> None:
+def test_hopper_serves_every_layer_from_the_stored_weight(minimax: Model, dtype: DType) -> None:
     plan = planned(minimax, "sm_90", dtype)
     assert {layer.conversion for layer in plan.layers} == {Conversion.NONE}
     # Blockscale's two kernels share token counts by their estimates.
@@ -145,9 +157,7 @@ def test_hopper_serves_every_layer_from_the_stored_weight(
 
 
 @pytest.mark.parametrize("device", ["sm_90", "sm_100"])
-def test_tp8_splits_the_experts_blocks_and_only_theirs(
-    minimax: tuple[Checkpoint, Layers], device: str
-) -> None:
+def test_tp8_splits_the_experts_blocks_and_only_theirs(minimax: Model, device: str) -> None:
     plan = planned(minimax, device, BF16, parallelism=Parallelism(8))
     lost = {leaf(layer.name) for layer in plan.unservable}
     assert lost == {"w13", "w2"}
@@ -163,16 +173,14 @@ def test_tp8_splits_the_experts_blocks_and_only_theirs(
 
 
 @pytest.mark.parametrize(("tensor", "expert"), [(4, 1), (8, 8), (8, 2)])
-def test_the_cures_that_the_finding_names_work(
-    minimax: tuple[Checkpoint, Layers], tensor: int, expert: int
-) -> None:
+def test_the_cures_that_the_finding_names_work(minimax: Model, tensor: int, expert: int) -> None:
     plan = planned(minimax, "sm_90", BF16, parallelism=Parallelism(tensor, expert))
     assert plan.unservable == ()
     assert "shard_splits_block" not in codes(plan)
 
 
 def test_what_stays_unquantized_is_listed_with_the_reason(
-    minimax: tuple[Checkpoint, Layers],
+    minimax: Model,
 ) -> None:
     plan = planned(minimax, "sm_90", BF16)
     reasons = {skipped.name: skipped.reason for skipped in plan.skipped}

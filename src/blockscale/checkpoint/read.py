@@ -206,9 +206,13 @@ def weight_map_of(index: Path, document: Mapping[str, Any]) -> dict[str, str]:
     weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(index, "has no weight_map that names the shards; download it again")
+    checked: set[str] = set()
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
             raise CheckpointError(index, "maps to no file name", tensor=name)
+        if shard in checked:
+            continue
+        checked.add(shard)
         if len(shard.encode(errors="replace")) > LONGEST_FILE_NAME or not shard.isprintable():
             raise CheckpointError(
                 index, f"names a shard that no file can be called: {shard[:40]!r}...", tensor=name
