@@ -45,7 +45,16 @@ def split(request: LinearRequest, style: ShardStyle, degree: int) -> LinearReque
 
 
 def test_a_plan_that_runs_as_asked_has_no_findings() -> None:
-    assert plan(layers(3), BARE_CPU).findings == ()
+    assert plan(layers(3), BARE_CPU, "reference").findings == ()
+
+
+def test_layers_that_only_the_reference_serves_are_a_warning() -> None:
+    (finding,) = of(plan(layers(3), BARE_CPU), "last_resort")
+    assert finding.severity is Severity.WARNING
+    assert "only reference serves 3 layers like model.layers.0.o_proj" in finding.message
+    (odd,) = of(plan([replace(PLAIN, n=130, k=130, parts=())], "sm_80"), "last_resort")
+    assert odd.layer == PLAIN.name
+    assert of(plan(layers(3), "sm_90"), "last_resort") == []
 
 
 def test_equal_layers_share_one_finding_that_counts_them() -> None:

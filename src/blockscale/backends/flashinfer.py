@@ -155,7 +155,9 @@ class FlashInferTrtllm(_Groupwise):
             if proven is not None and proven.verdict is Verdict.PROVEN
             else (DType.BFLOAT16,),
             "its API accepts float16, but SGLang measured accuracy 0 with it (PR #22300) and the "
-            "probe has not proven it here",
+            "probe has not proven it here"
+            if request.out_dtype is DType.FLOAT16
+            else "",
         )
         gates.multiples(128, 128, "scales of partial blocks are not documented")
         gates.unless(

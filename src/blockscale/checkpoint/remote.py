@@ -125,7 +125,7 @@ class _Transfer:
                 problem = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise CheckpointError(
             self.file.name,
-            f"could not be read from {self.server.endpoint} in {patience.attempts} attempts "
+            f"is not on this disk, and could not be read from {self.server.endpoint} in {patience.attempts} attempts "
             f"({problem}); try again, or set HF_HUB_OFFLINE=1 to use headers read before",
         )
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from blockscale.backends.registry import all_backends
 from blockscale.errors import FormatError
 from blockscale.formats import E4M3FN, K_MAJOR, BlockFormat, BlockShape, PowerOfTwo, ScaleFormat
+from blockscale.planning.decision import LAST_RESORT
 from blockscale.planning.explain import conversion_words, reasons_by_backend, request_words
 from blockscale.planning.planner import plan_linear
 from blockscale.planning.policy import Strictness
@@ -100,7 +101,7 @@ def take(request: LinearRequest) -> LinearPlan | str:
     plan = plan_linear(request, here.device, here.policy, all_backends())
     if not plan.is_servable:
         return "; ".join(f"{name}: {', '.join(why)}" for name, why in _reasons(plan))
-    if "reference" in plan.backends and not here.device.is_cpu:
+    if LAST_RESORT in plan.backends and not here.device.is_cpu:
         return "only the reference could run it, and the engine's own kernels are faster"
     return plan
 

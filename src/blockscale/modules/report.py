@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockscale.modules.experts import BlockScaledExperts
 from blockscale.modules.linear import BlockScaledLinear
-from blockscale.planning.explain import layer_groups
+from blockscale.planning.explain import layer_groups, reasons_by_backend
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,9 +23,8 @@ class LayerReport:
 
     ``module``: its name in the model; ``layer``: in the checkpoint. ``backends``: in order of
     rising M. ``experts``: how many are stacked, None for a linear layer. ``bytes``: of codes and
-    scales, padding included. ``updates``: times the module took new weights,
-    one expert's at a time. ``lossless`` None:
-    nobody knew when it was planned.
+    scales, padding included. ``updates``: times the module took new weights, one expert's at a
+    time. ``lossless`` None: nobody knew when it was planned.
     """
 
     module: str
@@ -78,8 +77,8 @@ class ModelReport:
             chosen = ", ".join(f"{c.offer.backend} ({c.m_range})" for c in plan.choices)
             shape = f"{plan.request.n}x{plan.request.k}"
             lines.append(f"{len(group.names):5d}  {group.pattern}  {shape}  {chosen}")
-            reasons = dict.fromkeys(f"{r.backend}: {r.reason}" for r in plan.rejected)
-            lines += [f"         not {reason}" for reason in reasons]
+            for backend, reasons in reasons_by_backend(plan.rejected):
+                lines.append(f"         not {backend}: {'; '.join(dict.fromkeys(reasons))}")
         return "\n".join(lines)
 
 

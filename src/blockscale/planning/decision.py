@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from blockscale.planning.request import LinearRequest
 
 
+# Serves any layer on any device, slowly: the definition of correct, for want of anything else.
+LAST_RESORT = "reference"
+
+
 class Obstacle(Enum):
     """Why a backend may not serve a layer. Each occurs in at least one test."""
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from blockscale.planning.decision import Readiness
+from blockscale.planning.decision import LAST_RESORT, Obstacle, Readiness
 from blockscale.planning.explain import layer_count
 from blockscale.planning.plan import Finding, LinearPlan, Severity
 
@@ -26,6 +26,7 @@ def findings_of(
     """
     return [
         *_unservable(layers),
+        *_last_resorts(layers),
         *_split_blocks(layers),
         *_unread_scales(layers, if_powers_of_two),
         *_second_copies(layers),
@@ -43,6 +44,26 @@ def _unservable(layers: Iterable[LinearPlan]) -> list[Finding]:
             _single(same),
         )
         for same in _grouped(lost, lambda plan: replace(plan.request, name=""))
+    ]
+
+
+def _last_resorts(layers: Iterable[LinearPlan]) -> list[Finding]:
+    """Layers that run, but as nobody would want to serve them."""
+    slow = [
+        plan
+        for plan in layers
+        if LAST_RESORT in plan.backends
+        and any(one.obstacle is not Obstacle.EXCLUDED_BY_POLICY for one in plan.rejected)
+    ]
+    return [
+        Finding(
+            Severity.WARNING,
+            "last_resort",
+            f"only {LAST_RESORT} serves {_described(same)}, and it dequantizes the weight on every "
+            "call; plan --explain says what the others lack",
+            _single(same),
+        )
+        for same in _grouped(slow, lambda plan: replace(plan.request, name=""))
     ]
 
 
@@ -110,7 +131,8 @@ def _second_copies(layers: Iterable[LinearPlan]) -> list[Finding]:
 
 
 _NOT_RUNNABLE = {
-    Readiness.PLAN_ONLY: "but blockscale cannot run it yet",
+    Readiness.PLAN_ONLY: "but blockscale cannot run it yet: on such a machine the next one in the "
+    "order of preference is planned",
     Readiness.ONCE_PROVEN: "and runs only where doctor --probe has proven it",
 }
 

@@ -328,7 +328,7 @@ def _against_proofs(
             reason = f"failed the probe on this device{experts}: {proof.detail}"
             rejections.append(Rejection(backend, Obstacle.FAILED_PROBE, reason))
     if None in proofs and policy.proving is Proving.REQUIRED:
-        reason = "never proven on this device, and the policy requires a proof"
+        reason = "never proven on this device, and the policy requires it (doctor --probe proves)"
         rejections.append(Rejection(backend, Obstacle.NOT_PROVEN, reason))
     return rejections
 

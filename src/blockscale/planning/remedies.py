@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from blockscale.errors import FormatError
 from blockscale.formats import BlockShape, ScaleFormat
+from blockscale.planning.decision import LAST_RESORT
 from blockscale.planning.expert_sets import expert_sets
 from blockscale.planning.pieces import Holding, piece_of, request_of
 from blockscale.planning.request import LinearRequest, RemedyKind, ShardStyle
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 # Finer blocks than these are read by no kernel that sums in blocks along K.
 REFINED_SIZES = (128, 64, 32)
-# Dequantizes the weight on every call: a remedy for it alone helps only where nothing else does.
-LAST_RESORT = "reference"
 STORED_BYTES = {ScaleFormat.FP32: 4, ScaleFormat.BF16: 2, ScaleFormat.UE8M0: 1}
 
 
@@ -130,6 +129,7 @@ class Remedies:
 
 def _preference(remedy: Remedy) -> tuple[bool, float, int]:
     price = remedy.price
+    # A remedy for it alone helps only where nothing else does.
     is_slow = LAST_RESORT in remedy.backends
     return is_slow, price.work, price.weight_bytes + price.scale_bytes
 
