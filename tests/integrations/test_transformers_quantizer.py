@@ -86,6 +86,21 @@ def test_loads_by_plan_what_load_model_loads(tiny_fp8: Path, backend: str, dtype
     assert torch.equal(logits(model), logits(by_hand))
 
 
+def test_a_model_without_its_head_loads_and_misses_nothing(tiny_fp8: Path) -> None:
+    """Its modules have other names than the checkpoint's layers."""
+    from transformers import AutoModel
+
+    body, told = AutoModel.from_pretrained(
+        tiny_fp8, quantization_config=BlockScaleConfig(), output_loading_info=True
+    )
+    assert len(planned(body)) == PLANNED_LAYERS
+    assert not told["unexpected_keys"]
+    assert not told["missing_keys"]
+    with torch.inference_mode():
+        expected = from_pretrained(tiny_fp8).model(PROMPT).last_hidden_state
+        assert torch.equal(body(PROMPT).last_hidden_state, expected)
+
+
 def test_no_weight_becomes_a_float(tiny_fp8: Path) -> None:
     """The codes in memory are the file's: nothing was dequantized."""
     stored = tensors_of(tiny_fp8)

@@ -125,8 +125,9 @@ class _Transfer:
                 problem = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise CheckpointError(
             self.file.name,
-            f"is not on this disk, and could not be read from {self.server.endpoint} in {patience.attempts} attempts "
-            f"({problem}); try again, or set HF_HUB_OFFLINE=1 to use headers read before",
+            f"is not on this disk, and could not be read from {self.server.endpoint} in "
+            f"{patience.attempts} attempts ({problem}); try again, or set HF_HUB_OFFLINE=1 to use "
+            "headers read before",
         )
 
     def _request(self) -> Any:  # noqa: ANN401 - httpx or httpx2, as huggingface_hub has it

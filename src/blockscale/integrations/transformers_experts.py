@@ -107,7 +107,7 @@ def reserve_experts(model: PreTrainedModel, slots: Sequence[ExpertSlot]) -> None
         model.set_submodule(slot.module, Reserved())
         # Whatever becomes of the stored names in transformers' table, it stays below the module.
         name = re.sub(r"[0-9]+", "[0-9]+", re.escape(slot.module))
-        patterns.add(rf"^{name}\.")
+        patterns.add(rf"(^|\.){name}\.")
     model._keys_to_ignore_on_load_unexpected = patterns  # noqa: SLF001 - as above
 
 

@@ -86,9 +86,10 @@ def reserve(model: PreTrainedModel, slots: Sequence[Slot]) -> None:
         model.set_submodule(slot.module, Reserved())
         for entry in (slot.stored.weight, slot.stored.scale, slot.bias):
             if entry is not None:
-                name = slot.module + entry.name.removeprefix(slot.stored.name)
-                # One pattern for all layers: numbers are the only difference between most names.
-                patterns.add(rf"^{re.sub(r'[0-9]+', '[0-9]+', re.escape(name))}$")
+                # A model without a head (AutoModel) is told of names as they are stored.
+                for name in (_name_in_model(slot, entry), entry.name):
+                    # One pattern for all layers: numbers are all that most names differ in.
+                    patterns.add(rf"^{re.sub(r'[0-9]+', '[0-9]+', re.escape(name))}$")
     model._keys_to_ignore_on_load_unexpected = patterns  # noqa: SLF001 - as above
 
 
@@ -159,9 +160,12 @@ def stored_tensors(model: PreTrainedModel, slots: Sequence[Slot]) -> dict[str, t
             (slot.bias, layer.bias),
         ):
             if entry is not None and tensor is not None:
-                name = slot.module + entry.name.removeprefix(slot.stored.name)
-                found[name] = as_entry(tensor, entry)
+                found[_name_in_model(slot, entry)] = as_entry(tensor, entry)
     return found
+
+
+def _name_in_model(slot: Slot, entry: TensorEntry) -> str:
+    return slot.module + entry.name.removeprefix(slot.stored.name)
 
 
 def renamed_tensors(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
