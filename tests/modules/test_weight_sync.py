@@ -269,3 +269,9 @@ def test_stacks_of_experts_take_new_weights() -> None:
     result = update(model, publish(plan.contract(), values(1)))
     assert result.layers == ("experts.w13", "experts.w2")
     assert torch.equal(model(hidden, ids, weights), experts_of(1)(hidden, ids, weights))
+    assert model.updates == 2, "each stack came once"
+    form = model.w13
+    with pytest.raises(ModelError, match=r"not 'experts\.w2' as"):
+        model.take("experts.w2", form)
+    with pytest.raises(ModelError, match="not 'another' as"):
+        model.take("another", form)

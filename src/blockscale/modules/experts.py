@@ -12,7 +12,11 @@ import torch
 from blockscale import expert_ops
 from blockscale.backends.registry import runnable_backend_named
 from blockscale.errors import ModelError
-from blockscale.modules.announce import announce_prepared, announce_updated_expert
+from blockscale.modules.announce import (
+    announce_prepared,
+    announce_updated,
+    announce_updated_expert,
+)
 from blockscale.modules.prepare import check_parts, convert_into, prepare_experts, prepare_stack
 from blockscale.modules.prepared import PreparedModule
 from blockscale.planning.policy import PlanPolicy
@@ -49,6 +53,7 @@ class BlockScaledExperts(PreparedModule):
     Raises PlanError if the plan does not fit the weights, BackendError if a provider fails.
     """
 
+    plan: ExpertsPlan
     w13_data: torch.Tensor
     w13_scales: torch.Tensor
     w2_data: torch.Tensor
@@ -118,6 +123,26 @@ class BlockScaledExperts(PreparedModule):
         self.updates += 1
         announce_updated_expert(self.plan.name, expert, self.updates)
 
+    def take(self, name: str, prepared: BlockScaledTensor) -> None:
+        """Copy an already prepared stack, of the plan that is called ``name``, into its storages.
+
+        Raises ModelError, with nothing changed, if there is no such stack, or the new one is not in
+        its form and shape.
+        """
+        stacks = {self.plan.w13.name: self.w13, self.plan.w2.name: self.w2}
+        stack = stacks.get(name)
+        ours, theirs = (
+            None if w is None else (w.mn, w.k, w.format, w.layout, w.leading)
+            for w in (stack, prepared)
+        )
+        if stack is None or ours != theirs:
+            msg = f"experts {self.plan.name!r} have {stacks}, not {name!r} as {prepared!r}"
+            raise ModelError(msg)
+        stack.data.copy_(prepared.data)
+        stack.scales.copy_(prepared.scales)
+        self.updates += 1
+        announce_updated(name, self.updates)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or what was unpickled, binds its own weights: a handle names one module's."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's is untyped
@@ -155,14 +180,7 @@ class BlockScaledExperts(PreparedModule):
         fn: Callable[[torch.Tensor], torch.Tensor],
         recurse: bool = True,  # noqa: FBT001, FBT002, ARG002 - torch.nn.Module's signature
     ) -> BlockScaledExperts:
-        # As in BlockScaledLinear: torch's own would cast codes and drop strides of padded layouts.
-        device = fn(torch.empty(0, device=self.w13.device)).device
-        if device.type != self.w13.device.type:
-            msg = (
-                f"experts {self.plan.name!r} were planned for {self.w13.device.type}, not for "
-                f"{device.type}; plan and load them again for that device"
-            )
-            raise ModelError(msg)
+        device = self._moved(fn, self.w13.device)
         if device != self.w13.device:
             self._hold((self.w13.to(device), self.w2.to(device)), self._handle)
         return self

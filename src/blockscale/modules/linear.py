@@ -59,6 +59,7 @@ class BlockScaledLinear(PreparedModule):
     BackendError if a provider fails.
     """
 
+    plan: LinearPlan
     data: torch.Tensor
     scales: torch.Tensor
     bias: torch.Tensor | None
@@ -178,14 +179,7 @@ class BlockScaledLinear(PreparedModule):
         fn: Callable[[torch.Tensor], torch.Tensor],
         recurse: bool = True,  # noqa: FBT001, FBT002, ARG002 - torch.nn.Module's signature
     ) -> BlockScaledLinear:
-        # torch's own _apply would cast FP8 codes and drop the strides of padded layouts.
-        device = fn(torch.empty(0, device=self._weight.device)).device
-        if device.type != self._weight.device.type:
-            msg = (
-                f"layer {self.plan.name!r} was planned for {self._weight.device.type}, not for "
-                f"{device.type}; plan and load it again for that device"
-            )
-            raise ModelError(msg)
+        device = self._moved(fn, self._weight.device)
         if device != self._weight.device:
             self._hold(self._weight.to(device), self._handle)
         if self.bias is not None:

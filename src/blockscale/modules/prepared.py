@@ -4,16 +4,40 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from blockscale.errors import ModelError
 
-    import torch
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from blockscale.planning.expert_sets import ExpertsPlan
+    from blockscale.planning.plan import LinearPlan
 
 
 class PreparedModule(nn.Module):
     """A module whose buffers are the very memory that its operator was bound to."""
+
+    plan: LinearPlan | ExpertsPlan
+
+    def _moved(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], device: torch.device
+    ) -> torch.device:
+        """Where ``fn``, from ``model.to`` or its like, moves what is on ``device``.
+
+        torch's own ``_apply`` would cast FP8 codes and drop the strides of padded layouts.
+
+        Raises ModelError for another kind of device than was planned for.
+        """
+        wanted = fn(torch.empty(0, device=device)).device
+        if wanted.type != device.type:
+            msg = (
+                f"{self.plan.name!r} was planned for {device.type}, not for {wanted.type}; plan "
+                "and load it again for that device"
+            )
+            raise ModelError(msg)
+        return wanted
 
     def _load_from_state_dict(
         self,

@@ -23,8 +23,8 @@ class LayerReport:
 
     ``module``: its name in the model; ``layer``: in the checkpoint. ``backends``: in order of
     rising M. ``experts``: how many are stacked, None for a linear layer. ``bytes``: of codes and
-    scales, padding included. ``updates``: times the module took new weights, one expert's at a
-    time. ``lossless`` None: nobody knew when it was planned.
+    scales, padding included. ``updates``: times the module took new weights, one expert's or
+    one stack's at a time. ``lossless`` None: nobody knew when it was planned.
     """
 
     module: str

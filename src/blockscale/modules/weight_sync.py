@@ -137,12 +137,11 @@ class _Stack:
     """One of the two stacks of an experts module, as something that takes new weights."""
 
     plan: LinearPlan
-    weight: BlockScaledTensor
+    experts: BlockScaledExperts
 
     def take(self, prepared: BlockScaledTensor, bias: torch.Tensor | None) -> None:
         assert bias is None  # No planned experts have one.
-        self.weight.data.copy_(prepared.data)
-        self.weight.scales.copy_(prepared.scales)
+        self.experts.take(self.plan.name, prepared)
 
 
 def _live(model: nn.Module) -> dict[str, BlockScaledLinear | _Stack]:
@@ -151,8 +150,8 @@ def _live(model: nn.Module) -> dict[str, BlockScaledLinear | _Stack]:
         if isinstance(module, BlockScaledLinear):
             live[module.plan.name] = module
         elif isinstance(module, BlockScaledExperts):
-            for plan, weight in ((module.plan.w13, module.w13), (module.plan.w2, module.w2)):
-                live[plan.name] = _Stack(plan, weight)
+            for plan in (module.plan.w13, module.plan.w2):
+                live[plan.name] = _Stack(plan, module)
     return live
 
 
