@@ -10,6 +10,7 @@ from blockscale.errors import FormatError, SettingsError
 from blockscale.formats import FP8_128X128_FP32, DType
 from blockscale.planning.decision import MRange
 from blockscale.planning.device import KNOWN_DEVICES, Device, Installed, Proof, Verdict
+from blockscale.planning.policy import PlanPolicy
 from blockscale.planning.request import LinearRequest
 
 BF16, FP16 = DType.BFLOAT16, DType.FLOAT16
@@ -75,6 +76,18 @@ def test_impossible_layers_are_refused_by_name(size: dict[str, object]) -> None:
         LinearRequest(
             "o_proj", format=FP8_128X128_FP32, activation_dtype=BF16, out_dtype=BF16, **values
         )
+
+
+@pytest.mark.parametrize("place", ["activation_dtype", "out_dtype"])
+def test_a_dtype_of_another_library_is_refused_by_name(place: str) -> None:
+    request = LinearRequest("o", 128, 128, FP8_128X128_FP32, DType.BFLOAT16, DType.BFLOAT16)
+    with pytest.raises(FormatError, match=r"layer 'o': 'torch\.bfloat16' is no DType"):
+        replace(request, **{place: "torch.bfloat16"})
+
+
+def test_one_name_is_no_tuple_of_backends() -> None:
+    with pytest.raises(SettingsError, match=r"give a tuple of names, \('triton',\)"):
+        PlanPolicy(backends="triton")
 
 
 def test_an_unmerged_layer_is_its_only_part() -> None:

@@ -170,6 +170,21 @@ def test_integers_are_refused() -> None:
         quantize(torch.ones(2, 2, dtype=torch.int32), MXFP8)
 
 
+def test_a_vector_is_refused_in_words() -> None:
+    with pytest.raises(FormatError, match=r"shape \(128,\); at least two axes"):
+        quantize(torch.ones(128), FP8_128X128_FP32)
+
+
+def test_a_parameter_leaves_no_graph_behind() -> None:
+    master = torch.nn.Parameter(torch.randn(128, 128))
+    tensor = quantize(master, FP8_128X128_FP32)
+    assert not tensor.data.requires_grad
+    assert not tensor.scales.requires_grad
+    assert np.array_equal(
+        codes(tensor.data), codes(quantize(master.detach(), FP8_128X128_FP32).data)
+    )
+
+
 def test_bf16_scales_are_never_produced() -> None:
     with pytest.raises(FormatError, match="never produced"):
         quantize(torch.ones(2, 2), FP8_128X128_FP32.with_scale(ScaleFormat.BF16))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from blockscale.errors import SettingsError
+
 
 class Exactness(Enum):
     """Whether a weight's values may change between checkpoint and kernel."""
@@ -55,3 +57,10 @@ class PlanPolicy:
     determinism: Determinism = Determinism.ANY
     strictness: Strictness = Strictness.REPORT
     proving: Proving = Proving.ANY
+
+    def __post_init__(self) -> None:
+        """Refuse one name in place of a tuple of names: it would be read letter by letter."""
+        if isinstance(self.backends, str):
+            names = f"({self.backends!r},)"  # type: ignore[unreachable]  # for callers that are not type-checked
+            msg = f"backends is {self.backends!r}; give a tuple of names, {names}"
+            raise SettingsError(msg)

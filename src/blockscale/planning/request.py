@@ -75,10 +75,17 @@ class LinearRequest:
     experts: int | None = None
 
     def __post_init__(self) -> None:
-        """Fill ``parts`` for an unmerged layer; refuse impossible sizes."""
+        """Fill ``parts`` for an unmerged layer; refuse impossible sizes and foreign dtypes."""
         if self.n < 1 or self.k < 1:
             msg = f"layer {self.name!r} has N={self.n}, K={self.k}; both must be at least 1"
             raise FormatError(msg)
+        for dtype in (self.activation_dtype, self.out_dtype):
+            if not isinstance(dtype, DType):
+                msg = (  # type: ignore[unreachable]  # for callers that are not type-checked
+                    f"layer {self.name!r}: {dtype!r} is no DType; blockscale.tensor.dtype_of says "
+                    "which a torch dtype is"
+                )
+                raise FormatError(msg)
         if not self.parts:
             object.__setattr__(self, "parts", (self.n,))
         if sum(self.parts) != self.n:

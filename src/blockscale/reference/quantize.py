@@ -39,16 +39,21 @@ def quantize(values: torch.Tensor, fmt: BlockFormat) -> BlockScaledTensor:
 
     Partial blocks at the edges use their real elements only. Guarantees: a block of zeros gives
     zeros; no code is NaN unless its input or its block's scale is; the relative step is that of
-    E4M3FN under a scale at most twice the smallest possible.
+    E4M3FN under a scale at most twice the smallest possible. Rounding has no gradient: the result
+    is detached from the graph of ``values``.
 
-    Raises FormatError if ``values`` is not floating point, or ``fmt`` has BF16 scales.
+    Raises FormatError if ``values`` is no matrix of floats, or ``fmt`` has BF16 scales.
     """
+    if values.ndim < 2:  # noqa: PLR2004 - a matrix has two axes
+        msg = f"values have shape {tuple(values.shape)}; at least two axes (mn, k) are needed"
+        raise FormatError(msg)
     if not values.is_floating_point():
         msg = f"only floating-point tensors can be quantized, not {values.dtype}"
         raise FormatError(msg)
     if fmt.scale is ScaleFormat.BF16:
         msg = "BF16 scales are read from checkpoints, never produced; quantize to FP32 or UE8M0"
         raise FormatError(msg)
+    values = values.detach()
     codes = codes_of_amax(block_amax(values, fmt.block), fmt)
     scale = _spread(restate(codes, fmt.scale, ScaleFormat.FP32), fmt.block, values)
     largest = fmt.element.max
