@@ -9,6 +9,7 @@ step waits for the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
@@ -181,7 +182,7 @@ class ExpertStep:
 
 
 _BOUND: dict[int, BoundExperts] = {}
-_next_handle = 0
+_HANDLES = count()
 
 
 def bind(
@@ -195,9 +196,8 @@ def bind(
     ``backends``: those of the choices of both plans, in order. ``handle``: an existing one to bind
     anew, None for a fresh one. Raises BackendError if a backend lacks the arrangement it offered.
     """
-    global _next_handle
     if handle is None:
-        handle, _next_handle = _next_handle, _next_handle + 1
+        handle = next(_HANDLES)
     request = plan.w13.request
     steps = [
         step

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -111,7 +112,7 @@ MAX_CALLS = 4096
 NO_LIMIT = 2**63 - 1
 
 _BOUND: dict[int, BoundLinear] = {}
-_next_handle = 0
+_HANDLES = count()
 
 
 def bind(
@@ -122,9 +123,8 @@ def bind(
     ``backends``: those of ``plan.choices``, in the same order. ``handle``: an existing one to bind
     anew (the layer moved to another device), None for a fresh one.
     """
-    global _next_handle
     if handle is None:
-        handle, _next_handle = _next_handle, _next_handle + 1
+        handle = next(_HANDLES)
     activation_dtype = torch_dtype(plan.request.activation_dtype)
     out_dtype = torch_dtype(plan.request.out_dtype)
     ranges = tuple(
