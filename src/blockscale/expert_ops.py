@@ -16,7 +16,7 @@ import torch
 
 from blockscale import ops
 from blockscale.errors import BackendError
-from blockscale.ops import NO_LIMIT
+from blockscale.ops import NO_LIMIT, Handles
 from blockscale.planning.decision import Arrangement, MRange
 from blockscale.reference import quantize, relayout
 from blockscale.reference.experts import (
@@ -181,7 +181,7 @@ class ExpertStep:
         return out
 
 
-_BOUND: dict[int, BoundExperts] = {}
+_BOUND: Handles[BoundExperts] = Handles()
 _HANDLES = count()
 
 

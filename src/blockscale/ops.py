@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 
@@ -107,11 +107,26 @@ class BoundLinear:
         return BackendError(msg)
 
 
+_Named = TypeVar("_Named")
+
+
+class Handles(dict[int, _Named]):
+    """What the handles of this process name."""
+
+    def __missing__(self, handle: int) -> _Named:
+        """Raise BackendError: the module is gone, or lives in another process."""
+        msg = (
+            f"no layer has the handle {handle} in this process: its module was deleted, or a "
+            "traced graph came from another process; trace it again"
+        )
+        raise BackendError(msg)
+
+
 # Shapes of activations that one layer remembers.
 MAX_CALLS = 4096
 NO_LIMIT = 2**63 - 1
 
-_BOUND: dict[int, BoundLinear] = {}
+_BOUND: Handles[BoundLinear] = Handles()
 _HANDLES = count()
 
 

@@ -403,3 +403,12 @@ def test_no_scale_is_rounded_by_loading_a_state_dict() -> None:
     with pytest.raises(RuntimeError, match=r"dtype mismatch for scales: torch\.float8_e8m0fnu"):
         layer.load_state_dict(state)
     assert torch.equal(layer.weight.scales, before)
+
+
+def test_a_graph_that_outlived_its_layer_says_so() -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of())
+    handle = layer.handle
+    del layer
+    gc.collect()
+    with pytest.raises(BackendError, match=f"no layer has the handle {handle} in this process"):
+        torch.ops.blockscale.linear(activation(1), None, handle)

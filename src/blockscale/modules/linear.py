@@ -50,8 +50,9 @@ class BlockScaledLinear(PreparedModule):
 
     The weight is frozen: where autograd records, the activation gets the gradient of the product
     with the dequantized weight (quantizing activations counts as the identity), so that adapters
-    before and beside this layer can be trained. ``.to(device)`` moves data and scales, to another
-    device of the same kind: a plan for a CPU says nothing about a GPU. Dtype casts (``.half()``)
+    before and beside this layer can be trained. Autocast casts nothing here: activations come in
+    the planned dtype. ``.to(device)`` moves data and scales, to another device of the same kind: a
+    plan for a CPU says nothing about a GPU. Dtype casts (``.half()``)
     touch the bias alone, because FP8 codes have no other dtype. ``load_state_dict`` takes what a
     layer with the same prepared form saved, always into the same storages.
 

@@ -42,7 +42,8 @@ class Parallelism:
         if self.tensor % self.expert:
             msg = (
                 f"expert parallel degree {self.expert} does not divide the tensor parallel degree "
-                f"{self.tensor}; give a divisor, for example --ep {self.tensor}"
+                f"{self.tensor}, whose ranks it shares; give a multiple of {self.expert} as --tp "
+                f"or a divisor of {self.tensor} as --ep"
             )
             raise SettingsError(msg)
 
