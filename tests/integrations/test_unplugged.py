@@ -7,6 +7,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import pytest
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -54,6 +56,7 @@ def run(program: str, *folders: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in done.stdout.splitlines()[-len(folders) :]]
 
 
+@pytest.mark.usefixtures("forked")
 def test_transformers_starts_as_before(whole_blocks_fp8: Path, tmp_path: Path) -> None:
     """Uninstalled, or installed and unused, or with what we saved: the same program."""
     from transformers import AutoModelForCausalLM

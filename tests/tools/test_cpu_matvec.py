@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = Path(__file__).parent.parent.parent / "benchmarks" / "cpu_matvec.py"
 
 
+@pytest.mark.usefixtures("forked")
 def test_three_ways_agree_and_are_compared_with_bf16() -> None:
     done = subprocess.run(
         [sys.executable, PROGRAM, "--n", "200", "--k", "256", "--rounds", "10"],

@@ -39,10 +39,7 @@ def resources(ptx: str, architecture: str = "sm_90a") -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx, encoding="utf-8")
-        # From Triton 3.9 on PTX is too new for the one named plainly; 3.9 itself takes the other.
-        is_new = re.search(r"^\.version 9\.[4-9]", ptx, re.MULTILINE)
-        name = "ptxas-blackwell" if is_new else "ptxas"
-        command = [_tool(name), "-v", f"--gpu-name={architecture}", str(source)]
+        command = [assembler(ptx), "-v", f"--gpu-name={architecture}", str(source)]
         result = subprocess.run(  # noqa: S603 - Triton's own tool
             [*command, "-o", f"{source}.cubin"], capture_output=True, text=True, check=True
         )
@@ -53,6 +50,27 @@ def resources(ptx: str, architecture: str = "sm_90a") -> Resources:
     )
     registers = re.findall(r"Used (\d+) registers", report)
     return Resources(max(map(int, registers)), stores + loads, stack)
+
+
+def assembler(ptx: str) -> str:
+    """The path of Triton's ptxas for this PTX."""
+    # From Triton 3.9 on PTX is too new for the one named plainly; 3.9 itself takes the other.
+    is_new = re.search(r"^\.version 9\.[4-9]", ptx, re.MULTILINE)
+    return _tool("ptxas-blackwell" if is_new else "ptxas")
+
+
+def local_bytes(cubin: bytes) -> int:
+    """Bytes of a thread's local memory, stack and spilled registers, by Triton's cuobjdump."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(cubin)
+        command = [_tool("cuobjdump"), "--dump-resource-usage", str(binary)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - Triton's own tool
+    found = re.findall(r"\b(?:STACK|LOCAL):(\d+)", result.stdout)
+    if not found:
+        msg = f"cuobjdump names no local memory: {result.stdout[:200]!r}"
+        raise ValueError(msg)
+    return sum(map(int, found))
 
 
 def before_arrivals(ptx: str) -> list[str]:
