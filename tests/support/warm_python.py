@@ -16,19 +16,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 HERE = Path(__file__).parent
+# Of a socket's address; a first line that names a program has no room for a space (Linux).
+LONGEST_SOCKET = 108
 
 
 @contextmanager
 def warm_python(modules: Sequence[str], prefixes: tuple[str, ...]) -> Iterator[str]:
-    """A program to call in place of ``sys.executable``; that itself where there are no pidfds.
+    """A program to call in place of ``sys.executable``; that itself where it cannot be replaced.
 
     ``modules`` are imported already; ``prefixes`` of the variables that they read at that time.
     """
-    if not hasattr(os, "pidfd_open"):
-        yield sys.executable
-        return
     with tempfile.TemporaryDirectory() as folder:
         address, client = Path(folder) / "socket", Path(folder) / "python"
+        is_named = len(str(address)) < LONGEST_SOCKET and " " not in sys.executable
+        if not is_named or not hasattr(os, "pidfd_open"):
+            yield sys.executable
+            return
         known = read_once(dict(os.environ), prefixes)
         client.write_text(
             f"#!{sys.executable} -IS\n"
