@@ -43,7 +43,7 @@ def blockscale(*arguments: object, environ: dict[str, str] | None = None) -> Res
 def started(*arguments: object) -> Result:
     """The same in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "blockscale.cli.main", *map(str, arguments)],
+        [sys.executable, "-m", "blockscale", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -351,7 +351,7 @@ def test_header_commands_do_not_import_torch(fp8_checkpoint: Path) -> None:
 @pytest.mark.parametrize("option", ["--json", "--all"])
 def test_a_closed_pipe_is_quiet_and_no_finding(fp8_checkpoint: Path, option: str) -> None:
     """`| head` in a script that asks for the status of all of the pipe."""
-    command = [sys.executable, "-m", "blockscale.cli.main", "verify", str(fp8_checkpoint), option]
+    command = [sys.executable, "-m", "blockscale", "verify", str(fp8_checkpoint), option]
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)

@@ -163,6 +163,8 @@ def broken(contract: Contract, how: str) -> dict[str, torch.Tensor]:
         sent["layers.9.o_proj.weight"] = codes
     elif how == "NaN code":
         codes.view(torch.uint8)[3, 5] = 0x7F
+    elif how == "NaN bias":
+        sent[f"{name}.bias"][7] = float("nan")
     else:
         scales[0, 0] = SCALES[how]
     return sent
@@ -181,6 +183,7 @@ def broken(contract: Contract, how: str) -> dict[str, torch.Tensor]:
         ("NaN code", r"layers\.1\.o_proj: the codes hold NaN"),
         ("NaN scale", r"layers\.1\.o_proj: the scales hold NaN or infinity"),
         ("infinite scale", "the scales hold NaN or infinity"),
+        ("NaN bias", r"layers\.1\.o_proj: its bias holds NaN"),
     ],
 )
 def test_a_wrong_message_is_refused_and_changes_nothing(
@@ -198,6 +201,15 @@ def test_a_wrong_message_is_refused_and_changes_nothing(
     assert len(record.blockscale["refused"]) == 1  # type: ignore[attr-defined]  # the extra field
     update(model, publish(plan.contract(), masters(1)))
     assert same(answers(model), answers(model_of(plan, seed=1)))
+
+
+def test_layers_of_one_name_are_refused_and_one_layer_in_two_places_is_not() -> None:
+    plan = plan_for()
+    model, sent = model_of(plan), publish(plan.contract(), masters(1))
+    twice = nn.Sequential(model, model)
+    assert update(twice, sent).layers == NAMES
+    with pytest.raises(ModelError, match=r"two layers .* planned as 'layers\.0\.o_proj'"):
+        update(nn.Sequential(model, model_of(plan)), sent)
 
 
 def test_every_reason_is_collected(caplog: pytest.LogCaptureFixture) -> None:
@@ -227,6 +239,7 @@ def test_scales_that_the_checkpoint_could_not_hold_are_refused() -> None:
         ({"layers.0.o_proj.weight": torch.zeros(3, 3)}, r"has shape \(3, 3\)"),
         ({"layers.0.o_proj.weight": torch.full((N, K), float("nan"))}, "NaN or infinity"),
         ({"layers.0.o_proj.weight": torch.full((N, K), float("inf"))}, "NaN or infinity"),
+        ({"layers.0.o_proj.bias": torch.full((N,), float("nan"))}, "its bias holds NaN"),
         ({"layers.0.o_proj.bias": None}, "wants a bias"),
         ({"layers.0.o_proj.weight": None}, "its bias came without its weight"),
     ],

@@ -79,7 +79,7 @@ def _print(result: Verification, shown: int) -> None:
         mean = sum(error.relative_error for error in compared) / len(compared)
         least = min(error.snr_db for error in compared)
         out.print(
-            f"relative error against the float weights: mean {mean:.4f}, worst {worst:.4f}; "
+            f"relative error against the other checkpoint: mean {mean:.4f}, worst {worst:.4f}; "
             f"least signal to noise {least:.1f} dB",
             soft_wrap=True,
         )

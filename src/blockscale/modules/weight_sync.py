@@ -48,8 +48,8 @@ def publish(contract: Contract, masters: Mapping[str, torch.Tensor]) -> dict[str
     bucket of it. Names that the contract does not know are not FP8 layers and are left out. Every
     tensor is contiguous and a new storage.
 
-    Raises ModelError, naming the layer, for a master of another shape, NaN or infinity in it, or a
-    layer of which only the bias came.
+    Raises ModelError, naming the layer, for a master of another shape, NaN or infinity in it or in
+    its bias, or a layer of which only the bias came.
     """
     wanted = {layer.name: layer for layer in contract.layers}
     found: dict[str, torch.Tensor] = {}
@@ -91,6 +91,9 @@ def _published(
         elif bias is None:
             msg = f"layer {layer.name!r}: the engine wants a bias, and no {wanted.name!r} came"
             raise ModelError(msg)
+        elif not bool(torch.isfinite(bias).all()):
+            msg = f"layer {layer.name!r}: its bias holds NaN or infinity; nothing was published"
+            raise ModelError(msg)
         else:
             dtype = getattr(torch, wanted.dtype)
             yield wanted.name, bias.detach().to(dtype).contiguous().clone()
@@ -111,7 +114,8 @@ def update(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Updated:
     again, and from several threads, which take turns; forward passes of other threads must pause.
 
     Raises ModelError with the reasons, every old weight still whole, if a name is unknown, part of
-    a layer is missing, or a shape, dtype or value is not what the contract says.
+    a layer is missing, a shape, dtype or value is not what the contract says, or two layers of the
+    model have one name.
     """
     with _TURN:
         live = _live(model)
@@ -146,13 +150,24 @@ class _Stack:
 
 def _live(model: nn.Module) -> dict[str, BlockScaledLinear | _Stack]:
     live: dict[str, BlockScaledLinear | _Stack] = {}
+    for name, module in _named(model):
+        if name in live:
+            msg = (
+                f"two layers of the model are planned as {name!r}: a message could not say which it"
+                " means; plan each under its own name"
+            )
+            raise ModelError(msg)
+        live[name] = module
+    return live
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, BlockScaledLinear | _Stack]]:
     for module in model.modules():
         if isinstance(module, BlockScaledLinear):
-            live[module.plan.name] = module
+            yield module.plan.name, module
         elif isinstance(module, BlockScaledExperts):
             for plan in (module.plan.w13, module.plan.w2):
-                live[plan.name] = _Stack(plan, module)
-    return live
+                yield plan.name, _Stack(plan, module)
 
 
 def _received(
@@ -176,7 +191,10 @@ def _received(
             except FormatError as error:
                 reasons.append(f"{name}: {error}")
             else:
-                received[name] = (weight, came.get(Role.BIAS))
+                bias = came.get(Role.BIAS)
+                if bias is not None and not bool(torch.isfinite(bias).all()):
+                    reasons.append(f"{name}: its bias holds NaN or infinity")
+                received[name] = (weight, bias)
     reasons += [f"{name}: no planned layer wants it" for name in left]
     return received
 
