@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PYTHON = sys.executable
+POOL = "import sys, concurrent.futures as f; sys.pool = f.ThreadPoolExecutor(1)"
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="forks need Linux")
 SEEN = "import os, sys; print(sys.argv, os.getcwd(), os.environ['WHO'], sys.stdin.read())"
 CASES = {
@@ -28,6 +29,7 @@ CASES = {
     "a code": ["-c", "import atexit, sys; atexit.register(print, 'last'); sys.exit(7)"],
     "a signal": ["-c", "import os; os.kill(os.getpid(), 11)"],
     "a thread": ["-c", "import threading; threading.Timer(0.1, print, ['late']).start()"],
+    "an executor that nobody ends": ["-c", f"{POOL}; sys.pool.submit(print, 'pooled')"],
     "no such module": ["-m", "no_such_module"],
 }
 

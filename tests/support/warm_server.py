@@ -76,9 +76,8 @@ class Request:
         if code is not None and not isinstance(code, int):
             sys.stderr.write(f"{code}\n")
             code = 1
-        for thread in threading.enumerate():
-            if not thread.daemon and thread is not threading.current_thread():
-                thread.join()
+        # As multiprocessing's children do: it ends the threads of executors, which wait for work.
+        threading._shutdown()
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
