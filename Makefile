@@ -57,9 +57,9 @@ demo: weights
 
 # Each core starts with its share, file after file; who is done first takes from another's end.
 # "logical": of two hyperthreads "auto" would count one. Passive: threads of two torches that wait
-# do not turn in circles on the cores that the other needs.
+# do not turn in circles on the cores that the other needs. A test that hangs fails, by its name.
 test: weights
-	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n logical --dist worksteal
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n logical --dist worksteal --timeout 300
 
 # The Triton kernels' arithmetic on the CPU, bit for bit, and tests/gpu on a pretend GPU: minutes, so
 # not part of `make test`.
@@ -73,7 +73,7 @@ test-bare:
 	test -x $(BARE)/bin/python || python3 -m venv $(BARE)
 	$(BARE)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(TORCH)
 	$(BARE)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable '.[test]'
-	OMP_WAIT_POLICY=passive $(BARE)/bin/python -m pytest -n logical --dist worksteal
+	OMP_WAIT_POLICY=passive $(BARE)/bin/python -m pytest -n logical --dist worksteal --timeout 300
 
 # A real vLLM server, three times: with blockscale, and twice with it uninstalled.
 test-vllm: weights
