@@ -21,6 +21,13 @@ def layer(n: int, k: int, style: ShardStyle, **more: object) -> WholeLayer:
     return WholeLayer(request, style, **more)
 
 
+def merged_qkv(rows: tuple[int, ...], heads: tuple[int, ...], **more: object) -> WholeLayer:
+    names = ("q", "k", "v")
+    return layer(
+        sum(rows), 3072, ShardStyle.COLUMN, parts=rows, part_names=names, part_units=heads, **more
+    )
+
+
 def shard(whole: WholeLayer, tensor: int, expert: int = 1) -> LinearRequest:
     result = cut(whole, Parallelism(tensor, expert))
     assert isinstance(result, LinearRequest), result
@@ -58,28 +65,12 @@ def test_deepseek_dense_down_at_tp8_keeps_blocks_whole() -> None:
 
 def test_key_value_heads_are_replicated_when_there_are_more_ranks() -> None:
     """MiniMax qkv at TP 16: 48 query heads give 3 each, 8 key heads are held twice."""
-    qkv = layer(
-        8192,
-        3072,
-        ShardStyle.COLUMN,
-        parts=(6144, 1024, 1024),
-        part_names=("q", "k", "v"),
-        part_units=(48, 8, 8),
-    )
-    assert shard(qkv, 16).parts == (384, 128, 128)
+    assert shard(merged_qkv((6144, 1024, 1024), (48, 8, 8)), 16).parts == (384, 128, 128)
 
 
 def test_query_heads_are_never_held_by_two_ranks() -> None:
     """o_proj takes each of them once: engines refuse more ranks than query heads."""
-    qkv = layer(
-        1024,
-        512,
-        ShardStyle.COLUMN,
-        parts=(512, 256, 256),
-        part_names=("q", "k", "v"),
-        part_units=(4, 2, 2),
-        part_shared=(False, True, True),
-    )
+    qkv = merged_qkv((512, 256, 256), (4, 2, 2), part_shared=(False, True, True))
     assert shard(qkv, 4).parts == (128, 128, 128)
     result = cut(qkv, Parallelism(8))
     assert isinstance(result, Finding)
