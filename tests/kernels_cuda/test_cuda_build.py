@@ -128,8 +128,10 @@ def test_nothing_spills_and_copies_are_tma(form: Form) -> None:
     assert found["UTMALDG"] >= 3
     assert found["UTMASTG"] > 0
     assert (found["STSM"] > 0) == (form.out is not DType.FLOAT32)
-    # A thread that ptxas does not know to be alone asks for each copy in a loop over lanes.
-    assert not found["ELECT"] > 1
+    # A thread that ptxas does not know to be alone asks for each copy in a loop over lanes; one that
+    # walks alone moves twelve values a K block to uniform registers (156 such moves, now up to 76).
+    assert not any("BRA.U.ANY" in line for line in lines)
+    assert found["R2UR"] < 100
     has_multicast = any("MULTICAST" in line for line in lines)
     assert has_multicast == (form.cluster == 2)
 

@@ -282,14 +282,14 @@ BROKEN = {
     ),
     "a slot is filled before it is empty": (
         FEW_FORMS[2],
-        "                barrier_wait(ring.empty(), ring.parity ^ 1);\n                copy_weight",
-        "                copy_weight",
+        "                barrier_wait(ring.empty(), ring.parity ^ 1);\n                if (is_el",
+        "                if (is_el",
         "fills a slot|more arrivals",
     ),
     "more bytes are expected than come": (
         FEW_FORMS[2],
-        "(K_BLOCK + SCALE_BYTES) + B_BYTES);",
-        "(K_BLOCK + SCALE_BYTES) + B_BYTES + 16);",
+        "bytes += rows * (K_BLOCK + SCALE_BYTES);",
+        "bytes += rows * (K_BLOCK + SCALE_BYTES) + 16;",
         "nothing can go on",
     ),
     "a block does not wait for the other's end": (
@@ -312,8 +312,8 @@ BROKEN = {
     ),
     "the activation is read too early": (
         FEW_FORMS[2],
-        "    wait_for_kernel_ahead();\n    if (problem.early_blocks == 0) let_next",
-        "    if (problem.early_blocks == 0) let_next",
+        "            wait_for_kernel_ahead();\n            if (problem.early_blocks == 0) let_next",
+        "            if (problem.early_blocks == 0) let_next",
         "before the kernel ahead has ended",
     ),
     "weights that came early are copied again": (
@@ -330,7 +330,7 @@ BROKEN = {
     ),
     "a block ends before its stores": (
         FEW_FORMS[2],
-        "    if (lane_index() == 0) tma_store_wait_all();\n",
+        "    if (lane_index() == 0) tma_store_wait_read<0>();\n",
         "",
         "ends before its stores are done",
     ),
@@ -356,7 +356,7 @@ BROKEN = {
         FEW_FORMS[4],
         "        end_block<1>(results, odd, second, own_columns);\n    }\n",
         "give_back(first.ring); end_block<1>(results, odd, second, own_columns);\n    }\n",
-        "fills a slot|more arrivals",
+        "fills a slot|more arrivals|nothing can go on",
     ),
     "the wrong wave is promoted": (
         FEW_FORMS[4],

@@ -337,8 +337,8 @@ BROKEN = {
     ),
     "every group takes the first one's weight": (
         LOW,
-        "const int row = place.group * problem.n + place.column;",
-        "const int row = place.column;",
+        "b_row(place.group * problem.n + place.column),",
+        "b_row(place.column),",
         "wrong",
     ),
     "every group takes the first one's scales": (

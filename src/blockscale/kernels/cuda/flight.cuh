@@ -15,7 +15,7 @@ DEVICE Running start_block(float (&wave)[SUMS], Ring& ring, const Own& own) {
     barrier_wait(ring.full(), ring.parity);
     start_wave(wave, own.a_slots + ring.slot * (A_BYTES / DESCRIPTOR_UNIT),
                own.b_slots + ring.slot * (B_BYTES / DESCRIPTOR_UNIT));
-    const Running running{ring, read_scales<1>(ring, own.scales)};
+    const Running running{ring, ask_for_scales<1>(ring, own.scales)};
     ring.advance();
     return running;
 }
@@ -26,6 +26,9 @@ DEVICE void end_block(float (&results)[SUMS], float (&wave)[SUMS], const Running
                       int own_columns) {
     wgmma_wait<PENDING>();
     pin(wave);
+    // Here, and not where the scales are asked for: there every lane would wait for them, and the
+    // consumer's own instructions are what bounds these tiles (perf-log G35).
+    sync_warp();
     give_back(running.ring);
     promote(results, wave, running.scales, 0, own_columns);
 }

@@ -180,8 +180,9 @@ struct Scales {
     float b[SCALE_ROWS];
 };
 
+// Asks for them; before the slot is given back the lanes must meet.
 template <int COUNT>
-DEVICE Scales read_scales(const Ring& ring, u32 own) {
+DEVICE Scales ask_for_scales(const Ring& ring, u32 own) {
     Scales scales;
     const u32 a = own + ring.slot * A_SCALE_BYTES;
     const u32 b = ring.memory + B_SCALE_SLOTS + ring.slot * B_SCALE_BYTES;
@@ -190,6 +191,12 @@ DEVICE Scales read_scales(const Ring& ring, u32 own) {
         scales.a[wave][0] = load_shared(a + 4 * (wave * WAVE_ROWS));
         scales.a[wave][1] = load_shared(a + 4 * (wave * WAVE_ROWS + 8));
     }
+    return scales;
+}
+
+template <int COUNT>
+DEVICE Scales read_scales(const Ring& ring, u32 own) {
+    const Scales scales = ask_for_scales<COUNT>(ring, own);
     // All lanes have read when one gives the slot back.
     sync_warp();
     return scales;
@@ -334,7 +341,7 @@ DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& pr
         if (GROUPING != Grouping::NOTHING && first.row >= first.end) return;
         write_wave(results[number], out, problem, first, staging);
     };
-    Units<Walker::WARP> units(problem, unit_rows);
+    Units units(problem, unit_rows);
     // Not between two tiles, where the tensor cores would wait for it: 128x192 took 3 % less clocks
     // in slots, 256x128 1 % in row blocks (ncu, H200, 2026-11-26).
     const auto look_ahead = [&]() { units.advance(); };
@@ -376,7 +383,8 @@ DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& pr
     }
     if (WHEN == When::LATE && !is_written)
         UNROLL for (int number = 0; number < WAVES; number++) write(number);
-    if (lane_index() == 0) tma_store_wait_all();
+    // Read, not written: the kernel's end waits for that, and shared memory is free before.
+    if (lane_index() == 0) tma_store_wait_read<0>();
     sync_warp();
 }
 
@@ -408,14 +416,12 @@ block_fp8_gemm(CONSTANT TensorMap a, CONSTANT TensorMap a_last, CONSTANT TensorM
         consume(ring, warp, out, problem, unit_rows);
     } else {
         if constexpr (MOVES_REGISTERS) give_registers<PRODUCER_REGISTERS>();
-        if (warp == CONSUMERS * WARPS && is_elected()) {
-            prefetch_map(a);
-            prefetch_map(a_last);
-            prefetch_map(b);
-            prefetch_map(a_scales);
-            prefetch_map(a_scales_last);
-            prefetch_map(out);
+        if (warp == CONSUMERS * WARPS) {
             const Operands operands{a, a_last, b, a_scales, a_scales_last};
+            if (is_elected()) {
+                operands.prefetch();
+                prefetch_map(out);
+            }
             copy_operands(ring, operands, problem, unit_rows);
         }
         if (warp == CONSUMERS * WARPS + 1) copy_weight_scales(ring, problem, unit_rows);

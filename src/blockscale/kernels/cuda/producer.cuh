@@ -1,5 +1,5 @@
-// What fills the ring of slots: one thread has TMA copy both operands, a warp puts the weight's
-// scales beside them. Part of gemm.cu, in whose words it is written.
+// What fills the ring of slots: a warp has TMA copy both operands, another puts the weight's scales
+// beside them. Part of gemm.cu, in whose words it is written.
 #pragma once
 
 // What is read: codes and scales of the activation and of its last tile, codes of the weight.
@@ -9,6 +9,10 @@ struct Operands {
     const TensorMap& b;
     const TensorMap& a_scales;
     const TensorMap& a_scales_last;
+
+    DEVICE void prefetch() const {
+        for (const TensorMap* map : {&a, &a_last, &b, &a_scales, &a_scales_last}) prefetch_map(*map);
+    }
 };
 
 // This block's part of an operand of SIZE rows; from `row` on all of it, or half of it to both.
@@ -23,56 +27,77 @@ DEVICE void copy_rows(u32 target, const TensorMap& map, int k, int row, u32 barr
     }
 }
 
-// Whether a tile's rows end beyond the last one: then `last_rows` of them are copied.
-DEVICE bool is_last(const Problem& problem, const Place& place) {
-    return SHARE != Share::ACTIVATION && place.row + ROWS > problem.m;
-}
+// What all K blocks of a tile have in common, found once for each tile: 76 instructions a K block
+// instead of 224, of a thread that all of a small tile waits for.
+struct Tile {
+    const TensorMap& a;
+    const TensorMap& a_scales;
+    // Bytes of a slot that this tile fills, and rows of the three arrays that it takes.
+    u32 bytes;
+    int a_row;
+    int b_row;
+    int scale_row;
+    int scale_block;
+    u64 policy;
+    bool is_common;
+    // A tile without rows of a group: its block only copies its half of the other tile's weight.
+    bool is_empty;
 
-// Whether a tile has no rows of a group: its block only copies its half of the other tile's weight.
-DEVICE bool is_empty(const Place& place) {
-    return GROUPING != Grouping::NOTHING && SHARE == Share::WEIGHT && place.row >= place.end;
-}
+    DEVICE Tile(const Operands& operands, const Problem& problem, const Place& place)
+        : Tile(operands, problem, place,
+               SHARE != Share::ACTIVATION && place.row + ROWS > problem.m) {}
+
+  private:
+    // `is_last`: its rows end beyond the last one; then `last_rows` of them are copied. Weights that
+    // are read once, by the tile's only rows, leave L2 first: what is read again should stay
+    // instead. 1 to 4 % less (H200, 2026-11-26).
+    DEVICE Tile(const Operands& operands, const Problem& problem, const Place& place, bool is_last)
+        : a(is_last ? operands.a_last : operands.a),
+          a_scales(is_last ? operands.a_scales_last : operands.a_scales),
+          bytes(B_BYTES),
+          a_row(place.slot * problem.m + place.row),
+          b_row(place.group * problem.n + place.column),
+          scale_row(place.row),
+          scale_block(place.slot * problem.k_blocks),
+          policy(problem.unit_rows == 1 ? EVICTED_FIRST : EVICTED_AS_USUAL),
+          is_common(place.is_common),
+          is_empty(GROUPING != Grouping::NOTHING && SHARE == Share::WEIGHT &&
+                   place.row >= place.end) {
+        const int rows = is_last ? problem.last_rows : ROWS;
+        if (!is_empty) bytes += rows * (K_BLOCK + SCALE_BYTES);
+    }
+};
 
 // Opens a free slot for one K block of a tile, and copies its weights.
-DEVICE void copy_weight(const Ring& ring, const Operands& operands, const Problem& problem,
-                        const Place& place, int block) {
-    const int most = is_last(problem, place) ? problem.last_rows : ROWS;
-    const int rows = is_empty(place) ? 0 : most;
-    barrier_arrive_expecting(ring.full(), rows * (K_BLOCK + SCALE_BYTES) + B_BYTES);
-    // Read once, by the tile's only rows: what is read again should stay instead. 1 to 4 % less
-    // (H200, 2026-11-26).
-    const u64 policy = problem.unit_rows == 1 ? EVICTED_FIRST : EVICTED_AS_USUAL;
+DEVICE void copy_weight(const Ring& ring, const Operands& operands, const Tile& tile, int block) {
+    barrier_arrive_expecting(ring.full(), tile.bytes);
     const u32 target = ring.memory + B_SLOTS + ring.slot * B_BYTES;
-    const int row = place.group * problem.n + place.column;
-    if (SHARE == Share::WEIGHT && !place.is_common) {
+    if (SHARE == Share::WEIGHT && !tile.is_common) {
         for (int half = 0; half < COLUMNS; half += COLUMNS / 2)
-            tma_load(target + half * K_BLOCK, operands.b, block * K_BLOCK, row + half, ring.full(),
-                     policy);
+            tma_load(target + half * K_BLOCK, operands.b, block * K_BLOCK, tile.b_row + half,
+                     ring.full(), tile.policy);
         return;
     }
-    copy_rows<COLUMNS, SHARE == Share::WEIGHT>(target, operands.b, block * K_BLOCK, row,
-                                               ring.full(), policy);
+    copy_rows<COLUMNS, SHARE == Share::WEIGHT>(target, operands.b, block * K_BLOCK, tile.b_row,
+                                               ring.full(), tile.policy);
 }
 
 // Fills the rest of a slot: one K block of a tile's rows, and their scales.
-DEVICE void copy_activation(const Ring& ring, const Operands& operands, const Problem& problem,
-                            const Place& place, int block) {
-    if (is_empty(place)) return;
-    const bool last = is_last(problem, place);
-    copy_rows<ROWS, SHARE == Share::ACTIVATION>(
-        ring.memory + A_SLOTS + ring.slot * A_BYTES, last ? operands.a_last : operands.a,
-        block * K_BLOCK, place.slot * problem.m + place.row, ring.full(), EVICTED_AS_USUAL);
-    tma_load(ring.memory + A_SCALE_SLOTS + ring.slot * A_SCALE_BYTES,
-             last ? operands.a_scales_last : operands.a_scales, place.row,
-             place.slot * problem.k_blocks + block, ring.full());
+DEVICE void copy_activation(const Ring& ring, const Tile& tile, int block) {
+    if (tile.is_empty) return;
+    copy_rows<ROWS, SHARE == Share::ACTIVATION>(ring.memory + A_SLOTS + ring.slot * A_BYTES, tile.a,
+                                                block * K_BLOCK, tile.a_row, ring.full(),
+                                                EVICTED_AS_USUAL);
+    tma_load(ring.memory + A_SCALE_SLOTS + ring.slot * A_SCALE_BYTES, tile.a_scales, tile.scale_row,
+             tile.scale_block + block, ring.full());
 }
 
 // The first K blocks' weights of the first tile, which no kernel ahead writes (product.py); how many.
-DEVICE int copy_early(Ring ring, const Operands& operands, const Problem& problem) {
+DEVICE int copy_early(Ring ring, const Operands& operands, const Problem& problem,
+                      const Tile& tile) {
     const int early = smaller(problem.early_blocks, smaller(STAGES, problem.k_blocks));
-    const Place place = place_of(problem, problem.unit_rows, block_index() / CLUSTER);
     for (int block = 0; block < early; block++) {
-        copy_weight(ring, operands, problem, place, block);
+        if (is_elected()) copy_weight(ring, operands, tile, block);
         ring.advance();
     }
     return early;
@@ -83,25 +108,31 @@ DEVICE int copy_early(Ring ring, const Operands& operands, const Problem& proble
 // H200, 2026-11-26).
 constexpr bool LOOKS_AHEAD = GROUPING == Grouping::MASKED;
 
-// One thread. A warp for each operand instead took 6 to 15 % more at 64 rows (H100, 2026-11-26).
+// One warp, of which one lane copies. All of them walk, so that what is copied lies in uniform
+// registers: by one lane alone some twelve values a K block are moved there (R2UR) after the slot
+// was seen empty. A warp for each operand took 6 to 15 % more at 64 rows (H100, 2026-11-26).
 //
 // Where weights are copied early, the next kernel starts when this one has asked for all it reads:
 // its own early copies then fill the memory's pause between the two. Layers took 0.6 and 2 % less
 // than with it started at once, M of 16 and 64 (H200, 2026-11-26).
 DEVICE void copy_operands(Ring ring, const Operands& operands, const Problem& problem,
                           int unit_rows) {
-    int early = GROUPING == Grouping::NOTHING ? copy_early(ring, operands, problem) : 0;
-    wait_for_kernel_ahead();
-    if (problem.early_blocks == 0) let_next_kernel_start();
-    Units<Walker::THREAD> units(problem, unit_rows);
+    Units units(problem, unit_rows);
+    int early = -1;
     while (units.are_left()) {
-        const Place place = units.place();
+        const Tile tile(operands, problem, units.place());
+        // The first tile is looked for before the kernel ahead has ended: two divisions.
+        if (early < 0) {
+            early = copy_early(ring, operands, problem, tile);
+            wait_for_kernel_ahead();
+            if (problem.early_blocks == 0) let_next_kernel_start();
+        }
         for (int block = 0; block < problem.k_blocks; block++) {
             if (block >= early) {
                 barrier_wait(ring.empty(), ring.parity ^ 1);
-                copy_weight(ring, operands, problem, place, block);
+                if (is_elected()) copy_weight(ring, operands, tile, block);
             }
-            copy_activation(ring, operands, problem, place, block);
+            if (is_elected()) copy_activation(ring, tile, block);
             ring.advance();
             if (LOOKS_AHEAD && block == 0) units.advance();
         }
@@ -122,7 +153,7 @@ struct Piece {
 // Reads the scales of this block's tiles, piece by piece.
 struct WeightScales {
     const Problem& problem;
-    Units<Walker::WARP> units;
+    Units units;
     int base = 0;
 
     DEVICE WeightScales(const Problem& given, int unit_rows)

@@ -43,15 +43,12 @@ DEVICE Place place_of(const Problem& problem, int unit_rows, int unit) {
     return {row * ROWS, column * COLUMNS, 0, 0, problem.m, true};
 }
 
-// Who walks: one thread, or all lanes of a warp, for whom what they read is then uniform.
-enum class Walker { THREAD, WARP };
-
-// Walks the units of this block's cluster.
-template <Grouping GROUPED, Walker WALKER>
+// Walks the units of this block's cluster; all lanes of a warp.
+template <Grouping GROUPED>
 struct UnitsOf;
 
-template <Walker WALKER>
-struct UnitsOf<Grouping::NOTHING, WALKER> {
+template <>
+struct UnitsOf<Grouping::NOTHING> {
     const Problem& problem;
     int unit = block_index() / CLUSTER;
 
@@ -95,8 +92,8 @@ DEVICE int count_used_rows(const Problem& problem) {
 // half; what belongs to no group is left out. Of two tiles that share columns one may be left out: its
 // block takes part in copying the other's weight. Where both belong to groups, but not to the same,
 // each copies its own.
-template <Walker WALKER>
-struct UnitsOf<Grouping::CONTIGUOUS, WALKER> {
+template <>
+struct UnitsOf<Grouping::CONTIGUOUS> {
     const Problem& problem;
     int unit_rows;
     int unit = block_index() / CLUSTER;
@@ -134,12 +131,15 @@ struct UnitsOf<Grouping::CONTIGUOUS, WALKER> {
         unit += grid_size() / CLUSTER;
         part = 0;
     }
-    // From this part on to the next that belongs to a group; of two tiles, one that does.
     DEVICE void find() {
-        if (SHARE == Share::WEIGHT) {
+        if constexpr (SHARE == Share::WEIGHT) {
             find_pair();
-            return;
+        } else {
+            find_part();
         }
+    }
+    // From this part on to the next that belongs to a group.
+    DEVICE void find_part() {
         for (; are_left(); next_tile()) {
             const int row = place_of(problem, unit_rows, unit).row;
             const int first = group_of(row);
@@ -150,6 +150,7 @@ struct UnitsOf<Grouping::CONTIGUOUS, WALKER> {
             if (group >= 0) return;
         }
     }
+    // The next two tiles of which one does.
     DEVICE void find_pair() {
         for (; are_left(); next_tile()) {
             const int row = place_of(problem, unit_rows, unit).row;
@@ -161,9 +162,8 @@ struct UnitsOf<Grouping::CONTIGUOUS, WALKER> {
         }
     }
     DEVICE int group_of(int row) const {
-        const int found =
-            row < problem.m ? load_global(problem.routing + row / problem.block_rows) : -1;
-        return WALKER == Walker::WARP ? uniform(found) : found;
+        return uniform(row < problem.m ? load_global(problem.routing + row / problem.block_rows)
+                                       : -1);
     }
 };
 
@@ -189,8 +189,8 @@ DEVICE int count_groups(const Problem& problem, u32 ends) {
     return before;
 }
 
-template <Walker WALKER>
-struct UnitsOf<Grouping::MASKED, WALKER> {
+template <>
+struct UnitsOf<Grouping::MASKED> {
     const Problem& problem;
     u32 ends;
     int units;
@@ -234,7 +234,7 @@ struct UnitsOf<Grouping::MASKED, WALKER> {
         const int inside = unit - start * problem.unit_columns;
         found = place_of(problem, tiles, turned(inside, tiles));
         found.group = found.slot = group;
-        found.end = same(rows_of_group(problem, group));
+        found.end = uniform(rows_of_group(problem, group));
     }
     // The tiles of a column upside down in every other round. Of groups with two tiles each, an
     // even number of blocks would otherwise always give half of them the first, which is full, and
@@ -244,12 +244,10 @@ struct UnitsOf<Grouping::MASKED, WALKER> {
         const int round = (unit - row) / (grid_size() / CLUSTER);
         return tiles <= problem.band && round % 2 ? inside + tiles - 1 - 2 * row : inside;
     }
-    DEVICE int read(u32 address) const { return same(load_shared_integer(address)); }
-    DEVICE int same(int value) const { return WALKER == Walker::WARP ? uniform(value) : value; }
+    DEVICE int read(u32 address) const { return uniform(load_shared_integer(address)); }
 };
 
-template <Walker WALKER>
-using Units = UnitsOf<GROUPING, WALKER>;
+using Units = UnitsOf<GROUPING>;
 
 // What every walker starts from; all threads of the block. Whatever is read of groups, the kernel
 // ahead may have written.

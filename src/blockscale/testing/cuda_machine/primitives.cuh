@@ -151,8 +151,6 @@ DEVICE void tma_store_wait_read() {
     machine::wait_stores(PENDING);
 }
 
-DEVICE void tma_store_wait_all() { machine::wait_stores(0); }
-
 DEVICE void fence_for_tma() {
     auto& thread = machine::self();
     thread.fenced.insert(thread.fenced.end(), thread.unfenced.begin(), thread.unfenced.end());
