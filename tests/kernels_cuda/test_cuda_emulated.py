@@ -282,8 +282,8 @@ BROKEN = {
     ),
     "a slot is filled before it is empty": (
         FEW_FORMS[2],
-        "                barrier_wait(ring.empty(), ring.parity ^ 1);\n                if (is_el",
-        "                if (is_el",
+        "            barrier_wait(ring.empty(), ring.parity ^ 1);\n            if (COPIES",
+        "            if (COPIES",
         "fills a slot|more arrivals",
     ),
     "more bytes are expected than come": (
@@ -318,8 +318,8 @@ BROKEN = {
     ),
     "weights that came early are copied again": (
         FEW_FORMS[4],
-        "            if (block >= early) {",
-        "            {",
+        "for (int block = early; block < problem.k_blocks; block++)",
+        "for (int block = 0; block < problem.k_blocks; block++)",
         "more arrivals|fills a slot|nothing can go on",
     ),
     "wgmma is not fenced": (
@@ -354,8 +354,8 @@ BROKEN = {
     ),
     "a slot is given back before the other wave has read it": (
         FEW_FORMS[4],
-        "        end_block<1>(results, odd, second, own_columns);\n    }\n",
-        "give_back(first.ring); end_block<1>(results, odd, second, own_columns);\n    }\n",
+        "        end_block<1>(results, odd, second, own_columns);\n    };\n",
+        "give_back(first.ring); end_block<1>(results, odd, second, own_columns);\n    };\n",
         "fills a slot|more arrivals|nothing can go on",
     ),
     "the wrong wave is promoted": (

@@ -180,7 +180,7 @@ struct Scales {
     float b[SCALE_ROWS];
 };
 
-// Asks for them; before the slot is given back the lanes must meet.
+// Asks for them; whoever gives the slot back has them.
 template <int COUNT>
 DEVICE Scales ask_for_scales(const Ring& ring, u32 own) {
     Scales scales;
@@ -191,14 +191,6 @@ DEVICE Scales ask_for_scales(const Ring& ring, u32 own) {
         scales.a[wave][0] = load_shared(a + 4 * (wave * WAVE_ROWS));
         scales.a[wave][1] = load_shared(a + 4 * (wave * WAVE_ROWS + 8));
     }
-    return scales;
-}
-
-template <int COUNT>
-DEVICE Scales read_scales(const Ring& ring, u32 own) {
-    const Scales scales = ask_for_scales<COUNT>(ring, own);
-    // All lanes have read when one gives the slot back.
-    sync_warp();
     return scales;
 }
 
@@ -224,9 +216,10 @@ DEVICE void promote(float (&results)[SUMS], const float (&wave)[SUMS], const Sca
 }
 
 // One lane of each warp, or one for each block of the cluster: the warp has read the slot, for all
-// of its lanes met after they had (`bar.warp.sync` orders memory among them, PTX ISA 9.0, 9.7.13.2,
+// of its lanes meet after they have (`bar.warp.sync` orders memory among them, PTX ISA 9.0, 9.7.13.2,
 // and what orders one after the other orders all that was before: 8.9.5).
 DEVICE void give_back(const Ring& ring) {
+    sync_warp();
     if (ARRIVING == WARP) {
         barrier_arrive(ring.empty());
         if (CLUSTER == 2) barrier_arrive_at(ring.empty(), 1 - block_index() % CLUSTER);
@@ -250,29 +243,24 @@ DEVICE Own own_operands(const Ring& ring, int first_row, int warp_row) {
             ring.memory + A_SCALE_SLOTS + 4 * (first_row + warp_row + lane_index() / 4)};
 }
 
-// One K block, COUNT waves. While one runs the next slot is looked at, and a small form reads scales:
-// what stands between two waves is the FFMAs and the arrival that gives the slot back. In large ones
-// reading while a wave runs takes longer: the tensor cores and TMA nearly fill the bandwidth of shared
-// memory. 256x128 took 1.7 % less clocks with the loads before the wave and four slots, 0.7 % with
-// three, 128x192 1 % (ncu, H200, 2026-11-26), 256x112 4 % less time; 128x144 and smaller forms of one
-// wave up to 9 % more. `meanwhile` is called while each wave runs, with its number, and with those of waves beyond
-// COUNT. `is_full`: whether the slot is known to be, then the next. `own_columns`: as `promote`'s;
-// read after the first `meanwhile`.
+// One K block, COUNT waves. Scales are asked for before the first, since a wave and TMA nearly fill the
+// bandwidth of shared memory (256x128 took 1.7 % less clocks, ncu, H200, 2026-11-26); they come while
+// it runs, and the lanes meet after it. While a wave runs the next slot is looked at: what stands
+// between two is the FFMAs and the arrival that gives the slot back. `meanwhile` is called while each
+// wave runs, with its number, and with those of waves beyond COUNT. `is_full`: whether the slot is
+// known to be, then the next. `own_columns`: as `promote`'s; read after the first `meanwhile`.
 template <int COUNT, class Meanwhile>
 DEVICE void multiply_block(float (&results)[WAVES][SUMS], float (&wave)[SUMS], Ring& ring,
                            bool& is_full, const Own& own, const int& own_columns,
                            Meanwhile meanwhile) {
-    constexpr bool is_large = WAVES == 2 || (CONSUMERS == 2 && COLUMNS > 144);
     if (!is_full) barrier_wait(ring.full(), ring.parity);
     const u32 a = own.a_slots + ring.slot * (A_BYTES / DESCRIPTOR_UNIT);
     const u32 b = own.b_slots + ring.slot * (B_BYTES / DESCRIPTOR_UNIT);
     Ring next = ring;
     next.advance();
-    Scales scales;
+    const Scales scales = ask_for_scales<COUNT>(ring, own.scales);
     UNROLL for (int number = 0; number < COUNT; number++) {
-        if (is_large && number == 0) scales = read_scales<COUNT>(ring, own.scales);
         start_wave(wave, a + number * (WAVE_ROWS * K_BLOCK / DESCRIPTOR_UNIT), b);
-        if (!is_large) scales = read_scales<COUNT>(ring, own.scales);
         meanwhile(number);
         if (number == COUNT - 1)
             UNROLL for (int beyond = COUNT; beyond < WAVES; beyond++) meanwhile(beyond);
@@ -312,7 +300,6 @@ DEVICE void multiply_tile(float (&results)[WAVES][SUMS], float (&wave)[SUMS], Ri
 DEVICE void skip(Ring& ring, int k_blocks) {
     for (int block = 0; block < k_blocks; block++) {
         barrier_wait(ring.full(), ring.parity);
-        sync_warp();
         give_back(ring);
         ring.advance();
     }
@@ -324,7 +311,7 @@ DEVICE void skip(Ring& ring, int k_blocks) {
 // A tile's results: written at its end, or each wave's while the next tile's first one runs. So the
 // tensor cores work while a consumer rounds, stages and waits for a buffer.
 DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& problem,
-                    int unit_rows) {
+                    const Start& start) {
     const int consumer = warp / WARPS;
     // The warp's first row in a wave.
     const int warp_row = warp % WARPS * WARP_ROWS;
@@ -341,7 +328,7 @@ DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& pr
         if (GROUPING != Grouping::NOTHING && first.row >= first.end) return;
         write_wave(results[number], out, problem, first, staging);
     };
-    Units units(problem, unit_rows);
+    Units units(problem, start);
     // Not between two tiles, where the tensor cores would wait for it: 128x192 took 3 % less clocks
     // in slots, 256x128 1 % in row blocks (ncu, H200, 2026-11-26).
     const auto look_ahead = [&]() { units.advance(); };
@@ -404,27 +391,31 @@ block_fp8_gemm(CONSTANT TensorMap a, CONSTANT TensorMap a_last, CONSTANT TensorM
                CONSTANT TensorMap out, CONSTANT Problem problem) {
     const int warp = warp_index();
     Ring ring{shared_memory()};
-    if (warp == 0 && lane_index() == 0) prepare_barriers(ring.memory);
+    const Operands operands{a, a_last, b, a_scales, a_scales_last};
+    // All that the first copy waits for is done by different warps, before they meet.
+    if (warp == CONSUMERS * WARPS && is_elected()) {
+        operands.prefetch();
+        prefetch_map(out);
+    }
+    if (warp == CONSUMERS * WARPS + 1 && is_elected()) prepare_barriers(ring.memory);
+    Start start{problem.unit_rows, {}};
+    if (GROUPING == Grouping::NOTHING)
+        start.first = place_of(problem, problem.unit_rows, block_index() / CLUSTER);
     if (CLUSTER > 1) {
         sync_cluster();
     } else {
         sync_block();
     }
-    const int unit_rows = count_unit_rows(problem, ring.memory, warp);
+    if (GROUPING != Grouping::NOTHING)
+        start.unit_rows = count_unit_rows(problem, ring.memory, warp);
     if (warp < CONSUMERS * WARPS) {
         if constexpr (MOVES_REGISTERS) take_registers<CONSUMER_REGISTERS>();
-        consume(ring, warp, out, problem, unit_rows);
+        consume(ring, warp, out, problem, start);
     } else {
         if constexpr (MOVES_REGISTERS) give_registers<PRODUCER_REGISTERS>();
-        if (warp == CONSUMERS * WARPS) {
-            const Operands operands{a, a_last, b, a_scales, a_scales_last};
-            if (is_elected()) {
-                operands.prefetch();
-                prefetch_map(out);
-            }
-            copy_operands(ring, operands, problem, unit_rows);
-        }
-        if (warp == CONSUMERS * WARPS + 1) copy_weight_scales(ring, problem, unit_rows);
+        if (warp == CONSUMERS * WARPS && (!COPIES_ALONE || is_elected()))
+            copy_operands(ring, operands, problem, start);
+        if (warp == CONSUMERS * WARPS + 1) copy_weight_scales(ring, problem, start);
         sync_warp();
     }
     // No block may end while the other still sends to it.

@@ -68,6 +68,12 @@ struct Tile {
     }
 };
 
+// Who walks over the K blocks: all lanes of the copying warp, so that what is copied lies in uniform
+// registers (by one lane alone some twelve values a K block are moved there after the slot was seen
+// empty), or that lane alone, which need not be elected for each K block. Alone 64x32 took 3 and 8 %
+// less, 64x64 5 % more, 256x128 2 % more (H100, 2026-11-26).
+constexpr bool COPIES_ALONE = GROUPING == Grouping::NOTHING && CONSUMERS == 1 && COLUMNS <= 32;
+
 // Opens a free slot for one K block of a tile, and copies its weights.
 DEVICE void copy_weight(const Ring& ring, const Operands& operands, const Tile& tile, int block) {
     barrier_arrive_expecting(ring.full(), tile.bytes);
@@ -97,7 +103,7 @@ DEVICE int copy_early(Ring ring, const Operands& operands, const Problem& proble
                       const Tile& tile) {
     const int early = smaller(problem.early_blocks, smaller(STAGES, problem.k_blocks));
     for (int block = 0; block < early; block++) {
-        if (is_elected()) copy_weight(ring, operands, tile, block);
+        if (COPIES_ALONE || is_elected()) copy_weight(ring, operands, tile, block);
         ring.advance();
     }
     return early;
@@ -108,16 +114,15 @@ DEVICE int copy_early(Ring ring, const Operands& operands, const Problem& proble
 // H200, 2026-11-26).
 constexpr bool LOOKS_AHEAD = GROUPING == Grouping::MASKED;
 
-// One warp, of which one lane copies. All of them walk, so that what is copied lies in uniform
-// registers: by one lane alone some twelve values a K block are moved there (R2UR) after the slot
-// was seen empty. A warp for each operand took 6 to 15 % more at 64 rows (H100, 2026-11-26).
+// One warp, of which one lane copies. A warp for each operand took 6 to 15 % more at 64 rows (H100,
+// 2026-11-26).
 //
 // Where weights are copied early, the next kernel starts when this one has asked for all it reads:
 // its own early copies then fill the memory's pause between the two. Layers took 0.6 and 2 % less
 // than with it started at once, M of 16 and 64 (H200, 2026-11-26).
 DEVICE void copy_operands(Ring ring, const Operands& operands, const Problem& problem,
-                          int unit_rows) {
-    Units units(problem, unit_rows);
+                          const Start& start) {
+    Units units(problem, start);
     int early = -1;
     while (units.are_left()) {
         const Tile tile(operands, problem, units.place());
@@ -127,12 +132,16 @@ DEVICE void copy_operands(Ring ring, const Operands& operands, const Problem& pr
             wait_for_kernel_ahead();
             if (problem.early_blocks == 0) let_next_kernel_start();
         }
-        for (int block = 0; block < problem.k_blocks; block++) {
-            if (block >= early) {
-                barrier_wait(ring.empty(), ring.parity ^ 1);
-                if (is_elected()) copy_weight(ring, operands, tile, block);
+        for (int block = 0; block < early; block++) {
+            if (COPIES_ALONE || is_elected()) copy_activation(ring, tile, block);
+            ring.advance();
+        }
+        for (int block = early; block < problem.k_blocks; block++) {
+            barrier_wait(ring.empty(), ring.parity ^ 1);
+            if (COPIES_ALONE || is_elected()) {
+                copy_weight(ring, operands, tile, block);
+                copy_activation(ring, tile, block);
             }
-            if (is_elected()) copy_activation(ring, tile, block);
             ring.advance();
             if (LOOKS_AHEAD && block == 0) units.advance();
         }
@@ -156,8 +165,8 @@ struct WeightScales {
     Units units;
     int base = 0;
 
-    DEVICE WeightScales(const Problem& given, int unit_rows)
-        : problem(given), units(given, unit_rows) {}
+    DEVICE WeightScales(const Problem& given, const Start& start)
+        : problem(given), units(given, start) {}
     // Of no blocks behind the last tile. Nothing waits here for what is read.
     DEVICE Piece read() {
         if (!units.are_left()) return {0, 0, 0};
@@ -184,9 +193,9 @@ struct WeightScales {
 
 // One warp puts the scales into the slots, one by one, so that no consumer waits for a load from
 // memory; nor does this warp, which has asked for the next piece by then.
-DEVICE void copy_weight_scales(Ring ring, const Problem& problem, int unit_rows) {
+DEVICE void copy_weight_scales(Ring ring, const Problem& problem, const Start& start) {
     if (problem.early_blocks == 0) wait_for_kernel_ahead();
-    WeightScales scales(problem, unit_rows);
+    WeightScales scales(problem, start);
     for (Piece next = scales.read(); next.blocks > 0;) {
         const Piece piece = next;
         for (int owner = 0; owner < piece.blocks; owner++) {

@@ -32,16 +32,23 @@ DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 // Units that run at the same time share rows of A and columns of B in L2.
 DEVICE Place place_of(const Problem& problem, int unit_rows, int unit) {
     const int band_units = problem.unit_columns * problem.band;
-    const int band = unit / band_units;
+    // Few tokens need no division; each takes some 100 clocks.
+    const int band = unit < band_units ? 0 : unit / band_units;
     const int rows = smaller(unit_rows - band * problem.band, problem.band);
     const int inside = unit - band * band_units;
-    int column = inside / rows;
+    int column = rows > 1 ? inside / rows : inside;
     int row = band * problem.band + inside - column * rows;
     const int rank = block_index() % CLUSTER;
     if (SHARE == Share::ACTIVATION) column = 2 * column + rank;
     if (SHARE == Share::WEIGHT) row = 2 * row + rank;
     return {row * ROWS, column * COLUMNS, 0, 0, problem.m, true};
 }
+
+// What every walker starts from: rows of units, and of one matrix this block's first tile.
+struct Start {
+    int unit_rows;
+    Place first;
+};
 
 // Walks the units of this block's cluster; all lanes of a warp.
 template <Grouping GROUPED>
@@ -51,11 +58,15 @@ template <>
 struct UnitsOf<Grouping::NOTHING> {
     const Problem& problem;
     int unit = block_index() / CLUSTER;
+    Place found;
 
-    DEVICE UnitsOf(const Problem& given, int) : problem(given) {}
+    DEVICE UnitsOf(const Problem& given, const Start& start) : problem(given), found(start.first) {}
     DEVICE bool are_left() const { return unit < problem.unit_rows * problem.unit_columns; }
-    DEVICE void advance() { unit += grid_size() / CLUSTER; }
-    DEVICE Place place() const { return place_of(problem, problem.unit_rows, unit); }
+    DEVICE void advance() {
+        unit += grid_size() / CLUSTER;
+        found = place_of(problem, problem.unit_rows, unit);
+    }
+    DEVICE Place place() const { return found; }
     DEVICE OwnRows own_rows(int consumer) const { return {consumer * OWN_ROWS, WAVES}; }
 };
 
@@ -103,7 +114,10 @@ struct UnitsOf<Grouping::CONTIGUOUS> {
     bool is_nobodys = false;
     bool is_common = true;
 
-    DEVICE UnitsOf(const Problem& given, int rows) : problem(given), unit_rows(rows) { find(); }
+    DEVICE UnitsOf(const Problem& given, const Start& start)
+        : problem(given), unit_rows(start.unit_rows) {
+        find();
+    }
     DEVICE bool are_left() const { return unit < unit_rows * problem.unit_columns; }
     DEVICE void advance() {
         if (PARTS == 2 && part == 0 && !is_whole) {
@@ -197,8 +211,10 @@ struct UnitsOf<Grouping::MASKED> {
     int unit = block_index() / CLUSTER;
     Place found{};
 
-    DEVICE UnitsOf(const Problem& given, int rows)
-        : problem(given), ends(shared_memory() + GROUP_ENDS), units(rows * given.unit_columns) {
+    DEVICE UnitsOf(const Problem& given, const Start& start)
+        : problem(given),
+          ends(shared_memory() + GROUP_ENDS),
+          units(start.unit_rows * given.unit_columns) {
         find();
     }
     DEVICE bool are_left() const { return unit < units; }
@@ -249,10 +265,9 @@ struct UnitsOf<Grouping::MASKED> {
 
 using Units = UnitsOf<GROUPING>;
 
-// What every walker starts from; all threads of the block. Whatever is read of groups, the kernel
-// ahead may have written.
+// Rows of units of all groups; all threads of the block. Whatever is read of groups, the kernel ahead
+// may have written.
 DEVICE int count_unit_rows(const Problem& problem, u32 memory, int warp) {
-    if (GROUPING == Grouping::NOTHING) return problem.unit_rows;
     wait_for_kernel_ahead();
     if (GROUPING == Grouping::CONTIGUOUS) return count_used_rows(problem);
     if (warp == 0) count_groups(problem, memory + GROUP_ENDS);

@@ -279,8 +279,8 @@ def forms_to_compare(rows: int, columns: int, out: DType) -> tuple[Form, ...]:
     return tuple(form for form in dict.fromkeys(found) if form.stages >= LEAST_STAGES)
 
 
-# Copied before the kernel ahead has ended, and for which blocks: with more K blocks in all.
-EARLY_BLOCKS, MOST_BLOCKS_IF_EARLY = 4, 40
+# Copied before the kernel ahead has ended.
+EARLY_BLOCKS = 4
 # Late, tiles of this width take longer where K is long (``cuda_stores.py``, H100, 2026-11-26).
 NEVER_LATE_COLUMNS = 160
 # Late and with two waves in flight: tiles that a block has, one after the other.
@@ -313,17 +313,15 @@ class Work:
     def early_blocks(self) -> int:
         """K blocks whose weights a block copies before the kernel ahead has ended.
 
-        Where all tokens fit into one tile's rows and a block has few K blocks. H200, 2026-11-26, M
-        of 1 to 64: 1 to 8 % less at K of 512 to 3072; at K of 6144 and 7168, where a block waits
-        for its chain of K blocks and not for memory, up to 6 % more (perf-log G29).
+        Where all tokens fit into one tile's rows. M of 1 to 64: 1 to 8 % less at K of 512 to 3072
+        (H200), 0.5 to 4 % at K of 6144 and more (H100, 2026-11-26, perf-log G29 and G39).
         """
         form = self.form
         if self.unit_rows > 1 or form.share is not Share.NOTHING:
             return 0
         if form.grouping is not Grouping.NOTHING:
             return 0
-        own_blocks = self.units / self.blocks * self.k_blocks
-        return EARLY_BLOCKS if own_blocks <= MOST_BLOCKS_IF_EARLY else 0
+        return EARLY_BLOCKS
 
     @property
     def boxes(self) -> tuple[Box, Box, Box, Box, Box, Box]:
