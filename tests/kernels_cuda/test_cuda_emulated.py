@@ -320,7 +320,7 @@ BROKEN = {
         FEW_FORMS[4],
         "for (int block = early; block < problem.k_blocks; block++)",
         "for (int block = 0; block < problem.k_blocks; block++)",
-        "more arrivals|fills a slot|nothing can go on",
+        "wrong|more arrivals|fills a slot|nothing can go on",
     ),
     "wgmma is not fenced": (
         FEW_FORMS[2],
@@ -356,7 +356,7 @@ BROKEN = {
         FEW_FORMS[4],
         "        end_block<1>(results, odd, second, own_columns);\n    };\n",
         "give_back(first.ring); end_block<1>(results, odd, second, own_columns);\n    };\n",
-        "fills a slot|more arrivals|nothing can go on",
+        "what TMA is writing|fills a slot|more arrivals|nothing can go on",
     ),
     "the wrong wave is promoted": (
         FEW_FORMS[4],
