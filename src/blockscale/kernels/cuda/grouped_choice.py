@@ -58,6 +58,9 @@ STREAM, READ_AGAIN = 1690.0, 1.7
 # Up to this many tiles of rows a group, its weight is streamed rather than kept in L2: a fourth
 # slot then gains 2 to 4 %, and loses 1 to 5 % at four tiles (H100, 2026-11-26).
 STREAMED_TILES = 1.5
+# What the model misses of tiles of two waves where a slot has several: 256x128 took 2 to 7 % more
+# than 128x192 in all of four cases (H100, ``grouped-variants.jsonl``; H200, 2026-11-26).
+TALL_TILES = 1.04
 # Row blocks of a group, the mean, and K, from which on pairs share its weight.
 BLOCKS_OF_PAIRS, K_OF_PAIRS = (1.25, 3.0), 3072
 # Bands of units (``grouped_band``).
@@ -238,6 +241,8 @@ def masked_clocks(
     tiles = likely_tiles(tall, rows)
     grown = with_unit_rows(work, max(1, round(rows[0] * tiles)))
     found = corrections.clocks(grown, grown.unit_rows * tall, n, processors)
+    if work.form.waves > 1 and tiles > STREAMED_TILES:
+        found *= TALL_TILES
     reads = min(READ_AGAIN, 1 + (READ_AGAIN - 1) * (tiles - 1))
     return together(BLOCK_POWER, found, rows[0] * n * k * reads / STREAM)
 
