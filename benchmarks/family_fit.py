@@ -242,7 +242,7 @@ def plan_of(n: int, k: int, out: DType, fitted: Fitted) -> list[tuple[int, str]]
     points = [
         Timed(start, m, one) for start, m, one in zip(starts_of(TOKENS), TOKENS, times, strict=True)
     ]
-    return [(0, "gluon"), *((one.min_m, one.backend) for one in in_ranges(points, FAMILIES))]
+    return [(one.min_m, one.backend) for one in in_ranges(points, FAMILIES)]
 
 
 def write(

@@ -126,11 +126,11 @@ def cuda_works(scope: Scope = Scope.EVERY_WAY) -> list[tuple[int, CudaWork]]:
     from blockscale.kernels.cuda.work import written
 
     found = [
-        (m, written(work))
+        (m, work)
         for m in TOKENS
         for processors in PROCESSORS
         for blocks in BLOCKS
-        for work in candidates(m, N, k_of(blocks), DType.BFLOAT16, processors)
+        for work in map(written, candidates(m, N, k_of(blocks), DType.BFLOAT16, processors))
         if blocks > work.form.stages
     ]
     works = one_of_each(found, cuda_kind, cuda_turns)
@@ -138,10 +138,12 @@ def cuda_works(scope: Scope = Scope.EVERY_WAY) -> list[tuple[int, CudaWork]]:
 
 
 def cuda_kind(work: CudaWork) -> tuple[Hashable, ...]:
-    """What decides the way through the code; a tile's width decides only how often."""
+    """What decides the way through the code; a wide tile's width decides only how often."""
     form, stores = work.form, work.form.stores
+    # Copied by a lane that walks alone (producer.cuh).
+    is_narrow = form.columns <= 32  # noqa: PLR2004 - COPIES_ALONE
     return (
-        *(form.rows, form.grouping, form.share, form.beside, form.flight),
+        *(form.rows, is_narrow, form.grouping, form.share, form.beside, form.flight),
         *(stores.when, stores.box_rows, work.early_blocks > 0),
     )
 

@@ -48,7 +48,8 @@ def newest(benchmark: str) -> list[dict[str, Any]]:
 
 def caption(found: list[dict[str, Any]]) -> str:
     """Below a table of one machine: which, when and of which source."""
-    return f"\n{where(found[-1])}, source {found[-1]['commit']}.\n"
+    commit = found[-1]["commit"]
+    return f"\n{where(found[-1])}{f', source {commit}' if commit else ''}.\n"
 
 
 def rows(header: str, body: list[list[object]]) -> str:

@@ -34,21 +34,21 @@ def served(*ratios: float) -> list[tuple[int, str]]:
 
 
 def test_each_token_count_speaks_up_to_the_geometric_mean() -> None:
-    assert starts_of(TOKENS)[:4] == (6, 12, 20, 28)
+    assert starts_of(TOKENS)[:6] == (1, 2, 3, 6, 12, 20)
     assert starts_of(TOKENS)[-1] == 5793
 
 
 def test_a_range_goes_to_the_faster_one() -> None:
-    assert served(0.9, 0.9, 1.1, 1.1) == [(6, "first"), (20, "second")]
+    assert served(0.9, 0.9, 1.1, 1.1) == [(1, "first"), (3, "second")]
 
 
 def test_the_preferred_one_serves_unless_another_is_one_percent_faster() -> None:
-    assert served(1.009, 1.009, 1.009) == [(6, "first")]
-    assert served(1.03, 1.03, 1.03) == [(6, "second")]
+    assert served(1.009, 1.009, 1.009) == [(1, "first")]
+    assert served(1.03, 1.03, 1.03) == [(1, "second")]
 
 
 def test_a_little_faster_at_one_token_count_is_worth_no_switch() -> None:
-    assert served(0.9, 0.9, 1.02, 0.9, 0.9) == [(6, "first")]
+    assert served(0.9, 0.9, 1.02, 0.9, 0.9) == [(1, "first")]
     assert len(served(0.9, 0.9, 1.1, 0.9, 0.9)) == 3
 
 

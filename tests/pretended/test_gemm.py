@@ -53,7 +53,7 @@ def outputs(folder: Path, *runs: list[str]) -> list[str]:
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    """Whole (N, K) only, in order, each once; the planner's choice is marked."""
+    """Whole (N, K) only, in order, each once; only the planner's choice is marked."""
     both = "128x128,256x128"
     first, second, stopped = outputs(
         tmp_path,
@@ -78,7 +78,8 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     ]
     for r in lines:
         assert r["p10_us"] <= r["time_us"] <= r["p90_us"]
-        assert r["planned"] == (r["backend"] == "gluon")
+        # So small a weight goes to `cuda`, which is not timed here.
+        assert not r["planned"]
         assert r["commit"] == "abc1234"
         assert r["deep_gemm_us"] is None
     assert "0 rows in" in stopped

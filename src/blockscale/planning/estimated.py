@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from blockscale.planning.device import Device
     from blockscale.planning.request import LinearRequest
 
-# Asked too of experts; dense layers were timed with more tokens.
-FEWEST = (1, 2, 4)
-
 
 @dataclass(frozen=True, slots=True)
 class _Estimates:
@@ -83,8 +80,7 @@ def _knows(backend: EstimatingBackend, requests: Sequence[LinearRequest], device
 
 
 def _estimated(estimates: _Estimates) -> tuple[Timed, ...]:
-    tokens = TOKENS if estimates.requests[0].experts is None else (*FEWEST, *TOKENS)
-    known = [(m, times) for m in tokens if (times := estimates.at(m))]
+    known = [(m, times) for m in TOKENS if (times := estimates.at(m))]
     if not known:
         return ()
     starts = starts_of([m for m, _ in known])

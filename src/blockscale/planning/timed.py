@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # Token counts that backends are asked about; below the least that all of them know, the order of
 # preference stands.
 TOKENS = (
+    1,
+    2,
+    4,
     8,
     16,
     24,
