@@ -78,8 +78,8 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     ]
     for r in lines:
         assert r["p10_us"] <= r["time_us"] <= r["p90_us"]
-        # So small a weight goes to `cuda`, which is not timed here.
-        assert not r["planned"]
+        # Where NVRTC is installed so small a weight goes to `cuda`, which is not timed here.
+        assert not r["planned"] or r["backend"] == "gluon"
         assert r["commit"] == "abc1234"
         assert r["deep_gemm_us"] is None
     assert "0 rows in" in stopped
