@@ -367,6 +367,13 @@ def test_experts_stay_on_the_kind_of_device_they_were_planned_for() -> None:
         layer.to("meta")
 
 
+@pytest.mark.parametrize("name", ["w13_data", "w13_scales", "w2_data", "w2_scales"])
+def test_what_kernels_read_cannot_be_replaced(name: str) -> None:
+    layer = BlockScaledExperts(cases.plan_for(), *random_weights())
+    with pytest.raises(ModelError, match=f"{name} is the memory"):
+        setattr(layer, name, getattr(layer, name).clone())
+
+
 def test_a_loaded_state_dict_is_what_runs() -> None:
     source = BlockScaledExperts(cases.plan_for(), *random_weights())
     layer = copy.deepcopy(source)

@@ -396,6 +396,19 @@ def test_a_loaded_state_dict_is_what_runs(assign: bool) -> None:
     assert layer.data.data_ptr() == layer.weight.data.data_ptr()
 
 
+@pytest.mark.parametrize("name", ["data", "scales"])
+def test_what_kernels_read_cannot_be_replaced(name: str) -> None:
+    layer = BlockScaledLinear(plan_for(), weight_of(), torch.zeros(N))
+    before = getattr(layer, name)
+    with pytest.raises(ModelError, match=rf"{name} is the memory .* update\(\) or load_state_dict"):
+        setattr(layer, name, before.clone())
+    assert getattr(layer, name) is before
+    setattr(layer, name, before)
+    without = layer(activation(2))
+    layer.bias = torch.full((N,), 512.0)
+    assert not torch.equal(layer(activation(2)), without)
+
+
 def test_no_scale_is_rounded_by_loading_a_state_dict() -> None:
     layer = BlockScaledLinear(plan_for(), weight_of())
     before = layer.weight.scales.clone()

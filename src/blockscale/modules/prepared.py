@@ -21,6 +21,20 @@ class PreparedModule(nn.Module):
 
     plan: LinearPlan | ExpertsPlan
 
+    def __setattr__(self, name: str, value: torch.Tensor | nn.Module) -> None:
+        """Refuse new tensors for codes and scales: the operator would go on reading the old ones.
+
+        Raises ModelError. The bias may be replaced: it is looked up by every call.
+        """
+        own = self.__dict__.get("_buffers", {}).get(name)
+        if name != "bias" and own is not None and value is not own:
+            msg = (
+                f"{self.plan.name!r}: {name} is the memory that its kernels read and cannot be "
+                "replaced; update() or load_state_dict() write new values into it"
+            )
+            raise ModelError(msg)
+        super().__setattr__(name, value)
+
     def _moved(
         self, fn: Callable[[torch.Tensor], torch.Tensor], device: torch.device
     ) -> torch.device:
