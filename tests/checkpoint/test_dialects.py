@@ -279,6 +279,18 @@ DIALECTS = {
         foreign={"model.embed_tokens": SchemeKind.TABLE},
         findings={"other_quantization"},
     ),
+    "a quantized embedding table that nobody declares": Dialect(
+        {
+            "transformer.wte.weight": codes(128, 128),
+            "transformer.wte.weight_scale_inv": floats(1, 1),
+            "a.weight": codes(128, 128),
+            "a.weight_scale_inv": floats(1, 1),
+        },
+        {"a": FP32},
+        V3,
+        foreign={"transformer.wte": SchemeKind.TABLE},
+        findings={"other_quantization"},
+    ),
     "a per-channel layer where blocks are declared": Dialect(
         {
             "a.weight": codes(256, 128),

@@ -51,6 +51,8 @@ __all__ = [
 
 FP8_DATA = "F8_E4M3"
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
+# Modules whose rows are looked up, whatever is declared: no linear layer, though a matrix.
+TABLES = frozenset({"embed", "embed_tokens", "tok_embeddings", "word_embeddings", "wpe", "wte"})
 # Two FP4 values in a byte (DeepSeek-V4: I8; ModelOpt and compressed-tensors: U8; safetensors: F4).
 PACKED_DTYPES = frozenset({"I8", "U8", "F4"})
 # U8 holds E8M0 exponents in MXFP8 checkpoints. F16 is restated exactly.
@@ -248,7 +250,7 @@ class _Pass:
             problem = f"has shape {weight.shape}, no values at all; save or download it again"
             raise CheckpointError(weight.path, problem, tensor=weight.name)
         scale = self._scale_of(weight)
-        if name in self._scheme.tables:
+        if name in self._scheme.tables or name.rpartition(".")[2] in TABLES:
             self._add_foreign(weight, scale, SchemeKind.TABLE, "an FP8 embedding table")
             return
         scale_format = SCALE_DTYPES.get(scale.dtype)
