@@ -126,7 +126,7 @@ DEVICE void copy_operands(Ring ring, const Operands& operands, const Problem& pr
     int early = -1;
     while (units.are_left()) {
         const Tile tile(operands, problem, units.place());
-        // The first tile is looked for before the kernel ahead has ended: two divisions.
+        // Of the first tile what no kernel ahead writes, before that has ended.
         if (early < 0) {
             early = copy_early(ring, operands, problem, tile);
             wait_for_kernel_ahead();
