@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from blockscale.checkpoint import output, write
 from blockscale.checkpoint.quantize import QuantizeOptions, quantize_checkpoint
 from blockscale.checkpoint.read import read_checkpoint
+from blockscale.checkpoint.schema import TABLES
 from blockscale.errors import CheckpointError
 from blockscale.formats import (
     FP8_32X32_UE8M0,
@@ -61,6 +62,19 @@ def test_everything_else_is_kept_bit_for_bit(float_checkpoint: Path, tmp_path: P
     for name in original.keys() - set(CHOSEN):
         assert torch.equal(written[name], original[name])
     assert written.keys() == original.keys() | {name + "_scale_inv" for name in CHOSEN}
+
+
+def test_what_is_read_as_a_table_is_kept(tmp_path: Path) -> None:
+    """Otherwise its codes would be written and then planned by nobody."""
+    source = tmp_path / "source"
+    source.mkdir()
+    names = [f"model.{table}.weight" for table in TABLES]
+    save_file(
+        {n: torch.randn(128, 128) for n in ("a.weight", *names)}, source / "model.safetensors"
+    )
+    written = run(source, tmp_path / "out")
+    assert written["a.weight"].dtype is torch.float8_e4m3fn
+    assert {written[name].dtype for name in names} == {torch.float32}
 
 
 def test_strips_do_not_change_the_result(

@@ -19,6 +19,11 @@ ROOT = Path(__file__).parent.parent.parent
 PROGRAM = """
 import json, runpy, sys
 
+from blockscale.probe import machine
+
+# With NVRTC, which a pretend GPU has, so small a weight is planned for `cuda`, not timed here.
+known = machine._version
+machine._version = lambda name: None if name == "cuda-bindings" else known(name)
 common, *runs = json.loads(sys.argv[1])
 sys.path.insert(0, "benchmarks")
 for run in runs:
@@ -53,7 +58,7 @@ def outputs(folder: Path, *runs: list[str]) -> list[str]:
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    """Whole (N, K) only, in order, each once; only the planner's choice is marked."""
+    """Whole (N, K) only, in order, each once; the planner's choice is marked."""
     both = "128x128,256x128"
     first, second, stopped = outputs(
         tmp_path,
@@ -78,8 +83,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     ]
     for r in lines:
         assert r["p10_us"] <= r["time_us"] <= r["p90_us"]
-        # Where NVRTC is installed so small a weight goes to `cuda`, which is not timed here.
-        assert not r["planned"] or r["backend"] == "gluon"
+        assert r["planned"] == (r["backend"] == "gluon")
         assert r["commit"] == "abc1234"
         assert r["deep_gemm_us"] is None
     assert "0 rows in" in stopped

@@ -69,7 +69,7 @@ class Cuda:
             self.name,
             HOPPER_WEIGHT,
             HOPPER_ACTIVATION,
-            # All of tests/gpu passed on an H100 (source 3e46ab0, 2026-11-26).
+            # All of tests/gpu passed on an H100 (source 1ce0f8d, 2026-11-26).
             evidence=Evidence.TESTED,
             readiness=Readiness.RUNNABLE,
             rows=() if request.experts is None else row_blocks(request.experts, ALIGNMENTS),

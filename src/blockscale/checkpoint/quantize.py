@@ -19,7 +19,13 @@ import torch
 
 from blockscale.checkpoint.output import PlannedTensor, files_beside_weights, plan_shards
 from blockscale.checkpoint.read import CONFIG_NAME
-from blockscale.checkpoint.schema import FLOAT_DTYPES, WEIGHT_SUFFIX, SchemeKind, scheme_of
+from blockscale.checkpoint.schema import (
+    FLOAT_DTYPES,
+    TABLES,
+    WEIGHT_SUFFIX,
+    SchemeKind,
+    scheme_of,
+)
 from blockscale.checkpoint.strips import STRIP_BYTES, StripQuantizer, resident_bytes
 from blockscale.checkpoint.write import Crew, Output, write_checkpoint
 from blockscale.errors import CheckpointError
@@ -38,7 +44,7 @@ SCALE_SUFFIX = "_scale_inv"
 # Path components whose weights stay as they are: tables that are looked up, not multiplied;
 # routers, whose errors move tokens to other experts; the output head.
 KEPT_COMPONENTS = (
-    "embed_tokens", "embeddings", "wte", "wpe", "embed", "lm_head", "head", "score", "classifier",
+    *TABLES, "lm_head", "head", "score", "classifier",
     "gate", "router", "shared_expert_gate", "e_score_correction_bias", "eh_proj",
 )  # fmt: skip
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FLOAT_DTYPES",
+    "TABLES",
     "WEIGHT_SUFFIX",
     "Foreign",
     "ForeignLayer",
@@ -52,7 +53,9 @@ __all__ = [
 FP8_DATA = "F8_E4M3"
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
 # Modules whose rows are looked up, whatever is declared: no linear layer, though a matrix.
-TABLES = frozenset({"embed", "embed_tokens", "tok_embeddings", "word_embeddings", "wpe", "wte"})
+TABLES = (
+    "embed_tokens", "embeddings", "tok_embeddings", "word_embeddings", "embed", "wte", "wpe",
+)  # fmt: skip
 # Two FP4 values in a byte (DeepSeek-V4: I8; ModelOpt and compressed-tensors: U8; safetensors: F4).
 PACKED_DTYPES = frozenset({"I8", "U8", "F4"})
 # U8 holds E8M0 exponents in MXFP8 checkpoints. F16 is restated exactly.

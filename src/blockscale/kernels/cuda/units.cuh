@@ -50,7 +50,7 @@ struct Start {
     Place first;
 };
 
-// Walks the units of this block's cluster; all lanes of a warp.
+// Walks the units of this block's cluster; all lanes of a warp, or of one matrix also a lane alone.
 template <Grouping GROUPED>
 struct UnitsOf;
 
