@@ -2,8 +2,8 @@
 
     python benchmarks/cuda_sweep.py --out FILE [--seconds 200] [--shapes 4096x7168,...]
                                     [--tokens 128,...] [--most 16] [--far 1.6]
-                                    [--random --seed 0 --random-tokens 8,12,...] [--written]
-                                    [--out-dtype float32]
+                                    [--random --seed 0 --random-tokens 8,12,...]
+                                    [--written | --ways] [--out-dtype float32]
 
 For each (N, K) and M the candidates that the model of ``kernels.cuda.choice`` holds for at most
 ``--far`` times as slow as its best, at most ``--most``, and what ``kernels.gluon.choice`` chooses:
@@ -12,7 +12,8 @@ as ``gluon_sweep.py`` writes them: {"m", "n", "k", "out_dtype", "times": {work: 
 {work: the model's}}. At the end how the model's choice compares with the fastest, and the fastest
 with Gluon. ``--random``: then (N, K) of real models with six M each, until the time is up;
 ``--random-tokens``: of these.
-``--written``: the same tiles, each written as if it were chosen (``work.written``).
+``--written``: the same tiles, each written as if it were chosen (``work.written``). ``--ways``: each
+in all ways that that was chosen from; at the end, by tile, what lanes take beside boxes.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ import argparse
 import json
 import os
 import random
+import re
 import statistics
 import sys
 import time
+from collections import defaultdict
 from itertools import chain
 from pathlib import Path
 from statistics import geometric_mean
@@ -36,7 +39,17 @@ from blockscale.kernels.cuda.build import compile_all
 from blockscale.kernels.cuda.choice import candidates, forms
 from blockscale.kernels.cuda.corrections import clocks
 from blockscale.kernels.cuda.product import CudaProduct
-from blockscale.kernels.cuda.work import at_once, in_flight, late, written
+from blockscale.kernels.cuda.work import (
+    K_BLOCK,
+    SHORT_BLOCKS,
+    When,
+    at_once,
+    by_lanes,
+    in_flight,
+    late,
+    ways_to_write,
+    written,
+)
 from blockscale.kernels.gluon.product import GluonProduct
 from blockscale.tensor import torch_dtype
 from gluon_sweep import TOKENS as EVERY_M
@@ -56,6 +69,12 @@ SHAPES = (
 TOKENS = "256,1024,128,4096,512,2048,64,8192,32,16"
 RANDOM_TOKENS = tuple(m for m in EVERY_M if m >= 8)
 WARM_UP_ROUNDS, ROUNDS, REPLAYS = 2, 7, 3
+# A work's name: its tile and what is shared, by whom it is written, and when.
+NAME = re.compile(
+    r"(?P<tile>\d+x\d+)s\d+(?P<share>\+.)?(?:(?P<lanes>lanes)|b\d+(?:r8)?x\d+?)"
+    r"(?P<beside>x2)?(?P<way>(?:-late)?(?:w2)?) /\d+"
+)
+LONGEST_SHORT = K_BLOCK * SHORT_BLOCKS
 OUT_DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -71,7 +90,9 @@ def main() -> int:
     parser.add_argument("--random", action="store_true", help="go on with shapes of real models")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--random-tokens", default=",".join(map(str, RANDOM_TOKENS)))
-    parser.add_argument("--written", action="store_true", help="written as what is chosen is")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--written", action="store_true", help="written as what is chosen is")
+    how.add_argument("--ways", action="store_true", help="written in boxes and by lanes")
     parser.add_argument("--out-dtype", choices=OUT_DTYPES, default="float16")
     options = parser.parse_args()
     drawn_from = [int(m) for m in options.random_tokens.split(",")]
@@ -81,9 +102,10 @@ def main() -> int:
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     out = DType(options.out_dtype)
     every = set(forms(out))
-    if options.written:
-        every = {way(form) for form in every for way in (at_once, late)}
-        every |= {in_flight(form) for form in every}
+    if options.written or options.ways:
+        boxes = [way(form) for form in every for way in (at_once, late)]
+        lanes = [by_lanes(form, when) for form in every for when in When]
+        every = {way for form in (*boxes, *lanes) for way in (form, in_flight(form))}
     compile_all(every, os.cpu_count() or 1)
     print(f"compiled {len(every)} forms in {time.monotonic() - started:.0f} s", flush=True)
     lines = []
@@ -96,11 +118,16 @@ def main() -> int:
             works = near((m, n, k), out, processors, options.far)[: options.most]
             if options.written:
                 works = list(dict.fromkeys(written(work) for work in works))
+            if options.ways:
+                works = list(dict.fromkeys(way for work in works for way in ways_to_write(work)))
             lines.append(measure((m, n, k), out, works))
             file.write(json.dumps(lines[-1]) + "\n")
             file.flush()
             print_line(lines[-1])
-    print_summary(lines)
+    if options.ways:
+        print_ways(lines)
+    else:
+        print_summary(lines)
     return 0
 
 
@@ -191,6 +218,29 @@ def print_line(line: dict[str, Any]) -> None:
         f"(x{gluon_time(line) / us:.3f})",
         flush=True,
     )
+
+
+def print_ways(lines: list[dict[str, Any]]) -> None:
+    """By tile, length of K and way: speed by lanes relative to boxes, geometric mean and worst."""
+    found: dict[tuple[str, bool, str], list[float]] = defaultdict(list)
+    for line in lines:
+        named = [(NAME.fullmatch(name), us) for name, us in line["times"].items()]
+        own = [(match, us) for match, us in named if match is not None]
+        boxes = {
+            match.group("tile", "share", "beside"): us for match, us in own if not match["lanes"]
+        }
+        for match, us in own:
+            if match["lanes"]:
+                key = (
+                    match["tile"] + (match["beside"] or ""),
+                    line["k"] <= LONGEST_SHORT,
+                    match["way"],
+                )
+                found[key].append(boxes[match.group("tile", "share", "beside")] / us)
+    for (tile, is_short, way), factors in sorted(found.items()):
+        words = f"{tile} K {'<=' if is_short else '>'} {LONGEST_SHORT}: lanes{way}"
+        mean = geometric_mean(factors)
+        print(f"{words} x{mean:.3f} (worst x{min(factors):.3f}), {len(factors)} cases")
 
 
 def print_summary(lines: list[dict[str, Any]]) -> None:

@@ -28,6 +28,7 @@ from blockscale.kernels.cuda.work import (
     Stores,
     When,
     at_once,
+    by_lanes,
     forms_to_compare,
     in_flight,
     late,
@@ -59,6 +60,8 @@ FEW_FORMS = [
     make_form(256, 128, DType.FLOAT16, stores=Stores(128, 3, 8, When.LATE)),
     in_flight(at_once(make_form(128, 64, DType.FLOAT16))),
     in_flight(late(make_form(128, 128, DType.FLOAT32))),
+    by_lanes(make_form(256, 128, DType.FLOAT32), When.LATE),
+    in_flight(by_lanes(make_form(128, 128, DType.FLOAT16), When.LATE)),
 ]
 CHOSEN_FORMS = [
     in_flight(way(form)) for out in OUTPUTS for form in forms(out) for way in (at_once, late)
@@ -131,8 +134,10 @@ def test_nothing_spills_and_copies_are_tma(form: Form) -> None:
     found = sass.count(lines)
     assert not found["LDL"] + found["STL"]
     assert found["UTMALDG"] >= 3
-    assert found["UTMASTG"] > 0
-    assert (found["STSM"] > 0) == (form.out is not DType.FLOAT32)
+    has_boxes = form.stores.buffers > 0
+    assert (found["UTMASTG"] > 0) == has_boxes
+    assert (found["STSM"] > 0) == (has_boxes and form.out is not DType.FLOAT32)
+    assert any("STG.E.128" in line for line in lines) == (not has_boxes)
     # A thread that ptxas does not know to be alone asks for each copy in a loop over lanes; one
     # that walks alone moves twelve values a K block to uniform registers (163 such moves in all,
     # else up to 148).

@@ -27,6 +27,7 @@ from blockscale.kernels.cuda.work import (
     Work,
     aligned_scale_stride,
     at_once,
+    by_lanes,
     in_flight,
     late,
     make_form,
@@ -51,6 +52,8 @@ FEW_FORMS = [
     make_form(256, 112, FP16, stores=Stores(128, 2, 8, When.LATE)),
     replace(make_form(64, 64, FP16), flight=2),
     in_flight(late(make_form(64, 48, BF16))),
+    in_flight(by_lanes(make_form(128, 80, FP16), When.LATE)),
+    by_lanes(make_form(64, 32, FP32), When.AT_ONCE),
 ]
 MANY_FORMS = [
     make_form(rows, columns, out, share=share, beside=2 if rows == 64 else 1)
@@ -89,6 +92,12 @@ MANY_FORMS = [
     in_flight(late(make_form(128, 128, FP16, share=Share.ACTIVATION))),
     in_flight(late(make_form(128, 96, FP32))),
     replace(make_form(64, 32, BF16, beside=2), flight=2),
+    by_lanes(make_form(256, 128, BF16, share=Share.ACTIVATION), When.LATE),
+    by_lanes(make_form(256, 112, FP32), When.LATE),
+    by_lanes(make_form(128, 192, FP16, share=Share.WEIGHT), When.AT_ONCE),
+    in_flight(by_lanes(make_form(128, 128, FP32), When.AT_ONCE)),
+    in_flight(by_lanes(make_form(64, 48, BF16, beside=2), When.AT_ONCE)),
+    by_lanes(make_form(64, 16, FP32), When.AT_ONCE),
 ]
 machine = pytest.mark.machine
 SOME_AND_MANY = [*FEW_FORMS, *(pytest.param(form, marks=machine) for form in MANY_FORMS)]
@@ -369,6 +378,24 @@ BROKEN = {
         "            barrier_wait(ring.empty(), ring.parity ^ 1);\n            // No lane looks",
         "            // No lane looks",
         "more arrivals|wrong",
+    ),
+    "lanes give one another the wrong half": (
+        FEW_FORMS[6],
+        "across_lanes(is_upper ? low : high, bit)",
+        "across_lanes(is_upper ? high : low, bit)",
+        "wrong",
+    ),
+    "lanes write rows that are not there": (
+        FEW_FORMS[7],
+        "row < first.end ? problem.n - first.column : 0",
+        "problem.n - first.column",
+        "outside of the output",
+    ),
+    "lanes write columns that are not there": (
+        FEW_FORMS[7],
+        "if (column < own.inside[half])\n        store_global(own.start[half] + column * ELEMENT, w",
+        "if (own.inside[half] > 0)\n        store_global(own.start[half] + column * ELEMENT, w",
+        "outside of the output|wrong",
     ),
     "the second weight scale is never used": (
         FEW_FORMS[2],

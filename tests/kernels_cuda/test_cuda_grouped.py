@@ -29,8 +29,11 @@ from blockscale.kernels.cuda.work import (
     Form,
     Grouping,
     Share,
+    When,
     Work,
     aligned_scale_stride,
+    by_lanes,
+    in_flight,
     late,
     make_form,
     make_work,
@@ -57,6 +60,10 @@ def contiguous(rows: int, columns: int, out: DType, *, share: Share = Share.NOTH
     return replace(form, grouping=Grouping.CONTIGUOUS)
 
 
+def lanes(form: Form) -> Form:
+    return in_flight(by_lanes(form, When.LATE))
+
+
 WIDE = contiguous(256, 128, BF16)
 SHARED = contiguous(256, 112, FP32, share=Share.ACTIVATION)
 LOW = contiguous(128, 96, FP16)
@@ -67,6 +74,7 @@ FORMS = [
     SHARED,
     LOW,
     PAIR,
+    lanes(contiguous(128, 128, FP16)),
     *(
         pytest.param(form, marks=machine)
         for form in (
@@ -80,6 +88,8 @@ FORMS = [
             contiguous(128, 128, FP16),
             contiguous(64, 128, BF16),
             replace(make_form(256, 128, FP16), grouping=Grouping.CONTIGUOUS),
+            lanes(contiguous(256, 128, BF16)),
+            lanes(contiguous(128, 192, FP32, share=Share.WEIGHT)),
         )
     ),
 ]
@@ -207,6 +217,8 @@ MASKED_FORMS = [
             masked(256, 128, BF16, share=Share.WEIGHT),
             deeper(masked(256, 128, FP16)),
             masked_form(late(make_form(64, 128, BF16, beside=2))),
+            masked_form(lanes(make_form(128, 48, FP16))),
+            masked_form(lanes(make_form(256, 96, FP32))),
             masked_form(make_form(256, 128, FP16)),
             masked(64, 64, FP32),
         )

@@ -210,6 +210,7 @@ def compute(form: Form, blocks: int, maps: list[Map], problem: launch.Problem) -
     slots = groups if is_masked else 1
     _require(a.shape[0] == slots * m, "rows of the activation")
     _require(tuple(out.shape) == ((slots, m, n) if is_masked else (m, n)), "M and N")
+    _require(problem.out == out.data_ptr(), "one output")
     _require(tuple(a_scales.shape) == (slots * problem.k_blocks, m), "scales of the activation")
     _require(a_scales.stride(0) == aligned_scale_stride(m), "columns of scales")
     scale_shape = (groups, -(-n // 128), problem.k_blocks)

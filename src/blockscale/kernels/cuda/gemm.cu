@@ -28,7 +28,7 @@ constexpr int STAGES = FORM_STAGES;
 constexpr Share SHARE = static_cast<Share>(FORM_SHARE);
 constexpr Output OUTPUT = static_cast<Output>(FORM_OUTPUT);
 constexpr Grouping GROUPING = static_cast<Grouping>(FORM_GROUPING);
-// One store: rows, and bytes of each; buffers of each warp for stores.
+// One store: rows, and bytes of each; buffers of each warp for stores. None: lanes write by themselves.
 constexpr int BOX_ROWS = FORM_BOX_ROWS, BOX_BYTES = FORM_BOX_BYTES, BUFFERS = FORM_BUFFERS;
 // When a tile is written: at its end, or while the next one's first waves run.
 constexpr When WHEN = static_cast<When>(FORM_WHEN);
@@ -72,6 +72,7 @@ constexpr int BOX_COLUMNS = BOX_BYTES / ELEMENT;
 // Boxes of a row. The last one ends with the tile: it may write again what the one before wrote.
 constexpr int BOXES = (COLUMNS + BOX_COLUMNS - 1) / BOX_COLUMNS;
 constexpr int BOX_SIZE = BOX_ROWS * BOX_BYTES;
+constexpr bool BY_LANES = BUFFERS == 0;
 
 // Registers of a thread: 168 x 384 and 128 x 512 are all there are.
 constexpr bool MOVES_REGISTERS = CONSUMERS == 2 || BESIDE == 2;
@@ -114,6 +115,7 @@ struct Problem {
     const float* b_scales;
     // In the output's type; null if there is none.
     const void* bias;
+    void* out;
     int m;
     int n;
     int k_blocks;
@@ -326,7 +328,11 @@ DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& pr
         Place first = place;
         first.row += warp_row + number * WAVE_ROWS;
         if (GROUPING != Grouping::NOTHING && first.row >= first.end) return;
-        write_wave(results[number], out, problem, first, staging);
+        if constexpr (BY_LANES) {
+            write_by_lanes(results[number], problem, first);
+        } else {
+            write_wave(results[number], out, problem, first, staging);
+        }
     };
     Units units(problem, start);
     // Not between two tiles, where the tensor cores would wait for it: 128x192 took 3 % less clocks
@@ -370,6 +376,7 @@ DEVICE void consume(Ring ring, int warp, const TensorMap& out, const Problem& pr
     }
     if (WHEN == When::LATE && !is_written)
         UNROLL for (int number = 0; number < WAVES; number++) write(number);
+    if (BY_LANES) return;
     // Read, not written: the kernel's end waits for that, and shared memory is free before.
     if (lane_index() == 0) tma_store_wait_read<0>();
     sync_warp();

@@ -27,6 +27,7 @@ class Problem(ctypes.Structure):
     _fields_ = (
         ("b_scales", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
         ("m", ctypes.c_int),
         ("n", ctypes.c_int),
         ("k_blocks", ctypes.c_int),

@@ -88,6 +88,7 @@ def arguments(
     problem = Problem(
         weight.scales.data_ptr(),
         bias or None,
+        rows.out,
         m,
         n,
         work.k_blocks,

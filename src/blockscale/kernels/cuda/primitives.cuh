@@ -247,6 +247,20 @@ DEVICE int load_global(const int* address) {
     return value;
 }
 
+DEVICE void store_global(void* address, u32 first, u32 second, u32 third, u32 fourth) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(first), "r"(second),
+                 "r"(third), "r"(fourth)
+                 : "memory");
+}
+
+DEVICE void store_global(void* address, u32 first, u32 second) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(first), "r"(second)
+                 : "memory");
+}
+
+// What the lane whose number differs in `bit` gives. All lanes of the warp.
+DEVICE u32 across_lanes(u32 value, int bit) { return __shfl_xor_sync(0xffffffff, value, bit); }
+
 // ---- arithmetic
 
 DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
@@ -265,6 +279,8 @@ DEVICE u32 to_float16(float low, float high) {
 }
 
 DEVICE float from_bits(u32 bits) { return __uint_as_float(bits); }
+
+DEVICE u32 to_bits(float value) { return __float_as_uint(value); }
 
 // The float16 in the lower half.
 DEVICE float from_float16(u32 bits) {

@@ -1,5 +1,5 @@
-// From results in registers to memory: bias, rounding, staging, stores by TMA. Part of gemm.cu, in
-// whose words it is written.
+// From results in registers to memory: bias, rounding, and stores by TMA from buffers in shared
+// memory, or by lanes. Part of gemm.cu, in whose words it is written.
 #pragma once
 
 constexpr int MATRIX_ROW = 16;  // bytes of a row of an 8x8 matrix, and of a swizzled unit
@@ -101,5 +101,78 @@ DEVICE void write_wave(const float (&sums)[SUMS], const TensorMap& out, const Pr
             }
             staging.advance();
         }
+    }
+}
+
+// ---- by lanes, without shared memory
+
+// Of two lanes whose numbers differ in `bit`, the lower one gives its `high` for the other's `low`.
+DEVICE void transpose(u32& low, u32& high, int bit) {
+    const bool is_upper = (lane_index() & bit) != 0;
+    const u32 got = across_lanes(is_upper ? low : high, bit);
+    low = is_upper ? got : low;
+    high = is_upper ? high : got;
+}
+
+// Rows of a wave that a lane writes: the upper one and that 8 below; each from the tile's first column
+// on, and how many columns from there are written.
+struct OwnLines {
+    char* start[2];
+    int inside[2];
+};
+
+// A lane holds two of each 8 columns of a row, as do its three neighbours: they give one another what
+// they hold until each has 16 bytes that lie together, and all four a whole 64 bytes.
+DEVICE void write_line(const float* sums, const OwnLines& own, int half, int column) {
+    const int quad = lane_index() % 4;
+    u32 words[4];
+    if (OUTPUT == Output::FLOAT32) {
+        UNROLL for (int word = 0; word < 4; word++)
+            words[word] = to_bits(sums[word / 2 * 4 + 2 * half + word % 2]);
+        transpose(words[0], words[2], 1);
+        transpose(words[1], words[3], 1);
+        column += quad % 2 * 8 + quad / 2 * 4;
+    } else {
+        UNROLL for (int word = 0; word < 4; word++)
+            words[word] = rounded(sums[4 * word + 2 * half], sums[4 * word + 2 * half + 1]);
+        transpose(words[0], words[1], 1);
+        transpose(words[2], words[3], 1);
+        transpose(words[0], words[2], 2);
+        transpose(words[1], words[3], 2);
+        column += quad * 8;
+    }
+    if (column < own.inside[half])
+        store_global(own.start[half] + column * ELEMENT, words[0], words[1], words[2], words[3]);
+}
+
+// The same for 16 columns of 16 bits: 8 bytes a lane.
+DEVICE void write_half_line(const float* sums, const OwnLines& own, int half, int column) {
+    u32 low = rounded(sums[2 * half], sums[2 * half + 1]);
+    u32 high = rounded(sums[4 + 2 * half], sums[4 + 2 * half + 1]);
+    transpose(low, high, 1);
+    column += lane_index() % 2 * 8 + lane_index() % 4 / 2 * 4;
+    if (column < own.inside[half])
+        store_global(own.start[half] + column * ELEMENT, low, high);
+}
+
+// One wave's results: a warp writes its 16 rows. `first` as `write_wave`'s; nothing is written from
+// `first.end` on, nor beyond the last column.
+DEVICE void write_by_lanes(const float (&sums)[SUMS], const Problem& problem, const Place& first) {
+    // A lane's sums of the columns that one line has.
+    constexpr int line = OUTPUT == Output::FLOAT32 ? 8 : 16;
+    OwnLines own;
+    UNROLL for (int half = 0; half < 2; half++) {
+        const int row = first.row + lane_index() / 4 + 8 * half;
+        const long place = static_cast<long>(first.slot * problem.m + row) * problem.n + first.column;
+        own.start[half] = static_cast<char*>(problem.out) + place * ELEMENT;
+        own.inside[half] = row < first.end ? problem.n - first.column : 0;
+    }
+    UNROLL for (int i = 0; i + line <= SUMS; i += line) {
+        write_line(sums + i, own, 0, 2 * i);
+        write_line(sums + i, own, 1, 2 * i);
+    }
+    if constexpr (SUMS % line != 0) {
+        write_half_line(sums + SUMS - 8, own, 0, 2 * (SUMS - 8));
+        write_half_line(sums + SUMS - 8, own, 1, 2 * (SUMS - 8));
     }
 }

@@ -75,7 +75,8 @@ class Stores:
     """How a warp writes its 16 rows of a wave.
 
     ``box_bytes``: of a row in one store, at most a tile's row; where they do not divide it, the
-    last store writes some columns again. ``buffers``: of each warp. ``box_rows``: of one store.
+    last store writes some columns again. ``buffers``: of each warp; without any its lanes write, 16
+    bytes each, and boxes mean nothing. ``box_rows``: of one store.
     """
 
     box_bytes: int
@@ -90,7 +91,9 @@ class Stores:
 
     @property
     def name(self) -> str:
-        """``b128r8x3``: bytes and rows, if not 16, of a box, and buffers."""
+        """``b128r8x3``: bytes and rows, if not 16, of a box, and buffers; or ``lanes``."""
+        if self.buffers == 0:
+            return "lanes"
         rows = "" if self.box_rows == WARP_ROWS else f"r{self.box_rows}"
         return f"b{self.box_bytes}{rows}x{self.buffers}"
 
@@ -243,6 +246,13 @@ def at_once(form: Form) -> Form:
     return max((with_stores(form, way) for way in ways), key=lambda found: found.stages)
 
 
+def by_lanes(form: Form, when: When) -> Form:
+    """The same tile, written by lanes."""
+    return with_stores(
+        form, replace(usual_stores(form.rows, form.columns, form.out), buffers=0, when=when)
+    )
+
+
 def in_flight(form: Form) -> Form:
     """The same with two waves in flight, where there are registers for them.
 
@@ -281,6 +291,8 @@ def forms_to_compare(rows: int, columns: int, out: DType) -> tuple[Form, ...]:
 
 # Copied before the kernel ahead has ended.
 EARLY_BLOCKS = 4
+# K blocks of a short K: lanes and boxes were compared for those and for longer ones.
+SHORT_BLOCKS = 16
 # Late, tiles of this width take longer where K is long (``cuda_stores.py``, H100, 2026-11-26).
 NEVER_LATE_COLUMNS = 160
 # Late and with two waves in flight: tiles that a block has, one after the other.
@@ -401,7 +413,21 @@ def aligned_scale_stride(m: int) -> int:
 
 
 def written(work: Work) -> Work:
-    """The same tiles, written in the way that was fastest (``cuda_stores.py``, H100, 2026-11-26).
+    """The same tiles, written in the way that was fastest: by lanes or in boxes."""
+    turns = work.units * work.form.cluster / work.blocks
+    found = _written_by_lanes(work.form, turns, is_short=work.k_blocks <= SHORT_BLOCKS)
+    return in_boxes(work) if found is None else replace(work, form=found)
+
+
+def ways_to_write(work: Work) -> tuple[Work, ...]:
+    """What ``written`` was chosen from: boxes; lanes at once or late, one or two waves in flight."""
+    lanes = [replace(by_lanes(work.form, when), flight=1) for when in When]
+    lanes += [in_flight(form) for form in lanes]
+    return tuple(dict.fromkeys([in_boxes(work), *(replace(work, form=form) for form in lanes)]))
+
+
+def in_boxes(work: Work) -> Work:
+    """The same tiles, written by TMA as was fastest (``cuda_stores.py``, H100, 2026-11-26).
 
     Late where blocks have several tiles. A block's only tile gains nothing by it, and the longer
     code takes 3-6 % of a short launch. Nor do low tiles whose K blocks all fit into the ring: their
@@ -415,6 +441,34 @@ def written(work: Work) -> Work:
     if turns > 1 and is_long and form.columns != NEVER_LATE_COLUMNS:
         return replace(work, form=late(form))
     return replace(work, form=at_once(form))
+
+
+def _written_by_lanes(form: Form, turns: float, *, is_short: bool) -> Form | None:
+    """None where boxes took less.
+
+    Each way of a tile that took less in the mean over shapes of real models, by turns and K (471
+    shapes, ``cuda_sweep.py --ways``, H200, 2026-11-26, perf-log G41): low tiles 0 to 13 % less,
+    128x160 2 to 9 %, 128x128 1 to 11 %, of float32 1 to 12 % wherever it is taken.
+    """
+    rows, columns = form.rows, form.columns
+    is_wide, is_only = form.out is DType.FLOAT32, turns <= 1
+    if rows == WAVE_ROWS:
+        return in_flight(by_lanes(form, When.AT_ONCE)) if columns <= SCALE_BLOCK else None
+    takes_it = {
+        (128, 32): is_wide,
+        (128, 64): is_wide and is_short,
+        (128, 96): is_short,
+        (128, 128): is_wide or not is_short or is_only,
+        (128, 144): True,
+        (128, 160): True,
+        (128, 192): is_wide or is_short or is_only,
+        (256, 128): is_wide,
+    }
+    if not takes_it.get((rows, columns), False):
+        return None
+    found = by_lanes(form, When.LATE)
+    # Of smaller tiles a wave at a time took less.
+    return in_flight(found) if columns == SCALE_BLOCK else found
 
 
 def _written_in_flight(form: Form, turns: float) -> Form:

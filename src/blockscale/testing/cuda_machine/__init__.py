@@ -156,6 +156,7 @@ def multiply(
     problem = Problem(
         weight_scales.data_ptr(),
         0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
         m,
         n,
         work.k_blocks,

@@ -130,6 +130,7 @@ struct Launch {
     std::function<void()> kernel_ahead;
     bool is_ahead_done = false;
     std::vector<Array> readable;
+    Array writable;
     std::function<void()> kernel;
     jmp_buf scheduler;
     Thread* running = nullptr;

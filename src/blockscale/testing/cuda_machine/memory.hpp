@@ -171,6 +171,17 @@ inline void wait_stores(std::size_t pending) {
     }
 }
 
+// What lanes write by themselves, in words of four bytes.
+inline void store_global(void* address, std::initializer_list<u32> words) {
+    const std::size_t bytes = words.size() * sizeof(u32);
+    const auto& [start, length, is_weight] = launch->writable;
+    char* place = static_cast<char*>(address);
+    require(reinterpret_cast<std::size_t>(place) % bytes == 0, "misaligned store");
+    require(place >= start && place + bytes <= start + length, "stores outside of the output");
+    require(launch->is_ahead_done, "writes before the kernel ahead has ended");
+    std::memcpy(place, words.begin(), bytes);
+}
+
 template <class T>
 T load_global(const T* address) {
     const char* place = reinterpret_cast<const char*>(address);

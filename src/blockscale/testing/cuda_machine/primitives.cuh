@@ -220,6 +220,26 @@ DEVICE T load_global(const T* address) {
     return machine::load_global(address);
 }
 
+DEVICE void store_global(void* address, u32 first, u32 second, u32 third, u32 fourth) {
+    machine::store_global(address, {first, second, third, fourth});
+}
+
+DEVICE void store_global(void* address, u32 first, u32 second) {
+    machine::store_global(address, {first, second});
+}
+
+DEVICE u32 across_lanes(u32 value, int bit) {
+    static std::map<machine::Meeting*, std::array<u32, WARP>> all;
+    auto& given = all[&machine::own_warp_meeting()];
+    const int lane = lane_index();
+    std::array<u32, WARP> taken;
+    given[lane] = value;
+    machine::meet(machine::own_warp_meeting(), WARP, "across_lanes");
+    taken = given;
+    machine::meet(machine::own_warp_meeting(), WARP, "across_lanes: all have taken");
+    return taken[lane ^ bit];
+}
+
 DEVICE float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 
 // Rounds to nearest even, as the conversion instructions do.
@@ -247,6 +267,12 @@ DEVICE float from_bits(u32 bits) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
+}
+
+DEVICE u32 to_bits(float value) {
+    u32 bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
 }
 
 DEVICE float from_float16(u32 bits) {

@@ -31,6 +31,8 @@ extern "C" const char* run(const Run* run) {
          true},
         {static_cast<const char*>(run->problem.bias), static_cast<std::size_t>(run->bias_bytes)},
         {reinterpret_cast<const char*>(run->problem.routing), run->routing_count * sizeof(int)}};
+    const TensorMap& out = run->out;
+    launch.writable = {out.data, static_cast<std::size_t>(out.slots * out.rows * out.pitch)};
     launch.kernel_ahead = [run] { std::memcpy(run->a.data, run->a_codes, run->a_bytes); };
     launch.kernel = [run] {
         block_fp8_gemm(run->a, run->a_last, run->b, run->a_scales, run->a_scales_last, run->out,
