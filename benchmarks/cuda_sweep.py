@@ -12,8 +12,8 @@ as ``gluon_sweep.py`` writes them: {"m", "n", "k", "out_dtype", "times": {work: 
 {work: the model's}}. At the end how the model's choice compares with the fastest, and the fastest
 with Gluon. ``--random``: then (N, K) of real models with six M each, until the time is up;
 ``--random-tokens``: of these.
-``--written``: the same tiles, each written as if it were chosen (``work.written``). ``--ways``: each
-in all ways that that was chosen from; at the end, by tile, what lanes take beside boxes.
+``--written``: the same tiles, each written as if it were chosen (``work.written``).
+``--ways``: each in all ways that that was chosen from; at the end, by tile, lanes beside boxes.
 """
 
 from __future__ import annotations
