@@ -303,8 +303,8 @@ BROKEN = {
     ),
     "a block does not wait for the other's end": (
         FEW_FORMS[0],
-        "    if (CLUSTER > 1) sync_cluster();\n}",
-        "}",
+        "    if (CLUSTER > 1) wait_for_last_arrivals(ring);\n",
+        "",
         "a block that has ended",
     ),
     "a slot is given back to one block of two": (
@@ -393,8 +393,8 @@ BROKEN = {
     ),
     "lanes write columns that are not there": (
         FEW_FORMS[7],
-        "if (column < own.inside[half])\n        store_global(own.start[half] + column * ELEMENT, w",
-        "if (own.inside[half] > 0)\n        store_global(own.start[half] + column * ELEMENT, w",
+        "row < first.end ? problem.n - first.column : 0",
+        "row < first.end ? COLUMNS : 0",
         "outside of the output|wrong",
     ),
     "the second weight scale is never used": (

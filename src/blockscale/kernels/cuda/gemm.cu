@@ -425,6 +425,4 @@ block_fp8_gemm(CONSTANT TensorMap a, CONSTANT TensorMap a_last, CONSTANT TensorM
         if (warp == CONSUMERS * WARPS + 1) copy_weight_scales(ring, problem, start);
         sync_warp();
     }
-    // No block may end while the other still sends to it.
-    if (CLUSTER > 1) sync_cluster();
 }

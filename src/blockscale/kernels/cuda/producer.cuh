@@ -114,6 +114,17 @@ DEVICE int copy_early(Ring ring, const Operands& operands, const Problem& proble
 // H200, 2026-11-26).
 constexpr bool LOOKS_AHEAD = GROUPING == Grouping::MASKED;
 
+// Until all slots are empty: no block may end while the other block's consumers still give its slots
+// back. Their last arrival comes later than they meet this block's threads, if `barrier.cluster` is
+// `.relaxed`: where the other block's last tile has nothing to write, launches failed (128x144 in
+// pairs, N 6144, K 128, H200, 2026-11-26). What the other copies to here was waited for by then.
+DEVICE void wait_for_last_arrivals(Ring ring) {
+    for (int slot = 0; slot < STAGES; slot++) {
+        barrier_wait(ring.empty(), ring.parity ^ 1);
+        ring.advance();
+    }
+}
+
 // One warp, of which one lane copies. A warp for each operand took 6 to 15 % more at 64 rows (H100,
 // 2026-11-26).
 //
@@ -149,6 +160,7 @@ DEVICE void copy_operands(Ring ring, const Operands& operands, const Problem& pr
         early = 0;
     }
     if (problem.early_blocks > 0) let_next_kernel_start();
+    if (CLUSTER > 1) wait_for_last_arrivals(ring);
 }
 
 // The weight's scales of some K blocks of a tile, one block's in each lane: those of its first scale

@@ -175,4 +175,5 @@ DEVICE void write_by_lanes(const float (&sums)[SUMS], const Problem& problem, co
         write_half_line(sums + SUMS - 8, own, 0, 2 * (SUMS - 8));
         write_half_line(sums + SUMS - 8, own, 1, 2 * (SUMS - 8));
     }
+    sync_warp();
 }

@@ -420,7 +420,7 @@ def written(work: Work) -> Work:
 
 
 def ways_to_write(work: Work) -> tuple[Work, ...]:
-    """What ``written`` was chosen from: boxes; lanes at once or late, one or two waves in flight."""
+    """What ``written`` was chosen from: boxes; lanes at once or late, in flight or not."""
     lanes = [replace(by_lanes(work.form, when), flight=1) for when in When]
     lanes += [in_flight(form) for form in lanes]
     return tuple(dict.fromkeys([in_boxes(work), *(replace(work, form=form) for form in lanes)]))
