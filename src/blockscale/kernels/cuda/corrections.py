@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from blockscale.kernels.corrected import Table, bounded, table_of, work_named
 from blockscale.kernels.cuda.costs import estimate, outside_share, rounds, row_tiles
+from blockscale.kernels.cuda.work import written
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -70,8 +71,9 @@ def terms(own: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def forms_of(work: Work) -> tuple[str, ...]:
-    """Tile, with ``x2`` where two blocks share a multiprocessor, and what a cluster shares."""
-    return tile(work), ("alone", "shared activation", "shared weight")[work.form.share]
+    """Tile, with ``x2`` where two blocks share a multiprocessor; who writes it; what is shared."""
+    by = " by lanes" if written(work).form.stores.buffers == 0 else ""
+    return tile(work) + by, ("alone", "shared activation", "shared weight")[work.form.share]
 
 
 def tile(work: Work) -> str:
