@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 Work = TypeVar("Work")
 
-# A correction is never more than this, as a logarithm. Errors of all candidates may be large together:
-# with 0.5 most were cut off at M above 1024, and the choice among them lost 3.5 %, not 1.0 %.
+# A correction is never more than this, as a logarithm, if its table says nothing else. Errors of all
+# candidates may be large together: with 0.5 most were cut off at M above 1024, and the choice among
+# them lost 3.5 %, not 1.0 % (gemm.cu, H200's sweeps of 2026-11-26).
 MOST = 1.5
 # Of a result's element, as sweeps are measured.
 OUT_BYTES = 2
@@ -48,18 +49,20 @@ class Estimate:
 class Table:
     """``ranges``: least and greatest of each quantity in the sweep; beyond, it is taken for them.
 
-    ``winners``: a work's name by (n, k) and bucket of M, on a GPU of ``processors``.
+    ``winners``: a work's name by (n, k) and bucket of M, on a GPU of ``processors``. ``most``: no
+    correction is more, as a logarithm.
     """
 
     processors: int
     ranges: tuple[tuple[float, float], ...]
     factors: dict[str, tuple[float, ...]]
     winners: dict[tuple[int, int], dict[int, str]]
+    most: float = MOST
 
     def error(self, forms: Iterable[str], own: tuple[float, ...]) -> float:
         """log(measured / modelled) of a work with the ``terms`` ``own``; its forms' errors add."""
         found = sum(sum(map(mul, self.factors.get(form, ()), own)) for form in forms)
-        return max(-MOST, min(MOST, found))
+        return max(-self.most, min(self.most, found))
 
     def winner(self, m: int, shape: tuple[int, int], out_bytes: int, processors: int) -> str | None:
         """What was fastest for ``m`` tokens of an (n, k) weight; None where it was not measured."""
@@ -69,9 +72,8 @@ class Table:
 
 
 @lru_cache(maxsize=4)
-def table_of(package: str) -> Table:
-    """The table that ships with a package of kernels."""
-    name = package.rpartition(".")[2]
+def table_of(package: str, name: str) -> Table:
+    """The table of this name that ships with a package of kernels."""
     document = json.loads(
         (resources.files(package) / "tables" / f"{name}.json").read_text(encoding="utf-8")
     )
@@ -83,6 +85,7 @@ def table_of(package: str) -> Table:
             (n, k): {int(bucket): name for bucket, name in map(_parts, words.split())}
             for n, k, words in document["winners"]
         },
+        document.get("most", MOST),
     )
 
 

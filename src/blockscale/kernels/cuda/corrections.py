@@ -1,7 +1,9 @@
 """What measurements say beyond the model: its error by form, and the fastest form of known shapes.
 
 ``tables/cuda.json``, written by ``benchmarks/cuda_fit.py`` from the sweep that it names, is a table
-as ``kernels.corrected`` describes. A work has two of its forms: a tile, and what is shared.
+as ``kernels.corrected`` describes. A work has two of its forms: a tile, by whom it is written, and
+what is shared. Groups' results are written in boxes only; their tiles are judged by what the same
+program made of a sweep when all were (``tables/in_boxes.json``).
 """
 
 from __future__ import annotations
@@ -20,18 +22,38 @@ if TYPE_CHECKING:
     from blockscale.kernels.cuda.work import Work
 
 
+SHARED = ("alone", "shared activation", "shared weight")
+
+
 @lru_cache(maxsize=1)
 def shipped() -> Table:
     """The table that ships."""
-    return table_of("blockscale.kernels.cuda")
+    return table_of("blockscale.kernels.cuda", "cuda")
+
+
+@lru_cache(maxsize=1)
+def shipped_in_boxes() -> Table:
+    """That of tiles which TMA writes."""
+    return table_of("blockscale.kernels.cuda", "in_boxes")
 
 
 def clocks(work: Work, m: int, n: int, processors: int) -> float:
-    """The corrected time of one launch."""
+    """The corrected time of one launch, written as ``work.written`` says."""
+    return _clocks(work, m, n, processors, shipped(), forms_of(work))
+
+
+def clocks_in_boxes(work: Work, m: int, n: int, processors: int) -> float:
+    """The same where TMA writes the results."""
+    forms = tile(work), SHARED[work.form.share]
+    return _clocks(work, m, n, processors, shipped_in_boxes(), forms)
+
+
+def _clocks(
+    work: Work, m: int, n: int, processors: int, table: Table, forms: tuple[str, ...]
+) -> float:
     found = estimate(work, m, n)
-    table = shipped()
     own = bounded(quantities(work, m, found.memory / found.clocks, processors), table.ranges)
-    return found.clocks * exp(table.error(forms_of(work), terms(own)))
+    return found.clocks * exp(table.error(forms, terms(own)))
 
 
 def quantities(work: Work, m: int, memory_share: float, processors: int) -> tuple[float, ...]:
@@ -73,7 +95,7 @@ def terms(own: tuple[float, ...]) -> tuple[float, ...]:
 def forms_of(work: Work) -> tuple[str, ...]:
     """Tile, with ``x2`` where two blocks share a multiprocessor; who writes it; what is shared."""
     by = " by lanes" if written(work).form.stores.buffers == 0 else ""
-    return tile(work) + by, ("alone", "shared activation", "shared weight")[work.form.share]
+    return tile(work) + by, SHARED[work.form.share]
 
 
 def tile(work: Work) -> str:

@@ -240,7 +240,7 @@ def masked_clocks(
     tall = unit_height(work.form)
     tiles = likely_tiles(tall, rows)
     grown = with_unit_rows(work, max(1, round(rows[0] * tiles)))
-    found = corrections.clocks(grown, grown.unit_rows * tall, n, processors)
+    found = corrections.clocks_in_boxes(grown, grown.unit_rows * tall, n, processors)
     if work.form.waves > 1 and tiles > STREAMED_TILES:
         found *= TALL_TILES
     reads = min(READ_AGAIN, 1 + (READ_AGAIN - 1) * (tiles - 1))
@@ -324,7 +324,7 @@ def contiguous_clocks(work: Work, rows: tuple[int, int, int], n: int, processors
     if form.rows > alignment:
         turns += round((min(groups, blocks) - 1) / 2)
     grown = replace(work, unit_rows=turns)
-    return corrections.clocks(grown, turns * tall, n, processors)
+    return corrections.clocks_in_boxes(grown, turns * tall, n, processors)
 
 
 def compared(works: list[Work]) -> list[Work]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @lru_cache(maxsize=1)
 def shipped() -> Table:
     """The table that ships."""
-    return table_of("blockscale.kernels.gluon")
+    return table_of("blockscale.kernels.gluon", "gluon")
 
 
 def clocks(work: Work, m: int, n: int, out_bytes: int, processors: int) -> float:
