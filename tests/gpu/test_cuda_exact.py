@@ -18,8 +18,11 @@ from blockscale.kernels.cuda.choice import forms
 from blockscale.kernels.cuda.work import (
     Form,
     Share,
+    When,
     at_once,
+    by_lanes,
     forms_to_compare,
+    in_flight,
     late,
     make_form,
     make_work,
@@ -51,7 +54,9 @@ def problem_of(m: int, n: int, k: int) -> ExactProblem:
 def offered(dtype: torch.dtype) -> list[Form]:
     """What the choice compares, and in what way it may have a tile written."""
     usual = forms(dtype_of(dtype))
-    return list(dict.fromkeys([*usual, *map(at_once, usual), *map(late, usual)]))
+    ways = [*map(at_once, usual), *map(late, usual)]
+    ways += [by_lanes(form, when) for form in usual for when in When]
+    return list(dict.fromkeys([*usual, *ways, *map(in_flight, ways)]))
 
 
 def all_forms(dtype: torch.dtype) -> list[Form]:
@@ -155,6 +160,23 @@ def test_every_form_gives_the_same_bits_and_gluon_s(m: int) -> None:
             out = problem.run(make_work(form, m, 2112, 7168, 132), torch.float32)
             wrong += [] if torch.equal(out, expected) else [form.name]
     assert not wrong
+
+
+@pytest.mark.parametrize("columns", [144, 160])
+def test_blocks_of_a_cluster_may_end_in_any_order(columns: int) -> None:
+    """One whose last tile lies outside has nothing to write after it gave back its last slot.
+
+    Launches failed: the other block had ended when the arrival came (one in some ten thousand).
+    """
+    problem = problem_of(3072, 6144, 128)
+    tile = make_form(128, columns, dtype_of(torch.float32), share=Share.ACTIVATION)
+    work = make_work(by_lanes(tile, When.LATE), 3072, 6144, 128, 132)
+    assert (work.unit_columns * 2 - 1) * columns >= problem.n
+    out = problem.run(work, torch.float32)
+    for _ in range(50_000):
+        problem.product(problem.activation, out, None)
+    torch.cuda.synchronize()
+    assert torch.equal(out.double(), problem.expected)
 
 
 def test_more_than_two_to_the_31_elements() -> None:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 Work = TypeVar("Work")
 
-# A correction is never more than this, as a logarithm, if its table says nothing else. Errors of all
-# candidates may be large together: with 0.5 most were cut off at M above 1024, and the choice among
+# A correction is never more than this, as a logarithm, if its table says nothing else. All errors
+# of a shape may be large together: with 0.5 most were cut off at M above 1024, and the choice among
 # them lost 3.5 %, not 1.0 % (gemm.cu, H200's sweeps of 2026-11-26).
 MOST = 1.5
 # Of a result's element, as sweeps are measured.
