@@ -52,9 +52,8 @@ TARGET = ROOT / "src" / "blockscale" / "kernels" / "tables" / "calibration.json"
 FAMILIES = ("gluon", "cuda")
 RIDGE = 1.0
 DIGITS = 6
-RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3"
-H200 = RESULTS.parent / "nvidia-h200"
-FLOAT32 = (H200 / "cuda_sweep-float32.jsonl", H200 / "gemm.jsonl", RESULTS / "gemm.jsonl")
+H200 = ROOT / "benchmarks" / "results" / "nvidia-h200"
+FLOAT32 = (H200 / "cuda_sweep-float32.jsonl", H200 / "gemm.jsonl")
 
 Factors = dict[str, tuple[float, ...]]
 Ranges = tuple[tuple[float, float], ...]

@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from blockscale.formats import DType
 from sanitize_works import (
     COUNTS,
     FEW,
@@ -108,26 +109,31 @@ def compile_one(form: CudaForm | GluonForm, scope: Scope) -> str:
 def _gluon(scope: Scope) -> Iterator[Found]:
     from blockscale.kernels.gluon.product import GluonProduct
 
-    return _products(GluonProduct, gluon_works(scope))
+    works = [(m, work, DType.BFLOAT16) for m, work in gluon_works(scope)]
+    return _products(GluonProduct, works)
 
 
 def _cuda(scope: Scope) -> Iterator[Found]:
     from blockscale.kernels.cuda.product import CudaProduct
 
     need_nvrtc()
-    return _products(CudaProduct, cuda_works(scope))
+    works = [(m, work, work.form.out) for m, work in cuda_works(scope)]
+    return _products(CudaProduct, works)
 
 
 def _products(
-    product_of: Callable[[BlockScaledTensor], Any], works: Iterable[tuple[int, Any]]
+    product_of: Callable[[BlockScaledTensor], Any], works: Iterable[tuple[int, Any, DType]]
 ) -> Iterator[Found]:
     import torch
 
-    for m, work in works:
+    from blockscale.tensor import torch_dtype
+
+    for m, work, out_dtype in works:
+        dtype = torch_dtype(out_dtype)
         activation, weight = _operands(m, k_of(work.k_blocks))
         product = product_of(weight.to("cuda"))
-        product.use(work, m, torch.bfloat16)
-        out = torch.full((m, N), float("nan"), dtype=torch.bfloat16, device="cuda")
+        product.use(work, m, dtype)
+        out = torch.full((m, N), float("nan"), dtype=dtype, device="cuda")
         product(activation.to("cuda"), out, None)
         yield f"{work.name} M={m}", _error(out, activation, weight)
 

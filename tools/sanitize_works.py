@@ -130,7 +130,8 @@ def cuda_works(scope: Scope = Scope.EVERY_WAY) -> list[tuple[int, CudaWork]]:
         for m in TOKENS
         for processors in PROCESSORS
         for blocks in BLOCKS
-        for work in map(written, candidates(m, N, k_of(blocks), DType.BFLOAT16, processors))
+        for out in (DType.BFLOAT16, DType.FLOAT32)
+        for work in map(written, candidates(m, N, k_of(blocks), out, processors))
         if blocks > work.form.stages
     ]
     works = one_of_each(found, cuda_kind, cuda_turns)
@@ -145,6 +146,8 @@ def cuda_kind(work: CudaWork) -> tuple[Hashable, ...]:
     return (
         *(form.rows, is_narrow, form.grouping, form.share, form.beside, form.flight),
         *(stores.when, stores.box_rows, work.early_blocks > 0),
+        # Lanes give one another other parts of a result of four bytes.
+        form.out.bytes if stores.buffers == 0 else None,
     )
 
 

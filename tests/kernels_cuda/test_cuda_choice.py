@@ -24,9 +24,12 @@ from blockscale.kernels.cuda.work import (
     Grouping,
     Share,
     When,
+    by_lanes,
+    in_boxes,
     late,
     make_form,
     make_work,
+    ways_to_write,
     written,
 )
 
@@ -118,11 +121,47 @@ def test_a_tile_is_written_late_where_another_follows(
     rows: int, columns: int, shape: tuple[int, int, int], when: When
 ) -> None:
     work = make_work(make_form(rows, columns, DType.FLOAT16), *shape, 132)
-    found = written(work)
+    found = in_boxes(work)
     assert found.form.stores.when is when
     assert found.form.stores.box_bytes >= 64
+    assert found.form.stores.buffers > 0
     assert replace(found, form=work.form) == work
     assert (found.form.rows, found.form.columns) == (rows, columns)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "shape", "out", "way"),
+    [
+        (64, 32, (1, 4096, 7168), DType.FLOAT16, "lanesw2"),
+        (64, 192, (256, 4096, 7168), DType.FLOAT16, "b128x"),
+        (128, 64, (256, 4096, 1024), DType.FLOAT16, "b128x"),
+        (128, 64, (256, 4096, 1024), DType.FLOAT32, "lanes-late"),
+        (128, 64, (256, 4096, 7168), DType.FLOAT32, "b128x"),
+        (128, 128, (4096, 4096, 7168), DType.BFLOAT16, "lanes-latew2"),
+        (128, 128, (4096, 4096, 2048), DType.BFLOAT16, "b128x"),
+        (128, 160, (4096, 4096, 2048), DType.FLOAT16, "lanes-late"),
+        (128, 192, (4096, 4096, 7168), DType.FLOAT16, "b128x"),
+        (128, 192, (4096, 4096, 7168), DType.FLOAT32, "lanes-late"),
+        (256, 128, (4096, 4096, 7168), DType.FLOAT16, "b128x"),
+        (256, 128, (4096, 4096, 7168), DType.FLOAT32, "lanes-late"),
+    ],
+)
+def test_lanes_write_where_that_took_less(
+    rows: int, columns: int, shape: tuple[int, int, int], out: DType, way: str
+) -> None:
+    work = make_work(make_form(rows, columns, out), *shape, 132)
+    found = written(work)
+    assert way in found.name
+    assert found in ways_to_write(work)
+    assert replace(found, form=work.form) == work
+    assert found.form.shared_bytes <= SHARED_BYTES
+
+
+@pytest.mark.parametrize("form", ALL_FORMS, ids=lambda form: form.name + form.out.value)
+def test_lanes_need_no_buffers(form: Form) -> None:
+    found = by_lanes(form, When.LATE)
+    assert found.stores.shared_bytes == 0
+    assert found.stages >= form.stages
 
 
 @pytest.mark.parametrize(
@@ -141,7 +180,7 @@ def test_two_waves_are_in_flight_until_a_blocks_consumers_come_apart(
     rows: int, columns: int, m: int, flight: int
 ) -> None:
     work = make_work(make_form(rows, columns, DType.FLOAT16), m, 4096, 7168, 132)
-    assert written(work).form.flight == flight
+    assert in_boxes(work).form.flight == flight
 
 
 @pytest.mark.parametrize("m", TOKENS)

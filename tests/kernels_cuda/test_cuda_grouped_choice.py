@@ -45,7 +45,7 @@ def test_every_form_fits_into_shared_memory(out: DType) -> None:
 
 def test_the_sweep_has_a_factor_of_every_tile_of_several_waves() -> None:
     """Without one a tile looks up to 1.5 times as fast as it is."""
-    factors = corrections.shipped().factors
+    factors = corrections.shipped_in_boxes().factors
     tiles = {f"{rows}x{width}" for rows, widths in TILES.items() for width in widths}
     assert {tile for tile in tiles if not tile.startswith(f"{WAVE_ROWS}x")} <= set(factors)
 

@@ -46,7 +46,7 @@ def test_the_table_that_ships_is_what_the_fit_writes(benchmark: Any, kernels: st
     """The same winners from the committed sweeps, and factors for every form."""
     fit = benchmark("choice_fit")
     family = getattr(benchmark(f"{kernels}_fit"), kernels.upper())
-    table = table_of(f"blockscale.kernels.{kernels}")
+    table = table_of(f"blockscale.kernels.{kernels}", kernels)
     document = json.loads(family.table.read_text(encoding="utf-8"))
     shapes = [shape for source in document["sources"] for shape in fit.read(family, ROOT / source)]
     assert fit.winners(shapes, table) == table.winners
