@@ -109,3 +109,22 @@ def test_an_estimate_takes_the_sweep_before_the_model(benchmark: Any) -> None:
     clocks = [estimate.clocks(work, *key[:2], 2, 132) for work in (works[0], now)]
     assert (modelled.source, modelled.now) == ("model", 1.5 * clocks[0] / clocks[1])
     assert made("a work that is gone", {}).source == "unknown"
+
+
+def test_lanes_are_compared_with_the_boxes_of_the_same_tile(
+    benchmark: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every work's name is read, and each way stands beside what shares as much with as many."""
+    sweep = benchmark("cuda_sweep")
+    times: dict[str, float] = {"gluon 128x128s5b1": 1.0}
+    for work in sweep.candidates(512, 4096, 1024, sweep.DType.FLOAT16, 132):
+        boxes, *lanes = sweep.ways_to_write(work)
+        assert sweep.NAME.fullmatch(boxes.name)["lanes"] is None
+        assert all(sweep.NAME.fullmatch(way.name)["lanes"] for way in lanes)
+        times[boxes.name] = 10.0 if work.form.share.name == "NOTHING" else 40.0
+        times |= {way.name: times[boxes.name] / 2 for way in lanes}
+    sweep.print_ways([{"k": 1024, "times": times}])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("128x128 K <= 2048: lanes-latew2 x2.000") for line in lines)
+    assert any(line.startswith("64x32x2 K <= 2048: lanesw2 x2.000") for line in lines)
+    assert all("x2.000 (worst x2.000)" in line for line in lines)
