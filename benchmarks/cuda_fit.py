@@ -14,7 +14,7 @@ from blockscale.formats import DType
 from blockscale.kernels.cuda import corrections
 from blockscale.kernels.cuda.choice import candidates
 from blockscale.kernels.cuda.costs import estimate
-from blockscale.kernels.cuda.work import written
+from blockscale.kernels.cuda.writing import written
 from choice_fit import PROCESSORS, TABLES, Family, fit_family
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@
                                      [--tokens 4096,...] [--tiles 256x128,...] [--bands 4,8]
                                      [--out-dtype float32]
 
-For each (N, K), M and tile every way of ``kernels.cuda.work.forms_to_compare``, and what
+For each (N, K), M and tile every way of ``kernels.cuda.writing.forms_to_compare``, and what
 ``kernels.gluon.choice`` chooses, in turns as ``cuda_sweep.py`` does, whose lines it writes. At the
 end, by tile: the time of each way relative to the usual one, geometric mean and worst. ``--bands``:
 instead, the tiles written late in each of these orders (rows of units in a band).
@@ -26,7 +26,8 @@ import torch
 
 from blockscale.formats import DType
 from blockscale.kernels.cuda.build import compile_all
-from blockscale.kernels.cuda.work import forms_to_compare, late, make_work
+from blockscale.kernels.cuda.work import make_work
+from blockscale.kernels.cuda.writing import forms_to_compare, late
 from cuda_sweep import OUT_DTYPES, measure
 from record import machine, versions
 

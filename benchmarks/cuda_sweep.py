@@ -12,7 +12,7 @@ as ``gluon_sweep.py`` writes them: {"m", "n", "k", "out_dtype", "times": {work: 
 {work: the model's}}. At the end how the model's choice compares with the fastest, and the fastest
 with Gluon. ``--random``: then (N, K) of real models with six M each, until the time is up;
 ``--random-tokens``: of these.
-``--written``: the same tiles, each written as if it were chosen (``work.written``).
+``--written``: the same tiles, each written as if it were chosen (``writing.written``).
 ``--ways``: each in all ways that that was chosen from; at the end, by tile, lanes beside boxes.
 """
 
@@ -39,10 +39,9 @@ from blockscale.kernels.cuda.build import compile_all
 from blockscale.kernels.cuda.choice import candidates, forms
 from blockscale.kernels.cuda.corrections import clocks
 from blockscale.kernels.cuda.product import CudaProduct
-from blockscale.kernels.cuda.work import (
-    K_BLOCK,
+from blockscale.kernels.cuda.work import K_BLOCK, When
+from blockscale.kernels.cuda.writing import (
     SHORT_BLOCKS,
-    When,
     at_once,
     by_lanes,
     in_flight,

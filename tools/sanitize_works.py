@@ -123,7 +123,7 @@ def cuda_works(scope: Scope = Scope.EVERY_WAY) -> list[tuple[int, CudaWork]]:
     """(M, work) of each kind that the choice of ``gemm.cu`` may give, as it would write them."""
     from blockscale.formats import DType
     from blockscale.kernels.cuda.choice import candidates
-    from blockscale.kernels.cuda.work import written
+    from blockscale.kernels.cuda.writing import written
 
     found = [
         (m, work)

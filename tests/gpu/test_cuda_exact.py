@@ -15,18 +15,8 @@ import torch
 
 from blockscale.kernels.cuda.build import compile_all, compile_form
 from blockscale.kernels.cuda.choice import forms
-from blockscale.kernels.cuda.work import (
-    Form,
-    Share,
-    When,
-    at_once,
-    by_lanes,
-    forms_to_compare,
-    in_flight,
-    late,
-    make_form,
-    make_work,
-)
+from blockscale.kernels.cuda.work import Form, Share, When, make_form, make_work
+from blockscale.kernels.cuda.writing import at_once, by_lanes, forms_to_compare, in_flight, late
 from blockscale.tensor import dtype_of
 from blockscale.testing.exact_problem import ExactProblem, wide
 

@@ -21,19 +21,8 @@ pytest.importorskip("triton", reason="pip install triton==3.6.0: its tools read 
 from blockscale.formats import DType
 from blockscale.kernels.cuda.build import HERE, OPTIONS, SOURCE, compile_form
 from blockscale.kernels.cuda.choice import forms
-from blockscale.kernels.cuda.work import (
-    OUTPUTS,
-    Form,
-    Share,
-    Stores,
-    When,
-    at_once,
-    by_lanes,
-    forms_to_compare,
-    in_flight,
-    late,
-    make_form,
-)
+from blockscale.kernels.cuda.work import OUTPUTS, Form, Share, Stores, When, make_form
+from blockscale.kernels.cuda.writing import at_once, by_lanes, forms_to_compare, in_flight, late
 from blockscale.testing import sass
 
 HAS_NVRTC = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None

@@ -24,14 +24,10 @@ from blockscale.kernels.cuda.work import (
     Grouping,
     Share,
     When,
-    by_lanes,
-    in_boxes,
-    late,
     make_form,
     make_work,
-    ways_to_write,
-    written,
 )
+from blockscale.kernels.cuda.writing import by_lanes, in_boxes, late, ways_to_write, written
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "src" / "blockscale" / "kernels" / "cuda" / "tables" / "cuda.json"

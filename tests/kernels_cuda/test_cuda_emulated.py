@@ -26,13 +26,10 @@ from blockscale.kernels.cuda.work import (
     When,
     Work,
     aligned_scale_stride,
-    at_once,
-    by_lanes,
-    in_flight,
-    late,
     make_form,
     make_work,
 )
+from blockscale.kernels.cuda.writing import at_once, by_lanes, in_flight, late
 from blockscale.tensor import torch_dtype
 from blockscale.testing import cuda_machine
 from blockscale.testing.cuda_machine import FIRST, EmulationError, Trial

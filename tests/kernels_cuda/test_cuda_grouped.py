@@ -32,13 +32,11 @@ from blockscale.kernels.cuda.work import (
     When,
     Work,
     aligned_scale_stride,
-    by_lanes,
-    in_flight,
-    late,
     make_form,
     make_work,
     unit_height,
 )
+from blockscale.kernels.cuda.writing import by_lanes, in_flight, late
 from blockscale.tensor import torch_dtype
 from blockscale.testing import cuda_machine
 from blockscale.testing.cuda_machine import FIRST, EmulationError, Trial

@@ -22,13 +22,13 @@ from blockscale.kernels.cuda.grouped_choice import (
 )
 from blockscale.kernels.cuda.work import (
     HALF_SHARED_BYTES,
-    LEAST_STAGES,
     MAX_COLUMNS,
     OUTPUTS,
     SHARED_BYTES,
     WAVE_ROWS,
     Share,
 )
+from blockscale.kernels.cuda.writing import LEAST_STAGES
 
 BF16, FP32 = DType.BFLOAT16, DType.FLOAT32
 H100 = 132
@@ -94,7 +94,7 @@ def test_likely_tiles_are_a_mean_over_counts_about_the_likely_one() -> None:
 
 
 def test_large_tiles_of_many_turns_have_one_wave_in_flight() -> None:
-    """As the dense kernel's: see ``work.written``."""
+    """As the dense kernel's: see ``writing.written``."""
     flights = {
         blocks: {
             work.form.flight

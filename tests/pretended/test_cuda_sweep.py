@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from blockscale.formats import DType
-from blockscale.kernels.cuda.work import forms_to_compare
+from blockscale.kernels.cuda.writing import forms_to_compare
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

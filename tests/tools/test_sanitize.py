@@ -19,7 +19,8 @@ import sanitize_works as watched
 from blockscale.formats import DType
 from blockscale.kernels.cuda import build, grouped_choice
 from blockscale.kernels.cuda import choice as cuda_choice
-from blockscale.kernels.cuda.work import Grouping, Share, When, written
+from blockscale.kernels.cuda.work import Grouping, Share, When
+from blockscale.kernels.cuda.writing import written
 from sanitize_works import Scope
 
 if TYPE_CHECKING:

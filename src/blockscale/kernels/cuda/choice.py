@@ -2,7 +2,7 @@
 
 As for Gluon (``kernels.gluon.choice``): candidates are compared by ``costs``, an analytic model,
 corrected by what a sweep measured (``corrections``); an (N, K) that was in the sweep takes what was
-fastest there; what is chosen is written in the way that suits it (``work.written``, after the
+fastest there; what is chosen is written in the way that suits it (``writing.written``, after the
 sweep). ``benchmarks/cuda_sweep.py`` times the candidates, ``benchmarks/cuda_fit.py`` makes
 the table. Needs neither torch nor a compiler.
 """
@@ -21,8 +21,8 @@ from blockscale.kernels.cuda.work import (
     Work,
     make_form,
     make_work,
-    written,
 )
+from blockscale.kernels.cuda.writing import written
 
 if TYPE_CHECKING:
     from blockscale.formats import DType

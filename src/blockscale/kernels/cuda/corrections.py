@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from blockscale.kernels.corrected import Table, bounded, table_of, work_named
 from blockscale.kernels.cuda.costs import estimate, outside_share, rounds, row_tiles
-from blockscale.kernels.cuda.work import written
+from blockscale.kernels.cuda.writing import written
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,7 +38,7 @@ def shipped_in_boxes() -> Table:
 
 
 def clocks(work: Work, m: int, n: int, processors: int) -> float:
-    """The corrected time of one launch, written as ``work.written`` says."""
+    """The corrected time of one launch, written as ``writing.written`` says."""
     return _clocks(work, m, n, processors, shipped(), forms_of(work))
 
 

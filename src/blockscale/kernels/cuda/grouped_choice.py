@@ -20,7 +20,6 @@ from blockscale.kernels.cuda.costs import BLOCK_POWER, MEMORY, MEMORY_POWER, est
 from blockscale.kernels.cuda.work import (
     HALF_SHARED_BYTES,
     MAX_COLUMNS,
-    MOST_TURNS_IN_FLIGHT,
     SCALE_BYTES,
     SHARED_BYTES,
     WAVE_ROWS,
@@ -29,12 +28,11 @@ from blockscale.kernels.cuda.work import (
     Stores,
     When,
     Work,
-    in_flight,
-    late,
     make_form,
     make_work,
     unit_height,
 )
+from blockscale.kernels.cuda.writing import MOST_TURNS_IN_FLIGHT, in_flight, late
 
 if TYPE_CHECKING:
     from blockscale.formats import DType

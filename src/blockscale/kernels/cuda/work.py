@@ -13,7 +13,7 @@ SHARED_BYTES = 232_448
 HALF_SHARED_BYTES = 115_200
 # Full and empty barriers of a slot, and its two weight scales.
 SLOT_EXTRA_BYTES = 24
-LEAST_STAGES, MAX_STAGES = 3, 12
+MAX_STAGES = 12
 # Masked groups that one launch may have, and what shared memory holds of each.
 MAX_GROUPS, GROUP_BYTES = 512, 4
 
@@ -32,8 +32,6 @@ SWIZZLE_ROWS = 8
 WIDTHS = (16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 192)
 # Two waves of more columns than these would not leave room for their results in registers.
 MAX_COLUMNS = {64: 192, 128: 192, 256: 128}
-# Of more there are no registers for two waves beside the results.
-MOST_COLUMNS_IN_FLIGHT = 128
 OUTPUTS = (DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32)
 
 
@@ -211,92 +209,14 @@ def usual_stores(rows: int, columns: int, out: DType) -> Stores:
     return Stores(whole, min(8, 4096 // (WARP_ROWS * whole)))
 
 
-def late_stores(rows: int, columns: int, out: DType) -> Stores:
-    """Late, in the usual boxes, but in wider ones where those would be of 32 bytes a row.
-
-    What was fastest of ``forms_to_compare`` (H100, 2026-11-26, ``cuda_stores.py``).
-    """
-    usual = usual_stores(rows, columns, out)
-    if rows * columns == 256 * 128:
-        return Stores(128, 2, when=When.LATE)
-    box = widest_box(columns, out)
-    if usual.box_bytes >= min(64, box):
-        return replace(usual, when=When.LATE)
-    if columns > SCALE_BLOCK:
-        return Stores(box, 3, WARP_ROWS // 2, When.LATE)
-    return Stores(box, 2, when=When.LATE)
-
-
-def late(form: Form) -> Form:
-    """The same tile, written late."""
-    return with_stores(form, late_stores(form.rows, form.columns, form.out))
-
-
-def at_once(form: Form) -> Form:
-    """The same tile, written at once; in wide boxes where the usual ones are of 32 bytes a row.
-
-    Through as many buffers as leave room for the most slots: a block's only tile is written once,
-    and 128x64 with 8 slots took 6 % less than with 7 (H100, 2026-11-26).
-    """
-    stores = usual_stores(form.rows, form.columns, form.out)
-    box = widest_box(form.columns, form.out)
-    if stores.box_bytes < min(64, box):
-        stores = Stores(box, 2 if form.columns <= SCALE_BLOCK else 3)
-    ways = [replace(stores, buffers=count) for count in range(stores.buffers, 0, -1)]
-    return max((with_stores(form, way) for way in ways), key=lambda found: found.stages)
-
-
-def by_lanes(form: Form, when: When) -> Form:
-    """The same tile, written by lanes."""
-    return with_stores(
-        form, replace(usual_stores(form.rows, form.columns, form.out), buffers=0, when=when)
-    )
-
-
-def in_flight(form: Form) -> Form:
-    """The same with two waves in flight, where there are registers for them.
-
-    At K above 2048 tiles take 5 to 18 % less, at other K 1 to 11 % (H100, 2026-11-26,
-    ``cuda_stores.py``).
-    """
-    if form.waves > 1 or form.columns > MOST_COLUMNS_IN_FLIGHT:
-        return form
-    return replace(form, flight=2)
-
-
 def with_stores(form: Form, stores: Stores) -> Form:
     """The same tile, written in this way."""
     stages = most_stages(form.rows, form.columns, stores, form.beside)
     return replace(form, stores=stores, stages=stages)
 
 
-def forms_to_compare(rows: int, columns: int, out: DType) -> tuple[Form, ...]:
-    """A tile with the ways to write it that are worth comparing, the usual one first.
-
-    Late in the best guess's boxes; at once with buffers for all waves; late with buffers for one or
-    for all waves, or in 3 KB a warp. Each also with two waves in flight.
-    """
-    usual = usual_stores(rows, columns, out)
-    box = widest_box(columns, out)
-    boxes = ceil(columns * out.bytes / box)
-    waves = max(1, rows // (2 * WAVE_ROWS))
-    ways = [usual, late_stores(rows, columns, out), Stores(box, waves * boxes)]
-    ways += [replace(usual, when=When.LATE)]
-    ways += [Stores(box, count, when=When.LATE) for count in (boxes, waves * boxes)]
-    ways += [Stores(box, 3, WARP_ROWS // 2, When.LATE)] * (box // out.bytes % 32 == 0)
-    found = [make_form(rows, columns, out, stores=stores) for stores in dict.fromkeys(ways)]
-    found += [in_flight(form) for form in found]
-    return tuple(form for form in dict.fromkeys(found) if form.stages >= LEAST_STAGES)
-
-
 # Copied before the kernel ahead has ended.
 EARLY_BLOCKS = 4
-# K blocks of a short K: lanes and boxes were compared for those and for longer ones.
-SHORT_BLOCKS = 16
-# Late, tiles of this width take longer where K is long (``cuda_stores.py``, H100, 2026-11-26).
-NEVER_LATE_COLUMNS = 160
-# Late and with two waves in flight: tiles that a block has, one after the other.
-MOST_TURNS_IN_FLIGHT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,73 +330,3 @@ def square_band(form: Form, clusters: int) -> int:
 def aligned_scale_stride(m: int) -> int:
     """From one K block's activation scales to the next, in elements: TMA wants 16 bytes."""
     return (m + 3) // 4 * 4
-
-
-def written(work: Work) -> Work:
-    """The same tiles, written in the way that was fastest: by lanes or in boxes."""
-    turns = work.units * work.form.cluster / work.blocks
-    found = _written_by_lanes(work.form, turns, is_short=work.k_blocks <= SHORT_BLOCKS)
-    return in_boxes(work) if found is None else replace(work, form=found)
-
-
-def ways_to_write(work: Work) -> tuple[Work, ...]:
-    """What ``written`` was chosen from: boxes; lanes at once or late, in flight or not."""
-    lanes = [replace(by_lanes(work.form, when), flight=1) for when in When]
-    lanes += [in_flight(form) for form in lanes]
-    return tuple(dict.fromkeys([in_boxes(work), *(replace(work, form=form) for form in lanes)]))
-
-
-def in_boxes(work: Work) -> Work:
-    """The same tiles, written by TMA as was fastest (``cuda_stores.py``, H100, 2026-11-26).
-
-    Late where blocks have several tiles. A block's only tile gains nothing by it, and the longer
-    code takes 3-6 % of a short launch. Nor do low tiles whose K blocks all fit into the ring: their
-    first slot comes back late.
-    """
-    form = work.form
-    turns = work.units * form.cluster / work.blocks
-    if in_flight(form).flight > 1:
-        return replace(work, form=_written_in_flight(form, turns))
-    is_long = work.k_blocks > form.stages or form.rows > 2 * WAVE_ROWS
-    if turns > 1 and is_long and form.columns != NEVER_LATE_COLUMNS:
-        return replace(work, form=late(form))
-    return replace(work, form=at_once(form))
-
-
-def _written_by_lanes(form: Form, turns: float, *, is_short: bool) -> Form | None:
-    """None where boxes took less.
-
-    Each way of a tile that took less in the mean over shapes of real models, by turns and K (471
-    shapes, ``cuda_sweep.py --ways``, H200, 2026-11-26, perf-log G41): low tiles 0 to 13 % less,
-    128x160 2 to 9 %, 128x128 1 to 11 %, of float32 1 to 12 % wherever it is taken.
-    """
-    rows, columns = form.rows, form.columns
-    is_wide, is_only = form.out is DType.FLOAT32, turns <= 1
-    if rows == WAVE_ROWS:
-        return in_flight(by_lanes(form, When.AT_ONCE)) if columns <= SCALE_BLOCK else None
-    takes_it = {
-        (128, 32): is_wide,
-        (128, 64): is_wide and is_short,
-        (128, 96): is_short,
-        (128, 128): is_wide or not is_short or is_only,
-        (128, 144): True,
-        (128, 160): True,
-        (128, 192): is_wide or is_short or is_only,
-        (256, 128): is_wide,
-    }
-    if not takes_it.get((rows, columns), False):
-        return None
-    found = by_lanes(form, When.LATE)
-    # Of smaller tiles a wave at a time took less.
-    return in_flight(found) if columns == SCALE_BLOCK else found
-
-
-def _written_in_flight(form: Form, turns: float) -> Form:
-    """Small tiles and a block's only tile at once; others late, of many turns a wave at a time.
-
-    After many turns the two consumers of a block have come apart, so that each promotes while the
-    other's wave runs: from 4 turns on 128x128 takes 1 to 8 % more with two waves in flight.
-    """
-    if turns <= 1 or form.rows == WAVE_ROWS or form.columns <= WAVE_ROWS:
-        return in_flight(at_once(form))
-    return in_flight(late(form)) if turns <= MOST_TURNS_IN_FLIGHT else late(form)
