@@ -31,7 +31,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
     options, rest = parser.parse_known_args()
     report, log = options.out / "gpu_tests.xml", options.out / "gpu_tests.log"
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--durations=15"]
+    # Each test by name as it ends: a run that is stopped has said what failed. pytest-benchmark,
+    # where it is installed, warns beside xdist, and warnings are errors.
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--durations=15"]
+    command += ["-p", "no:benchmark"]
     command += [f"--junitxml={report}", *(rest or ["tests/gpu", "tests/probe"])]
     started = time.monotonic()
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), _path()])}
