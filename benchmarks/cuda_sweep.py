@@ -13,7 +13,7 @@ as ``gluon_sweep.py`` writes them: {"m", "n", "k", "out_dtype", "times": {work: 
 with Gluon. ``--random``: then (N, K) of real models with six M each, until the time is up;
 ``--random-tokens``: of these.
 ``--written``: the same tiles, each written as if it were chosen (``writing.written``).
-``--ways``: each in all ways that that was chosen from; at the end, by tile, lanes beside boxes.
+``--ways``: each in all ways that that was chosen from; at the end ``cuda_ways.py``'s summary.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ import argparse
 import json
 import os
 import random
-import re
 import statistics
 import sys
 import time
-from collections import defaultdict
 from itertools import chain
 from pathlib import Path
 from statistics import geometric_mean
@@ -39,9 +37,8 @@ from blockscale.kernels.cuda.build import compile_all
 from blockscale.kernels.cuda.choice import candidates, forms
 from blockscale.kernels.cuda.corrections import clocks
 from blockscale.kernels.cuda.product import CudaProduct
-from blockscale.kernels.cuda.work import K_BLOCK, When
+from blockscale.kernels.cuda.work import When
 from blockscale.kernels.cuda.writing import (
-    SHORT_BLOCKS,
     at_once,
     by_lanes,
     in_flight,
@@ -51,6 +48,7 @@ from blockscale.kernels.cuda.writing import (
 )
 from blockscale.kernels.gluon.product import GluonProduct
 from blockscale.tensor import torch_dtype
+from cuda_ways import print_ways
 from gluon_sweep import TOKENS as EVERY_M
 from gluon_sweep import quantized_tokens, real_shapes, rotated_weights
 from record import machine, versions
@@ -68,12 +66,6 @@ SHAPES = (
 TOKENS = "256,1024,128,4096,512,2048,64,8192,32,16"
 RANDOM_TOKENS = tuple(m for m in EVERY_M if m >= 8)
 WARM_UP_ROUNDS, ROUNDS, REPLAYS = 2, 7, 3
-# A work's name: its tile and what is shared, by whom it is written, and when.
-NAME = re.compile(
-    r"(?P<tile>\d+x\d+)s\d+(?P<share>\+.)?(?:(?P<lanes>lanes)|b\d+(?:r8)?x\d+?)"
-    r"(?P<beside>x2)?(?P<way>(?:-late)?(?:w2)?) /\d+"
-)
-LONGEST_SHORT = K_BLOCK * SHORT_BLOCKS
 OUT_DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -217,29 +209,6 @@ def print_line(line: dict[str, Any]) -> None:
         f"(x{gluon_time(line) / us:.3f})",
         flush=True,
     )
-
-
-def print_ways(lines: list[dict[str, Any]]) -> None:
-    """By tile, length of K and way: speed by lanes relative to boxes, geometric mean and worst."""
-    found: dict[tuple[str, bool, str], list[float]] = defaultdict(list)
-    for line in lines:
-        named = [(NAME.fullmatch(name), us) for name, us in line["times"].items()]
-        own = [(match, us) for match, us in named if match is not None]
-        boxes = {
-            match.group("tile", "share", "beside"): us for match, us in own if not match["lanes"]
-        }
-        for match, us in own:
-            if match["lanes"]:
-                key = (
-                    match["tile"] + (match["beside"] or ""),
-                    line["k"] <= LONGEST_SHORT,
-                    match["way"],
-                )
-                found[key].append(boxes[match.group("tile", "share", "beside")] / us)
-    for (tile, is_short, way), factors in sorted(found.items()):
-        words = f"{tile} K {'<=' if is_short else '>'} {LONGEST_SHORT}: lanes{way}"
-        mean = geometric_mean(factors)
-        print(f"{words} x{mean:.3f} (worst x{min(factors):.3f}), {len(factors)} cases")
 
 
 def print_summary(lines: list[dict[str, Any]]) -> None:

@@ -153,7 +153,7 @@ def cuda_kind(work: CudaWork) -> tuple[Hashable, ...]:
 
 def cuda_turns(work: CudaWork) -> float:
     """Units that a block takes."""
-    return work.units * work.form.cluster / work.blocks
+    return work.turns
 
 
 def grouped_gluon(scope: Scope = Scope.EVERY_WAY) -> list[Grouped]:

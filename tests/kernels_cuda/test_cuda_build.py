@@ -21,8 +21,15 @@ pytest.importorskip("triton", reason="pip install triton==3.6.0: its tools read 
 from blockscale.formats import DType
 from blockscale.kernels.cuda.build import HERE, OPTIONS, SOURCE, compile_form
 from blockscale.kernels.cuda.choice import forms
-from blockscale.kernels.cuda.work import OUTPUTS, Form, Share, Stores, When, make_form
-from blockscale.kernels.cuda.writing import at_once, by_lanes, forms_to_compare, in_flight, late
+from blockscale.kernels.cuda.work import OUTPUTS, Form, Share, Stores, When, make_form, make_work
+from blockscale.kernels.cuda.writing import (
+    at_once,
+    by_lanes,
+    forms_to_compare,
+    in_flight,
+    late,
+    written,
+)
 from blockscale.testing import sass
 
 HAS_NVRTC = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
@@ -52,8 +59,15 @@ FEW_FORMS = [
     by_lanes(make_form(256, 128, DType.FLOAT32), When.LATE),
     in_flight(by_lanes(make_form(128, 128, DType.FLOAT16), When.LATE)),
 ]
+# One turn of a block and many, K short and long.
+SHAPES = [(m, 4096, k) for m in (64, 8192) for k in (1024, 4096)]
 CHOSEN_FORMS = [
     in_flight(way(form)) for out in OUTPUTS for form in forms(out) for way in (at_once, late)
+] + [
+    written(make_work(form, *shape, 132)).form
+    for out in OUTPUTS
+    for form in forms(out)
+    for shape in SHAPES
 ]
 COMPARED_FORMS = [
     form
@@ -126,7 +140,9 @@ def test_nothing_spills_and_copies_are_tma(form: Form) -> None:
     has_boxes = form.stores.buffers > 0
     assert (found["UTMASTG"] > 0) == has_boxes
     assert (found["STSM"] > 0) == (has_boxes and form.out is not DType.FLOAT32)
-    assert any("STG.E.128" in line for line in lines) == (not has_boxes)
+    # 16 bytes a lane; 16 columns of 16 bits are 8.
+    width = 64 if form.columns * form.out.bytes == 32 else 128
+    assert any(f"STG.E.{width}" in line for line in lines) == (not has_boxes)
     # A thread that ptxas does not know to be alone asks for each copy in a loop over lanes; one
     # that walks alone moves twelve values a K block to uniform registers (163 such moves in all,
     # else up to 148).

@@ -115,16 +115,17 @@ def test_lanes_are_compared_with_the_boxes_of_the_same_tile(
     benchmark: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every work's name is read, and each way stands beside what shares as much with as many."""
-    sweep = benchmark("cuda_sweep")
+    sweep, ways = benchmark("cuda_sweep"), benchmark("cuda_ways")
     times: dict[str, float] = {"gluon 128x128s5b1": 1.0}
     for work in sweep.candidates(512, 4096, 1024, sweep.DType.FLOAT16, 132):
         boxes, *lanes = sweep.ways_to_write(work)
-        assert sweep.NAME.fullmatch(boxes.name)["lanes"] is None
-        assert all(sweep.NAME.fullmatch(way.name)["lanes"] for way in lanes)
+        assert ways.NAME.fullmatch(boxes.name)["lanes"] is None
+        assert all(ways.NAME.fullmatch(way.name)["lanes"] for way in lanes)
         times[boxes.name] = 10.0 if work.form.share.name == "NOTHING" else 40.0
         times |= {way.name: times[boxes.name] / 2 for way in lanes}
-    sweep.print_ways([{"k": 1024, "times": times}])
+    ways.print_ways([{"m": 512, "n": 4096, "k": 1024, "out_dtype": "float16", "times": times}])
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("128x128 K <= 2048: lanes-latew2 x2.000") for line in lines)
-    assert any(line.startswith("64x32x2 K <= 2048: lanesw2 x2.000") for line in lines)
+    for words in ("128x128 one", "64x32x2 few", "128x32 few", "64x16 many"):
+        start = f"float16 {words} K <= 2048: lanesw2 x2.000"
+        assert any(line.startswith(start) for line in lines), words
     assert all("x2.000 (worst x2.000)" in line for line in lines)

@@ -56,7 +56,7 @@ def estimate(work: Work, m: int, n: int) -> Estimate:
 
 def rounds(work: Work) -> int:
     """Units that the busiest cluster computes one after the other."""
-    return ceil(work.units * work.form.cluster / work.blocks)
+    return ceil(work.turns)
 
 
 def outside_share(work: Work, m: int) -> float:

@@ -112,7 +112,7 @@ def is_deep_pair(work: Work) -> bool:
 
 def is_several(work: Work) -> bool:
     """Whether blocks have several tiles each."""
-    return work.units * work.form.cluster > work.blocks
+    return work.turns > 1
 
 
 def contiguous_works(

@@ -242,6 +242,11 @@ class Work:
         return self.unit_rows * self.unit_columns
 
     @property
+    def turns(self) -> float:
+        """Units that a block takes one after the other, the mean."""
+        return self.units * self.form.cluster / self.blocks
+
+    @property
     def early_blocks(self) -> int:
         """K blocks whose weights a block copies before the kernel ahead has ended.
 

@@ -112,8 +112,7 @@ def forms_to_compare(rows: int, columns: int, out: DType) -> tuple[Form, ...]:
 
 def written(work: Work) -> Work:
     """The same tiles, written in the way that was fastest: by lanes or in boxes."""
-    turns = work.units * work.form.cluster / work.blocks
-    found = _written_by_lanes(work.form, turns, is_short=work.k_blocks <= SHORT_BLOCKS)
+    found = _written_by_lanes(work)
     return in_boxes(work) if found is None else replace(work, form=found)
 
 
@@ -132,24 +131,24 @@ def in_boxes(work: Work) -> Work:
     first slot comes back late.
     """
     form = work.form
-    turns = work.units * form.cluster / work.blocks
     if in_flight(form).flight > 1:
-        return replace(work, form=_written_in_flight(form, turns))
+        return replace(work, form=_written_in_flight(form, work.turns))
     is_long = work.k_blocks > form.stages or form.rows > 2 * WAVE_ROWS
-    if turns > 1 and is_long and form.columns != NEVER_LATE_COLUMNS:
+    if work.turns > 1 and is_long and form.columns != NEVER_LATE_COLUMNS:
         return replace(work, form=late(form))
     return replace(work, form=at_once(form))
 
 
-def _written_by_lanes(form: Form, turns: float, *, is_short: bool) -> Form | None:
+def _written_by_lanes(work: Work) -> Form | None:
     """None where boxes took less.
 
-    Each way of a tile that took less in the mean over shapes of real models, by turns and K (471
-    shapes, ``cuda_sweep.py --ways``, H200, 2026-11-26, perf-log G41): low tiles 0 to 13 % less,
-    128x160 2 to 9 %, 128x128 1 to 11 %, of float32 1 to 12 % wherever it is taken.
+    Each way of a tile that took less in the mean over 471 shapes of real models, by turns and K
+    (``cuda_sweep.py --ways``, printed by ``cuda_ways.py``; H200, 2026-11-26, perf-log G41).
     """
+    form = work.form
     rows, columns = form.rows, form.columns
-    is_wide, is_only = form.out is DType.FLOAT32, turns <= 1
+    is_wide, is_only = form.out is DType.FLOAT32, work.turns <= 1
+    is_short = work.k_blocks <= SHORT_BLOCKS
     if rows == WAVE_ROWS:
         return in_flight(by_lanes(form, When.AT_ONCE)) if columns <= SCALE_BLOCK else None
     takes_it = {
