@@ -1,6 +1,7 @@
 """Runs every GPU test on this machine and writes down what ran: fails if none did.
 
     python tools/gpu_tests.py [--out DIR] [pytest arguments]
+    python tools/gpu_tests.py -n 8 --dist worksteal      by eight processes, on one GPU
 
 Writes ``gpu_tests.json`` (machine, versions, counts by outcome, every failure) and
 ``gpu_tests.log`` into DIR. The package is taken from ``src``, installed or not.

@@ -13,7 +13,7 @@ import warnings
 import pytest
 import torch
 
-from blockscale.kernels.cuda.build import compile_all, compile_form
+from blockscale.kernels.cuda.build import compile_all
 from blockscale.kernels.cuda.choice import forms
 from blockscale.kernels.cuda.work import Form, Share, When, make_form, make_work
 from blockscale.kernels.cuda.writing import at_once, by_lanes, forms_to_compare, in_flight, late
@@ -65,16 +65,16 @@ def _compiled(request: pytest.FixtureRequest) -> None:
     """One form takes a second or two: all cores share them."""
     every = [form for dtype in DTYPES for form in all_forms(dtype)]
     worker = getattr(request.config, "workerinput", None)
+    start, workers = 0, os.cpu_count() or 1
     if worker is not None:
-        # pytest-xdist: each worker starts elsewhere and leaves out what others have compiled.
+        # pytest-xdist: one or two workers come here first, others have tests elsewhere. Each starts
+        # at another form, and none compiles what another has.
         start = len(every) * int(worker["workerid"].removeprefix("gw")) // worker["workercount"]
-        for form in every[start:] + every[:start]:
-            compile_form(form)
-        return
+        workers = max(1, workers // 2)
     with warnings.catch_warnings():
         # Of fork beside CUDA's threads: the children only call NVRTC.
         warnings.simplefilter("ignore", DeprecationWarning)
-        compile_all(every, os.cpu_count() or 1)
+        compile_all(every[start:] + every[:start], workers)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
