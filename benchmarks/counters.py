@@ -1,10 +1,10 @@
 """The GPU's counters under one product of each kernel: what ``gemm.py``'s times are made of.
 
     python benchmarks/counters.py [--shapes 16:4096x7168,...] [--backends gluon,cuda,deep_gemm]
-                                  [--out FILE | --record]
+                                  [--dtypes float16,float32] [--out FILE | --record]
 
 Runs itself under ``ncu`` (Nsight Compute, which must be allowed to read counters), which flushes
-the caches before each kernel and leaves the clocks alone. float16 output, DeepGEMM bfloat16.
+the caches before each kernel and leaves the clocks alone. Output: ``--dtypes``; DeepGEMM bfloat16.
 Counting repeats a kernel and slows it: compare shares, take times from ``gemm.py``. One JSON line a
 kernel and shape.
 """
@@ -48,6 +48,7 @@ METRICS = {
     "l2_bytes": "lts__t_bytes.sum",
     # Between the two halves of L2.
     "fabric_sectors": "lts__t_sectors_srcunit_ltcfabric.sum",
+    "memory_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "memory_bytes": "dram__bytes.sum",
     "memory_bytes_written": "dram__bytes_write.sum",
     "warp_instructions": "smsp__inst_executed.sum",
@@ -64,7 +65,7 @@ def main() -> int:
     options = arguments()
     need_gpu()
     if options.launch:
-        launch(options.shapes, options.backends)
+        launch(options.shapes, options.backends, options.dtypes)
         return 0
     ncu = next((found for name in ("ncu", *PLACES) if (found := shutil.which(name))), None)
     if ncu is None:
@@ -89,30 +90,31 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--shapes", default=SHAPES, help="M:NxK, separated by commas")
     parser.add_argument("--backends", default=BACKENDS)
+    parser.add_argument("--dtypes", default="float16", help="outputs, but of DeepGEMM")
     parser.add_argument("--out", type=Path, help="JSON lines; --record writes benchmarks/results")
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--launch", action="store_true", help="only launch: what ncu is given")
     return parser.parse_args()
 
 
-def launch(shapes: str, backends: str) -> None:
+def launch(shapes: str, backends: str, dtypes: str) -> None:
     """Each kernel once where counters are on, after a call that compiles it; its job is printed."""
     for shape in shapes.split(","):
         m, _, weight = shape.partition(":")
         n, k = map(int, weight.split("x"))
         problem = Problem(int(m), Weights(n, k, SEED_COPIES))
         for name in backends.split(","):
-            dtype = DType(BASELINE[1]) if name == BASELINE[0] else DType.FLOAT16
-            variant = problem.variant(name, dtype)
-            if variant is None or not problem.is_right(variant):
-                continue
-            torch.cuda.synchronize()
-            job = {"m": int(m), "n": n, "k": k, "backend": name, "out_dtype": dtype.value}
-            print(f"{JOB}{json.dumps({**job, 'detail': variant.detail})}", flush=True)
-            torch.cuda.profiler.start()
-            variant.calls[0]()
-            torch.cuda.synchronize()
-            torch.cuda.profiler.stop()
+            for dtype in [BASELINE[1]] if name == BASELINE[0] else dtypes.split(","):
+                variant = problem.variant(name, DType(dtype))
+                if variant is None or not problem.is_right(variant):
+                    continue
+                torch.cuda.synchronize()
+                job = {"m": int(m), "n": n, "k": k, "backend": name, "out_dtype": dtype}
+                print(f"{JOB}{json.dumps({**job, 'detail': variant.detail})}", flush=True)
+                torch.cuda.profiler.start()
+                variant.calls[0]()
+                torch.cuda.synchronize()
+                torch.cuda.profiler.stop()
 
 
 def counted(ncu: str, options: argparse.Namespace) -> str:
@@ -121,6 +123,7 @@ def counted(ncu: str, options: argparse.Namespace) -> str:
     command += ["--profile-from-start", "off", "--metrics", ",".join(METRICS.values())]
     command += [sys.executable, __file__, "--launch"]
     command += ["--shapes", options.shapes, "--backends", options.backends]
+    command += ["--dtypes", options.dtypes]
     done = subprocess.run(  # noqa: S603 - ncu from PATH or its known places
         command, stdout=subprocess.PIPE, text=True, check=False
     )
@@ -160,7 +163,8 @@ def _table(lines: Iterable[str]) -> Iterable[str]:
 def words_of(line: dict[str, Any]) -> str:
     """A record on one line."""
     found = [f"{name} {line[name]:,.0f}" for name in METRICS if name in line]
-    where = f"{line['m']} x {line['n']} x {line['k']} {line['backend']} {line['detail']}"
+    where = f"{line['m']} x {line['n']} x {line['k']} {line['backend']} {line['out_dtype']}"
+    where = f"{where} {line['detail']}"
     return f"{where}: {', '.join(found)}"
 
 

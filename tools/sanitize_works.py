@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from blockscale.kernels.gluon.grouped_work import AnyGroupedVariant
     from blockscale.kernels.gluon.work import Work as GluonWork
 
-N = 392
+N = 416
 TOKENS = (1, 40, 129, 300, 600)
 # K blocks: the fewest with which a ring goes round, however many slots it has; where K is split,
 # in each piece.
@@ -146,8 +146,8 @@ def cuda_kind(work: CudaWork) -> tuple[Hashable, ...]:
     return (
         *(form.rows, is_narrow, form.grouping, form.share, form.beside, form.flight),
         *(stores.when, stores.box_rows, work.early_blocks > 0),
-        # Lanes give one another other parts of a result of four bytes.
-        form.out.bytes if stores.buffers == 0 else None,
+        # What a lane writes at a time.
+        (form.dealt, form.out.bytes) if stores.buffers == 0 else None,
     )
 
 

@@ -173,7 +173,8 @@ EMPTY = Routing("all empty", (-1,) * 5)
 
 def shape_for(form: Form) -> tuple[int, int]:
     """Ragged in N and K, an odd tile of columns beside those of a cluster; the ring goes round."""
-    return form.cluster * form.columns + 24, 128 * (form.stages // 2 + 1) + 16
+    columns = form.cluster * form.columns + -(-24 // form.dealt) * form.dealt
+    return columns, 128 * (form.stages // 2 + 1) + 16
 
 
 @pytest.mark.parametrize("routing", [*ROUTINGS, EMPTY], ids=lambda routing: routing.name)

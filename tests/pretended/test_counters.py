@@ -29,7 +29,7 @@ pretend_gpu.install()
 import torch, counters
 torch.cuda.profiler.start = lambda: print("on")
 torch.cuda.profiler.stop = lambda: print("off")
-counters.launch("3:128x256,1:256x128", "gluon")
+counters.launch("3:128x256,1:256x128", "gluon", "float16")
 """
 
 
@@ -84,4 +84,6 @@ def test_a_product_without_its_kernel_is_a_fault(counters: ModuleType) -> None:
         counters.records_of(f"product {json.dumps(job)}\n{text}")
     lines = counters.records_of(f"product {json.dumps(job)}\n" * 14 + text)
     assert [line["kernel"] for line in lines[:1]] == ["dense_kernel"]
-    assert counters.words_of(lines[0]).startswith("1 x 2 x 3 gluon : clocks 67,097, active_clocks")
+    assert counters.words_of(lines[0]).startswith(
+        "1 x 2 x 3 gluon float16 : clocks 67,097, active_clocks"
+    )

@@ -16,6 +16,7 @@ import torch
 from blockscale.formats import DType
 from blockscale.kernels.cuda import build, driver, launch
 from blockscale.kernels.cuda.work import (
+    IN_ORDER,
     Box,
     Form,
     Grouping,
@@ -39,6 +40,7 @@ ELEMENTS = {
 }
 SWIZZLE_BYTES = {number: width for width, number in driver.SWIZZLES.items()}
 MAX_BOX, MAX_PITCH = 256, 1 << 40
+DEALT_AXES = 5
 
 
 def install() -> None:
@@ -82,7 +84,8 @@ class Map(ctypes.Structure):
         ("promotion", ctypes.c_uint32),
         # 0 for a matrix.
         ("slots", ctypes.c_uint32),
-        ("padding", ctypes.c_ubyte * 72),
+        ("dealt", ctypes.c_uint32),
+        ("padding", ctypes.c_ubyte * 68),
     )
 
     @property
@@ -94,7 +97,7 @@ class Map(ctypes.Structure):
     def box(self) -> Box:
         """Of one copy."""
         swizzle = SWIZZLE_BYTES[self.swizzle]
-        return Box(self.box_rows, self.box_columns, self.dtype.itemsize, swizzle)
+        return Box(self.box_rows, self.box_columns, self.dtype.itemsize, swizzle, self.dealt)
 
     def matrix(self, name: str) -> torch.Tensor:
         """What it describes. Raises PretendError if it is not all there."""
@@ -108,6 +111,23 @@ class Map(ctypes.Structure):
 def _require(holds: object, otherwise: str) -> None:
     if not holds:
         raise PretendError(otherwise)
+
+
+def in_order(
+    sizes: list[int], pitches: list[int], box: list[int]
+) -> tuple[list[int], list[int], list[int], int]:
+    """What five axes of dealt rows are of a matrix, and how many rows a group has.
+
+    Raises PretendError where ``driver.encode`` would have them otherwise.
+    """
+    if len(sizes) != DEALT_AXES:
+        return sizes, pitches, box, IN_ORDER
+    columns, *group, groups = sizes
+    pitch, dealt = pitches[0], group[0] * group[1] * group[2]
+    _require(group[:2] == [2, 4] and box[1:4] == group, "groups of dealt rows")
+    turns = [pitch, dealt // 4 * pitch, 2 * pitch, dealt * pitch]
+    _require(pitches[: len(turns)] == turns, "turns of quarters")
+    return [columns, groups * dealt], [pitch], [box[0], box[4] * dealt], dealt
 
 
 class Driver:
@@ -144,8 +164,9 @@ class Driver:
         """Write down what is to be encoded, having looked at it."""
         rank, address, sizes, pitches, box, steps, interleave, swizzle, promotion, fill = given
         _require((interleave, fill, *steps) == (0, 0, *[1] * rank), "an unusual descriptor")
+        sizes, pitches, box, dealt = in_order([*sizes], [*pitches], [*box])
         # Of two axes, or of three.
-        slots = [*sizes[2:]]
+        slots = sizes[2:]
         is_stack = not slots or (pitches[1], box[2]) == (sizes[1] * pitches[0], 1)
         _require(is_stack, "slots one behind the other")
         size = ELEMENTS[element_type].itemsize
@@ -159,7 +180,7 @@ class Driver:
         _require(all(sizes), "TMA: an empty matrix")
         found = Map(
             address.value, sizes[1], sizes[0], pitches[0], box[1], box[0], element_type, swizzle,
-            promotion, slots[0] if slots else 0,
+            promotion, slots[0] if slots else 0, dealt,
         )  # fmt: skip
         ctypes.memmove(place.value, ctypes.addressof(found), ctypes.sizeof(found))
         return 0
@@ -190,6 +211,7 @@ def compute(form: Form, blocks: int, maps: list[Map], problem: launch.Problem) -
     names = ("a", "a_last", "b", "a_scales", "a_scales_last", "out")
     work = Work(
         form,
+        problem.n,
         problem.unit_rows,
         problem.unit_columns,
         problem.k_blocks,

@@ -33,6 +33,9 @@ TILES = {
     128: (32, 64, 96, 128, 144, 160, 192),
     256: (96, 112, 128),
 }
+# Lanes write tiles of 144 columns (``writing``). Of halves of 72 weight rows, which two blocks
+# would copy for each other, a lane would have 4 or 8 bytes that lie together.
+POOR_HALVES = 144, Share.WEIGHT
 # Tiles of 64 rows are not for more tokens, taller ones not for fewer.
 MAX_LOW_M, MIN_HIGH_M = 512, 33
 # Two blocks share a multiprocessor where each has at least so many slots.
@@ -72,7 +75,8 @@ def forms(out: DType) -> tuple[Form, ...]:
             if columns > MAX_COLUMNS[rows]:
                 continue
             if rows > WAVE_ROWS:
-                found += [make_form(rows, columns, out, share=share) for share in Share]
+                shares = [share for share in Share if (columns, share) != POOR_HALVES]
+                found += [make_form(rows, columns, out, share=share) for share in shares]
                 continue
             # Few rows: a cluster never was the fastest, two blocks beside each other often.
             found.append(make_form(rows, columns, out))

@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from blockscale.errors import BackendError
+from blockscale.kernels.cuda.work import IN_ORDER
 
 if TYPE_CHECKING:
     from blockscale.kernels.cuda.work import Box
@@ -116,10 +117,14 @@ def encode(
 
     ``shape`` may be (slots, rows, columns): matrices one behind the other.
 
+    ``box.dealt``: of each group of so many rows, row 8 j + 2 q + e of shared memory is row
+    (dealt / 4) q + 2 j + e of the group, for e of 0 and 1 and q from 0 to 3. Beyond 8, where they
+    are the same, rows must be whole groups, and the descriptor has five axes: columns, e, q, j,
+    groups.
+
     Raises BackendError if TMA cannot reach it.
     """
     *slots, rows, columns = shape
-    rank = len(shape)
     if address % TMA_BYTES or (rows > 1 and pitch % TMA_BYTES):
         msg = (
             f"TMA reads rows that start on {TMA_BYTES} bytes; a {rows}x{columns} operand lies "
@@ -130,16 +135,26 @@ def encode(
     pitch = -(-pitch // TMA_BYTES) * TMA_BYTES
     room = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
     start = -(-ctypes.addressof(room) // MAP_ALIGNMENT) * MAP_ALIGNMENT
+    if box.dealt > IN_ORDER:
+        quarter = box.dealt // 4
+        axes = (columns, 2, 4, quarter // 2, rows // box.dealt)
+        pitches = (pitch, quarter * pitch, 2 * pitch, box.dealt * pitch)
+        copied = (box.columns, 2, 4, quarter // 2, box.rows // box.dealt)
+    else:
+        axes = (columns, rows, *slots)
+        pitches = (pitch, pitch * rows)
+        copied = (box.columns, box.rows, *(1 for _ in slots))
+    rank = len(axes)
     longs, ints = ctypes.c_uint64 * rank, ctypes.c_uint32 * rank
     status = driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(start),
         element_type,
         rank,
         ctypes.c_void_p(address),
-        longs(columns, rows, *slots),
-        longs(pitch, pitch * rows),
-        ints(box.columns, box.rows, *(1 for _ in slots)),
-        ints(*(1 for _ in shape)),
+        longs(*axes),
+        longs(*pitches),
+        ints(*copied),
+        ints(*(1 for _ in axes)),
         0,  # not interleaved
         SWIZZLES[box.swizzle],
         promotion,

@@ -36,6 +36,9 @@ constexpr When WHEN = static_cast<When>(FORM_WHEN);
 constexpr int BESIDE = FORM_BESIDE;
 // Waves of a consumer that run at a time.
 constexpr int FLIGHT = FORM_FLIGHT;
+// Weight rows of a group whose quarters take turns in a slot, two rows each, as four lanes' results do.
+// In groups of 8 rows lie in order.
+constexpr int DEALT = FORM_DEALT, IN_ORDER = 8;
 
 // Lanes of a consumer's warp that say that it has read a slot: 1, or WARP, which tools/racecheck.py
 // has it compiled with.
@@ -73,6 +76,8 @@ constexpr int BOX_COLUMNS = BOX_BYTES / ELEMENT;
 constexpr int BOXES = (COLUMNS + BOX_COLUMNS - 1) / BOX_COLUMNS;
 constexpr int BOX_SIZE = BOX_ROWS * BOX_BYTES;
 constexpr bool BY_LANES = BUFFERS == 0;
+// Weight rows of one copy.
+constexpr int B_ROWS = SHARE == Share::WEIGHT ? COLUMNS / 2 : COLUMNS;
 
 // Registers of a thread: 168 x 384 and 128 x 512 are all there are.
 constexpr bool MOVES_REGISTERS = CONSUMERS == 2 || BESIDE == 2;
@@ -86,6 +91,7 @@ static_assert(COLUMNS <= 144 || SEGMENT >= COLUMNS - 128, "a tile meets two scal
 static_assert(FLIGHT == 1 || (FLIGHT == 2 && WAVES == 1 && STAGES > 2),
               "the next K block's wave runs while one is promoted");
 static_assert(BOX_COLUMNS <= COLUMNS, "a box lies inside of its tile");
+static_assert(B_ROWS % DEALT == 0 && SEGMENT % DEALT == 0, "a copy has whole groups, one scale each");
 static_assert(BOX_ROWS == WARP_ROWS || (BOX_ROWS == WARP_ROWS / 2 && BOX_COLUMNS % 32 == 0),
               "four matrices are 16 rows of 16 columns, or 8 rows of 32");
 

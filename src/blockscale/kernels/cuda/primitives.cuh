@@ -161,6 +161,25 @@ DEVICE void tma_load_multicast(u32 target, const TensorMap& map, int column, int
         : "memory");
 }
 
+// The same of dealt rows: `group` of them is the first one (driver.py's `encode`).
+DEVICE void tma_load_dealt(u32 target, const TensorMap& map, int column, int group, u32 barrier,
+                           u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%2, %5, %5, %5, %3}], [%4], %6;" ::"r"(target),
+        "l"(&map), "r"(column), "r"(group), "r"(barrier), "r"(0), "l"(policy)
+        : "memory");
+}
+
+DEVICE void tma_load_dealt_multicast(u32 target, const TensorMap& map, int column, int group,
+                                     u32 barrier, u16 ranks) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %5, %5, %5, %3}], [%4], %6;" ::"r"(target),
+        "l"(&map), "r"(column), "r"(group), "r"(barrier), "r"(0), "h"(ranks)
+        : "memory");
+}
+
 // Copies a box from shared memory to (column, row), as a group of its own.
 DEVICE void tma_store(const TensorMap& map, u32 source, int column, int row) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
@@ -253,13 +272,14 @@ DEVICE void store_global(void* address, u32 first, u32 second, u32 third, u32 fo
                  : "memory");
 }
 
+DEVICE void store_global(void* address, u32 word) {
+    asm volatile("st.global.b32 [%0], %1;" ::"l"(address), "r"(word) : "memory");
+}
+
 DEVICE void store_global(void* address, u32 first, u32 second) {
     asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(first), "r"(second)
                  : "memory");
 }
-
-// What the lane whose number differs in `bit` gives. All lanes of the warp.
-DEVICE u32 across_lanes(u32 value, int bit) { return __shfl_xor_sync(0xffffffff, value, bit); }
 
 // ---- arithmetic
 

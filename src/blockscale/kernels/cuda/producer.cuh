@@ -16,12 +16,20 @@ struct Operands {
 };
 
 // This block's part of an operand of SIZE rows; from `row` on all of it, or half of it to both.
-template <int SIZE, bool SHARED>
+// GROUP: rows are dealt, in groups of so many.
+template <int SIZE, bool SHARED, int GROUP = IN_ORDER>
 DEVICE void copy_rows(u32 target, const TensorMap& map, int k, int row, u32 barrier, u64 policy) {
-    if (SHARED) {
-        const int rank = block_index() % CLUSTER;
-        const int half = SIZE / 2 * rank;
-        tma_load_multicast(target + half * K_BLOCK, map, k, row + half, barrier, 3);
+    const int half = SHARED ? SIZE / 2 * (block_index() % CLUSTER) : 0;
+    target += half * K_BLOCK;
+    row += half;
+    if constexpr (GROUP > IN_ORDER) {
+        if (SHARED) {
+            tma_load_dealt_multicast(target, map, k, row / GROUP, barrier, 3);
+        } else {
+            tma_load_dealt(target, map, k, row / GROUP, barrier, policy);
+        }
+    } else if (SHARED) {
+        tma_load_multicast(target, map, k, row, barrier, 3);
     } else {
         tma_load(target, map, k, row, barrier, policy);
     }
@@ -79,13 +87,13 @@ DEVICE void copy_weight(const Ring& ring, const Operands& operands, const Tile& 
     barrier_arrive_expecting(ring.full(), tile.bytes);
     const u32 target = ring.memory + B_SLOTS + ring.slot * B_BYTES;
     if (SHARE == Share::WEIGHT && !tile.is_common) {
-        for (int half = 0; half < COLUMNS; half += COLUMNS / 2)
-            tma_load(target + half * K_BLOCK, operands.b, block * K_BLOCK, tile.b_row + half,
-                     ring.full(), tile.policy);
+        for (int half = 0; half < COLUMNS; half += B_ROWS)
+            copy_rows<B_ROWS, false, DEALT>(target + half * K_BLOCK, operands.b, block * K_BLOCK,
+                                            tile.b_row + half, ring.full(), tile.policy);
         return;
     }
-    copy_rows<COLUMNS, SHARE == Share::WEIGHT>(target, operands.b, block * K_BLOCK, tile.b_row,
-                                               ring.full(), tile.policy);
+    copy_rows<COLUMNS, SHARE == Share::WEIGHT, DEALT>(target, operands.b, block * K_BLOCK,
+                                                      tile.b_row, ring.full(), tile.policy);
 }
 
 // Fills the rest of a slot: one K block of a tile's rows, and their scales.

@@ -18,10 +18,19 @@ DEVICE u32 rounded(float low, float high) {
     return OUTPUT == Output::FLOAT16 ? to_float16(low, high) : to_bfloat16(low, high);
 }
 
+// Columns of a group that one lane holds, and the words of four bytes that they are.
+constexpr int QUARTER = DEALT / 4;
+constexpr int WORDS = QUARTER * ELEMENT / 4;
+
+// The tile's column of a lane's first sum of a matrix; `i`: that sum.
+DEVICE int own_column(int i) {
+    return i * 2 / DEALT * DEALT + lane_index() % 4 * QUARTER + i * 2 % DEALT / 4;
+}
+
 // Adds the bias to one wave's results, in float32.
 DEVICE void add_bias(float (&sums)[SUMS], const Problem& problem, int column) {
     UNROLL for (int i = 0; i < SUMS; i += 4) {
-        const int own = column + i * 2 + lane_index() % 4 * 2;
+        const int own = column + own_column(i);
         float left = 0, right = 0;
         if (own < problem.n) {
             if (OUTPUT == Output::FLOAT32) {
@@ -106,74 +115,42 @@ DEVICE void write_wave(const float (&sums)[SUMS], const TensorMap& out, const Pr
 
 // ---- by lanes, without shared memory
 
-// Of two lanes whose numbers differ in `bit`, the lower one gives its `high` for the other's `low`.
-DEVICE void transpose(u32& low, u32& high, int bit) {
-    const bool is_upper = (lane_index() & bit) != 0;
-    const u32 got = across_lanes(is_upper ? low : high, bit);
-    low = is_upper ? got : low;
-    high = is_upper ? high : got;
-}
-
-// Rows of a wave that a lane writes: the upper one and that 8 below; each from the tile's first column
-// on, and how many columns from there are written.
+// Rows of a wave that a lane writes: the upper one and that 8 below; each from the lane's first column
+// on, and how many columns from the tile's first one are written.
 struct OwnLines {
     char* start[2];
     int inside[2];
 };
 
-// A lane holds two of each 8 columns of a row, as do its three neighbours: they give one another what
-// they hold until each has 16 bytes that lie together, and all four a whole 64 bytes.
-DEVICE void write_line(const float* sums, const OwnLines& own, int half, int column) {
-    const int quad = lane_index() % 4;
-    u32 words[4];
-    if (OUTPUT == Output::FLOAT32) {
-        UNROLL for (int word = 0; word < 4; word++)
-            words[word] = to_bits(sums[word / 2 * 4 + 2 * half + word % 2]);
-        transpose(words[0], words[2], 1);
-        transpose(words[1], words[3], 1);
-        column += quad % 2 * 8 + quad / 2 * 4;
-    } else {
-        UNROLL for (int word = 0; word < 4; word++)
-            words[word] = rounded(sums[4 * word + 2 * half], sums[4 * word + 2 * half + 1]);
-        transpose(words[0], words[1], 1);
-        transpose(words[2], words[3], 1);
-        transpose(words[0], words[2], 2);
-        transpose(words[1], words[3], 2);
-        column += quad * 8;
-    }
-    if (column < own.inside[half])
-        store_global(own.start[half] + column * ELEMENT, words[0], words[1], words[2], words[3]);
-}
-
-// The same for 16 columns of 16 bits: 8 bytes a lane.
-DEVICE void write_half_line(const float* sums, const OwnLines& own, int half, int column) {
-    u32 low = rounded(sums[2 * half], sums[2 * half + 1]);
-    u32 high = rounded(sums[4 + 2 * half], sums[4 + 2 * half + 1]);
-    transpose(low, high, 1);
-    column += lane_index() % 2 * 8 + lane_index() % 4 / 2 * 4;
-    if (column < own.inside[half])
-        store_global(own.start[half] + column * ELEMENT, low, high);
-}
-
-// One wave's results: a warp writes its 16 rows. `first` as `write_wave`'s; nothing is written from
+// One wave's results: a warp writes its 16 rows. Weight rows are dealt such that a lane holds QUARTER
+// columns that lie together, and four lanes DEALT. `first` as `write_wave`'s; nothing is written from
 // `first.end` on, nor beyond the last column.
 DEVICE void write_by_lanes(const float (&sums)[SUMS], const Problem& problem, const Place& first) {
-    // A lane's sums of the columns that one line has.
-    constexpr int line = OUTPUT == Output::FLOAT32 ? 8 : 16;
     OwnLines own;
     UNROLL for (int half = 0; half < 2; half++) {
         const int row = first.row + lane_index() / 4 + 8 * half;
-        const long place = static_cast<long>(first.slot * problem.m + row) * problem.n + first.column;
+        const long line = static_cast<long>(first.slot * problem.m + row) * problem.n;
+        const long place = line + first.column + lane_index() % 4 * QUARTER;
         own.start[half] = static_cast<char*>(problem.out) + place * ELEMENT;
         own.inside[half] = row < first.end ? problem.n - first.column : 0;
     }
-    UNROLL for (int i = 0; i + line <= SUMS; i += line) {
-        write_line(sums + i, own, 0, 2 * i);
-        write_line(sums + i, own, 1, 2 * i);
-    }
-    if constexpr (SUMS % line != 0) {
-        write_half_line(sums + SUMS - 8, own, 0, 2 * (SUMS - 8));
-        write_half_line(sums + SUMS - 8, own, 1, 2 * (SUMS - 8));
+    UNROLL for (int column = 0; column < COLUMNS; column += DEALT) {
+        UNROLL for (int half = 0; half < 2; half++) {
+            const float* pairs = sums + column / 2 + 2 * half;
+            u32 words[WORDS];
+            UNROLL for (int word = 0; word < WORDS; word++)
+                words[word] = OUTPUT == Output::FLOAT32
+                                  ? to_bits(pairs[word / 2 * 4 + word % 2])
+                                  : rounded(pairs[4 * word], pairs[4 * word + 1]);
+            char* place = own.start[half] + column * ELEMENT;
+            if (column >= own.inside[half]) continue;
+            if constexpr (WORDS == 4)
+                store_global(place, words[0], words[1], words[2], words[3]);
+            else if constexpr (WORDS == 2)
+                store_global(place, words[0], words[1]);
+            else
+                store_global(place, words[0]);
+        }
     }
     sync_warp();
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from math import ceil
+from math import ceil, gcd
 
 from blockscale.formats import DType
 
@@ -28,6 +28,10 @@ SCALE_BYTES = 4
 ROW_BYTES = 128
 # Of a swizzle's pattern.
 SWIZZLE_ROWS = 8
+# What a lane stores at a time.
+LANE_BYTES = 16
+# Rows of a group of dealt ones (``Box``) that lie in order: each quarter has one turn.
+IN_ORDER = 8
 # Widths that gemm.cu has wgmmas for: no tile meets more than two weight scales.
 WIDTHS = (16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 192)
 # Two waves of more columns than these would not leave room for their results in registers.
@@ -60,12 +64,17 @@ class When(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """What one TMA copy moves: rows x columns of elements; ``swizzle`` in bytes, 0 for none."""
+    """What one TMA copy moves: rows x columns of elements; ``swizzle`` in bytes, 0 for none.
+
+    ``dealt``: rows of a group whose quarters take turns in shared memory, two rows each
+    (``driver.encode``).
+    """
 
     rows: int
     columns: int
     element_bytes: int
     swizzle: int
+    dealt: int = IN_ORDER
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +82,8 @@ class Stores:
     """How a warp writes its 16 rows of a wave.
 
     ``box_bytes``: of a row in one store, at most a tile's row; where they do not divide it, the
-    last store writes some columns again. ``buffers``: of each warp; without any its lanes write, 16
-    bytes each, and boxes mean nothing. ``box_rows``: of one store.
+    last store writes some columns again. ``buffers``: of each warp; without any its lanes write,
+    and boxes mean nothing. ``box_rows``: of one store.
     """
 
     box_bytes: int
@@ -144,6 +153,22 @@ class Form:
         return self.stages * slot_bytes(self.rows, self.columns) + staging + table
 
     @property
+    def weight_rows(self) -> int:
+        """Of one copy: a tile's, or half of them."""
+        return self.columns // (2 if self.share is Share.WEIGHT else 1)
+
+    @property
+    def dealt(self) -> int:
+        """Weight rows whose quarters take turns in a slot: of so many columns a lane has a quarter.
+
+        Where lanes write, that is 16 bytes, or fewer if copies are no whole groups; elsewhere rows
+        lie in order.
+        """
+        if self.stores.buffers:
+            return IN_ORDER
+        return gcd(self.weight_rows, 4 * LANE_BYTES // self.out.bytes)
+
+    @property
     def macros(self) -> dict[str, int]:
         """What ``gemm.cu`` is compiled with."""
         return {
@@ -159,6 +184,7 @@ class Form:
             "FORM_BESIDE": self.beside,
             "FORM_GROUPING": int(self.grouping),
             "FORM_FLIGHT": self.flight,
+            "FORM_DEALT": self.dealt,
         }
 
     @property
@@ -223,11 +249,12 @@ EARLY_BLOCKS = 4
 class Work:
     """A form and its units: what a cluster computes at a time, one tile or two that share rows.
 
-    ``last_rows``: what is copied of the activation's last tile. ``crowd``: blocks that the busiest
-    multiprocessor has at a time.
+    ``n``: columns of the result, ValueError if they do not fit. ``last_rows``: what is copied of
+    the activation's last tile. ``crowd``: blocks that the busiest multiprocessor has at a time.
     """
 
     form: Form
+    n: int
     unit_rows: int
     unit_columns: int
     k_blocks: int
@@ -235,6 +262,11 @@ class Work:
     blocks: int
     last_rows: int
     crowd: int = 1
+
+    def __post_init__(self) -> None:
+        if not fits(self.form, self.n):
+            msg = f"{self.form.name} needs N in groups of {self.form.dealt}, not {self.n}"
+            raise ValueError(msg)
 
     @property
     def units(self) -> int:
@@ -265,12 +297,11 @@ class Work:
         """Codes of the activation, of its last tile, of the weight; both tiles' scales; results."""
         form = self.form
         shared = 2 if form.share is Share.ACTIVATION else 1
-        b_rows = form.columns // (2 if form.share is Share.WEIGHT else 1)
         element, stores = form.out.bytes, form.stores
         return (
             Box(form.rows // shared, K_BLOCK, 1, ROW_BYTES),
             Box(self.last_rows // shared, K_BLOCK, 1, ROW_BYTES),
-            Box(b_rows, K_BLOCK, 1, ROW_BYTES),
+            Box(form.weight_rows, K_BLOCK, 1, ROW_BYTES, form.dealt),
             Box(1, form.rows, SCALE_BYTES, 0),
             Box(1, self.last_rows, SCALE_BYTES, 0),
             Box(stores.box_rows, stores.box_bytes // element, element, stores.box_bytes),
@@ -296,6 +327,7 @@ def make_work(
     blocks = min(clusters, unit_rows * unit_columns) * form.cluster
     return Work(
         form,
+        n,
         unit_rows,
         unit_columns,
         ceil(k / K_BLOCK),
@@ -304,6 +336,11 @@ def make_work(
         last_rows=last_rows(form, m),
         crowd=ceil(blocks / processors),
     )
+
+
+def fits(form: Form, n: int) -> bool:
+    """Whether ``n`` columns of a result are whole groups of dealt rows."""
+    return form.dealt == IN_ORDER or n % form.dealt == 0
 
 
 def last_rows(form: Form, m: int) -> int:

@@ -17,6 +17,7 @@ from blockscale.kernels.cuda.work import (
     WAVE_ROWS,
     Stores,
     When,
+    fits,
     make_form,
     usual_stores,
     widest_box,
@@ -74,7 +75,7 @@ def at_once(form: Form) -> Form:
 
 
 def by_lanes(form: Form, when: When) -> Form:
-    """The same tile, written by lanes."""
+    """The same tile, written by lanes; not for every N (``work.fits``)."""
     return with_stores(
         form, replace(usual_stores(form.rows, form.columns, form.out), buffers=0, when=when)
     )
@@ -113,14 +114,17 @@ def forms_to_compare(rows: int, columns: int, out: DType) -> tuple[Form, ...]:
 def written(work: Work) -> Work:
     """The same tiles, written in the way that was fastest: by lanes or in boxes."""
     found = _written_by_lanes(work)
-    return in_boxes(work) if found is None else replace(work, form=found)
+    if found is None or not fits(found, work.n):
+        return in_boxes(work)
+    return replace(work, form=found)
 
 
 def ways_to_write(work: Work) -> tuple[Work, ...]:
     """What ``written`` was chosen from: boxes; lanes at once or late, in flight or not."""
     lanes = [replace(by_lanes(work.form, when), flight=1) for when in When]
     lanes += [in_flight(form) for form in lanes]
-    return tuple(dict.fromkeys([in_boxes(work), *(replace(work, form=form) for form in lanes)]))
+    fitting = [replace(work, form=form) for form in lanes if fits(form, work.n)]
+    return tuple(dict.fromkeys([in_boxes(work), *fitting]))
 
 
 def in_boxes(work: Work) -> Work:

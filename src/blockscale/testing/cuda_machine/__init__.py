@@ -66,6 +66,7 @@ class _Map(ctypes.Structure):
         ("swizzle", ctypes.c_int),
         ("is_weight", ctypes.c_bool),
         ("slots", ctypes.c_long),
+        ("dealt", ctypes.c_int),
     )
 
 
@@ -208,4 +209,5 @@ def _map(
         box.swizzle,
         is_weight,
         1,
+        box.dealt,
     )

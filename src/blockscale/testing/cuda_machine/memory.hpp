@@ -13,6 +13,7 @@ struct TensorMap {
     int swizzle;             // 0, 32, 64 or 128 bytes
     bool is_weight;          // may be read before the kernel ahead has ended
     long slots;              // matrices one after the other, of an array of three axes
+    int dealt;               // rows of a group whose quarters take turns, two rows each
 };
 
 namespace machine {
@@ -89,6 +90,12 @@ inline void check_box(const TensorMap& map, u32 address, int column, int row) {
     check_place(address, box_bytes(map));
 }
 
+// Which row of the matrix the box's row number `r` is.
+inline int row_of(const TensorMap& map, int r) {
+    const int inside = r % map.dealt, turn = inside / 8, quarter = inside % 8 / 2;
+    return r - inside + map.dealt / 4 * quarter + 2 * turn + inside % 2;
+}
+
 // Calls visit(address in shared memory, address in the matrix or null) for each element.
 template <class Visit>
 void for_each_element(const TensorMap& map, u32 address, int column, int row, int slot,
@@ -97,8 +104,9 @@ void for_each_element(const TensorMap& map, u32 address, int column, int row, in
     for (int r = 0; r < map.box_rows; r++)
         for (int c = 0; c < map.box_columns; c++) {
             const u32 offset = (r * map.box_columns + c) * map.element;
-            const bool is_inside = row + r < map.rows && column + c < map.columns;
-            char* place = matrix + (row + r) * map.pitch + long(column + c) * map.element;
+            const int own = row + row_of(map, r);
+            const bool is_inside = own < map.rows && column + c < map.columns;
+            char* place = matrix + own * map.pitch + long(column + c) * map.element;
             visit(swizzle(address + offset, map.swizzle), is_inside ? place : nullptr);
         }
 }

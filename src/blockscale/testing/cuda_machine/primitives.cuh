@@ -134,6 +134,18 @@ DEVICE void tma_load_multicast(u32 target, const TensorMap& map, int column, int
             machine::load(machine::block_of_rank(rank), map, target, column, row, barrier);
 }
 
+DEVICE void tma_load_dealt(u32 target, const TensorMap& map, int column, int group, u32 barrier,
+                           u64 policy) {
+    machine::require(map.rows % map.dealt == 0, "rows are dealt in whole groups");
+    tma_load(target, map, column, group * map.dealt, barrier, policy);
+}
+
+DEVICE void tma_load_dealt_multicast(u32 target, const TensorMap& map, int column, int group,
+                                     u32 barrier, u16 ranks) {
+    machine::require(map.rows % map.dealt == 0, "rows are dealt in whole groups");
+    tma_load_multicast(target, map, column, group * map.dealt, barrier, ranks);
+}
+
 DEVICE void tma_store(const TensorMap& map, u32 source, int column, int row) {
     machine::maybe_yield();
     machine::store(map, source, column, row);
@@ -224,20 +236,10 @@ DEVICE void store_global(void* address, u32 first, u32 second, u32 third, u32 fo
     machine::store_global(address, {first, second, third, fourth});
 }
 
+DEVICE void store_global(void* address, u32 word) { machine::store_global(address, {word}); }
+
 DEVICE void store_global(void* address, u32 first, u32 second) {
     machine::store_global(address, {first, second});
-}
-
-DEVICE u32 across_lanes(u32 value, int bit) {
-    static std::map<machine::Meeting*, std::array<u32, WARP>> all;
-    auto& given = all[&machine::own_warp_meeting()];
-    const int lane = lane_index();
-    std::array<u32, WARP> taken;
-    given[lane] = value;
-    machine::meet(machine::own_warp_meeting(), WARP, "across_lanes");
-    taken = given;
-    machine::meet(machine::own_warp_meeting(), WARP, "across_lanes: all have taken");
-    return taken[lane ^ bit];
 }
 
 DEVICE float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
