@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 LEAST_STAGES = 3
 # Of more there are no registers for two waves beside the results.
 MOST_COLUMNS_IN_FLIGHT = 128
-# K blocks of a short K: lanes and boxes were compared for those and for longer ones.
-SHORT_BLOCKS = 16
+# K blocks of a short K, and of a very short one: lanes and boxes were compared by them.
+SHORT_BLOCKS, TINY_BLOCKS = 16, 4
 # Late, tiles of this width take longer where K is long (``cuda_stores.py``, H100, 2026-11-26).
 NEVER_LATE_COLUMNS = 160
 # Late and with two waves in flight: tiles that a block has, one after the other.
@@ -146,30 +146,30 @@ def in_boxes(work: Work) -> Work:
 def _written_by_lanes(work: Work) -> Form | None:
     """None where boxes took less.
 
-    Each way of a tile that took less in the mean over 471 shapes of real models, by turns and K
-    (``cuda_sweep.py --ways``, printed by ``cuda_ways.py``; H200, 2026-11-26, perf-log G41).
+    Each way of a tile that took less in the mean over real models' shapes, by turns and K
+    (``cuda_sweep.py --ways``, printed by ``cuda_ways.py``; H100, 2026-11-27, perf-log G45).
     """
-    form = work.form
+    form, turns = work.form, work.turns
     rows, columns = form.rows, form.columns
-    is_wide, is_only = form.out is DType.FLOAT32, work.turns <= 1
-    is_short = work.k_blocks <= SHORT_BLOCKS
+    is_wide, is_only, are_few = form.out is DType.FLOAT32, turns <= 1, turns <= MOST_TURNS_IN_FLIGHT
+    is_short, is_tiny = work.k_blocks <= SHORT_BLOCKS, work.k_blocks <= TINY_BLOCKS
     if rows == WAVE_ROWS:
         return in_flight(by_lanes(form, When.AT_ONCE)) if columns <= SCALE_BLOCK else None
     takes_it = {
-        (128, 32): is_wide,
-        (128, 64): is_wide and is_short,
-        (128, 96): is_short,
-        (128, 128): is_wide or not is_short or is_only,
+        (128, 32): True,
+        (128, 64): is_short,
+        (128, 96): is_short or is_only,
+        (128, 128): is_wide or not is_short or are_few,
         (128, 144): True,
-        (128, 160): True,
+        (128, 160): is_wide or not is_tiny,
         (128, 192): is_wide or is_short or is_only,
-        (256, 128): is_wide,
+        (256, 128): is_wide or is_short or are_few,
     }
     if not takes_it.get((rows, columns), False):
         return None
-    found = by_lanes(form, When.LATE)
-    # Of smaller tiles a wave at a time took less.
-    return in_flight(found) if columns == SCALE_BLOCK else found
+    # Of other tiles a wave at a time took less.
+    is_in_flight = columns == SCALE_BLOCK and rows == 2 * WAVE_ROWS
+    return in_flight(by_lanes(form, When.AT_ONCE)) if is_in_flight else by_lanes(form, When.LATE)
 
 
 def _written_in_flight(form: Form, turns: float) -> Form:
