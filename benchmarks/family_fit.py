@@ -52,8 +52,8 @@ TARGET = ROOT / "src" / "blockscale" / "kernels" / "tables" / "calibration.json"
 FAMILIES = ("gluon", "cuda")
 RIDGE = 1.0
 DIGITS = 6
-H200 = ROOT / "benchmarks" / "results" / "nvidia-h200"
-FLOAT32 = (H200 / "cuda_sweep-float32.jsonl", H200 / "gemm.jsonl")
+H100 = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3"
+FLOAT32 = (H100 / "cuda_sweep-float32.jsonl",)
 
 Factors = dict[str, tuple[float, ...]]
 Ranges = tuple[tuple[float, float], ...]
