@@ -130,15 +130,20 @@ def test_a_tile_is_written_late_where_another_follows(
     [
         (64, 32, (1, 4096, 7168), DType.FLOAT16, "lanesw2"),
         (64, 192, (256, 4096, 7168), DType.FLOAT16, "b128x"),
-        (128, 64, (256, 4096, 1024), DType.FLOAT16, "b128x"),
+        (128, 64, (256, 4096, 1024), DType.FLOAT16, "lanes-late"),
+        (128, 64, (256, 4096, 7168), DType.FLOAT16, "b128x"),
+        # 40 weight rows are groups of 8 at most.
+        (64, 32, (1, 4104, 7168), DType.FLOAT16, "b64x"),
         (128, 64, (256, 4096, 1024), DType.FLOAT32, "lanes-late"),
         (128, 64, (256, 4096, 7168), DType.FLOAT32, "b128x"),
-        (128, 128, (4096, 4096, 7168), DType.BFLOAT16, "lanes-latew2"),
+        (128, 128, (4096, 4096, 7168), DType.BFLOAT16, "lanesw2"),
         (128, 128, (4096, 4096, 2048), DType.BFLOAT16, "b128x"),
         (128, 160, (4096, 4096, 2048), DType.FLOAT16, "lanes-late"),
+        (128, 160, (4096, 4096, 512), DType.FLOAT16, "b64x"),
         (128, 192, (4096, 4096, 7168), DType.FLOAT16, "b128x"),
         (128, 192, (4096, 4096, 7168), DType.FLOAT32, "lanes-late"),
-        (256, 128, (4096, 4096, 7168), DType.FLOAT16, "b128x"),
+        (256, 128, (4096, 4096, 7168), DType.FLOAT16, "lanes-late"),
+        (256, 128, (8192, 4096, 7168), DType.FLOAT16, "b128x"),
         (256, 128, (4096, 4096, 7168), DType.FLOAT32, "lanes-late"),
     ],
 )
