@@ -132,7 +132,6 @@ def test_a_tile_is_written_late_where_another_follows(
         (64, 192, (256, 4096, 7168), DType.FLOAT16, "b128x"),
         (128, 64, (256, 4096, 1024), DType.FLOAT16, "lanes-late"),
         (128, 64, (256, 4096, 7168), DType.FLOAT16, "b128x"),
-        # 40 weight rows are groups of 8 at most.
         (64, 32, (1, 4104, 7168), DType.FLOAT16, "b64x"),
         (128, 64, (256, 4096, 1024), DType.FLOAT32, "lanes-late"),
         (128, 64, (256, 4096, 7168), DType.FLOAT32, "b128x"),
