@@ -1,7 +1,7 @@
 """Which products the sanitizer watches: one for each way through the kernels, not for each tile.
 
 See ``cuda_kind`` and ``gluon_kind``. N, K and M are ragged. K has a block or two more than the ring
-has slots, so every ring goes round. Launches are for ``TWELVE`` multiprocessors, so that a kernel's
+has slots, or a block several tiles, so every ring goes round. Launches are for ``TWELVE`` multiprocessors, so that a kernel's
 blocks take several tiles; for other numbers where a form is for no such launch. Forms are those
 that the choices may give: results written at once and late, one wave and two in flight.
 
@@ -31,6 +31,8 @@ TOKENS = (1, 40, 129, 300, 600)
 # K blocks: the fewest with which a ring goes round, however many slots it has; where K is split,
 # in each piece.
 BLOCKS = (5, 6, 7, 9, 11, 14, 18)
+# So few that gemm.cu writes some tiles in another way; then a block has several.
+VERY_FEW = 4
 FEW, TWELVE = 3, 12
 # Tried in this order, until there is a case of each kind.
 PROCESSORS = (TWELVE, FEW, 132, 1, 2)
@@ -129,10 +131,10 @@ def cuda_works(scope: Scope = Scope.EVERY_WAY) -> list[tuple[int, CudaWork]]:
         (m, work)
         for m in TOKENS
         for processors in PROCESSORS
-        for blocks in BLOCKS
+        for blocks in (*BLOCKS, VERY_FEW)
         for out in (DType.BFLOAT16, DType.FLOAT32)
         for work in map(written, candidates(m, N, k_of(blocks), out, processors))
-        if blocks > work.form.stages
+        if blocks * (work.turns if blocks == VERY_FEW else 1) > work.form.stages
     ]
     works = one_of_each(found, cuda_kind, cuda_turns)
     return scoped(works, lambda case: cuda_kind(case[1]), scope)

@@ -331,7 +331,8 @@ def test_cases_of_gemm_cu_have_all_that_a_form_may_be() -> None:
 def test_every_ring_goes_round() -> None:
     pytest.importorskip("triton", reason="the Gluon kernels' choice imports it")
     for work in [*(w for _, w in watched.cuda_works()), *(c.work for c in watched.grouped_cuda())]:
-        assert work.k_blocks > work.form.stages, work.name
+        turns = work.turns if work.k_blocks == watched.VERY_FEW else 1
+        assert work.k_blocks * turns > work.form.stages, work.name
     for _, work in watched.gluon_works():
         assert work.piece_blocks > work.variant.stages or watched.gluon_turns(work) > 1, work.name
     for case in watched.grouped_gluon():
