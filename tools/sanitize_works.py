@@ -1,9 +1,10 @@
 """Which products the sanitizer watches: one for each way through the kernels, not for each tile.
 
 See ``cuda_kind`` and ``gluon_kind``. N, K and M are ragged. K has a block or two more than the ring
-has slots, or a block several tiles, so every ring goes round. Launches are for ``TWELVE`` multiprocessors, so that a kernel's
-blocks take several tiles; for other numbers where a form is for no such launch. Forms are those
-that the choices may give: results written at once and late, one wave and two in flight.
+has slots, or a block several tiles, so every ring goes round. Launches are for ``TWELVE``
+multiprocessors, so that a kernel's blocks take several tiles; for other numbers where a form is for
+no such launch. Forms are those that the choices may give: results written at once and late, one
+wave and two in flight.
 
 ``Scope.RACES`` are fewer: any two traits of a kind that some case has together, one of these has.
 """
