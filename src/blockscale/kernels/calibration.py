@@ -4,7 +4,8 @@ A family's model compares its own candidates (``gluon.corrections``, ``cuda.corr
 clocks are not another family's. ``tables/calibration.json``, written from a sweep that times both
 families on each shape (``benchmarks/family_fit.py``), has for each the logarithm of microseconds /
 clocks as a quadratic function of the logarithms of M, N and K, and of the kind of work. float32
-results have factors of their own, of another sweep: compare families, not dtypes. Needs neither torch nor Triton.
+results have factors of their own, of another sweep: compare families, not dtypes. Needs neither
+torch nor Triton.
 """
 
 from __future__ import annotations
