@@ -147,7 +147,7 @@ def _written_by_lanes(work: Work) -> Form | None:
     """None where boxes took less.
 
     Each way of a tile that took less in the mean over real models' shapes, by turns and K
-    (``cuda_sweep.py --ways``, printed by ``cuda_ways.py``; H100, 2026-11-27, perf-log G45).
+    (``cuda_sweep.py --ways``, printed by ``cuda_ways.py``; H100, 2026-11-27, perf-log G46).
     """
     form, turns = work.form, work.turns
     rows, columns = form.rows, form.columns
