@@ -140,8 +140,8 @@ def test_nothing_spills_and_copies_are_tma(form: Form) -> None:
     has_boxes = form.stores.buffers > 0
     assert (found["UTMASTG"] > 0) == has_boxes
     assert (found["STSM"] > 0) == (has_boxes and form.out is not DType.FLOAT32)
-    # 16 bytes a lane; 16 columns of 16 bits are 8.
-    width = 64 if form.columns * form.out.bytes == 32 else 128
+    # A lane's quarter of the dealt columns: 16 bytes, or 8.
+    width = 8 * form.dealt // 4 * form.out.bytes
     assert any(f"STG.E.{width}" in line for line in lines) == (not has_boxes)
     # A thread that ptxas does not know to be alone asks for each copy in a loop over lanes; one
     # that walks alone moves twelve values a K block to uniform registers (163 such moves in all,

@@ -410,7 +410,7 @@ BROKEN = {
         "outside of the output",
     ),
     "lanes write columns that are not there": (
-        FEW_FORMS[7],
+        FEW_FORMS[6],
         "row < first.end ? problem.n - first.column : 0",
         "row < first.end ? COLUMNS : 0",
         "outside of the output|wrong",
@@ -441,17 +441,19 @@ def test_the_machine_notices_a_broken_kernel(name: str) -> None:
     problem = Problem(*shape)
     work = make_work(form, *shape, processors=2)
     # Chance decides what happens first; a fault that never shows would be a fault of the test.
-    found = (try_broken(problem, work, Trial(seed, (piece, instead))) for seed in range(10))
+    bias = problem.whole(problem.n).to(torch_dtype(form.out)) if "bias" in name else None
+    found = (try_broken(problem, work, Trial(seed, (piece, instead)), bias) for seed in range(10))
     assert re.search(words, next(filter(None, found), "right"))
 
 
-def try_broken(problem: Problem, work: Work, trial: Trial) -> str:
+def try_broken(problem: Problem, work: Work, trial: Trial, bias: torch.Tensor | None = None) -> str:
     """What is noticed; empty if the result is right."""
     try:
-        out = problem.run(work, trial=trial)
+        out = problem.run(work, bias, trial)
     except EmulationError as error:
         return str(error)
-    return "" if torch.equal(out, problem.expected.to(out.dtype)) else "wrong"
+    expected = problem.expected if bias is None else problem.expected + bias.double()
+    return "" if torch.equal(out, expected.to(out.dtype)) else "wrong"
 
 
 @pytest.mark.parametrize("form", FEW_FORMS, ids=name_of)

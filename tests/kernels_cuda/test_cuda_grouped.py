@@ -270,7 +270,7 @@ def test_any_counts_give_the_float64_product_bit_for_bit(
     form: Form, counts: tuple[int, ...]
 ) -> None:
     """Rows of a slot that do not count stay NaN; slots end within a store's 16 rows."""
-    n, k = 136, 128 * (form.stages // 2) + 16
+    n, k = -(-136 // form.dealt) * form.dealt, 128 * (form.stages // 2) + 16
     for slot, processors in ((300, 2), (331, 3)):
         problem = Slots(counts, slot, n, k)
         work = make_masked_work(form, (N_GROUPS, slot), (n, k), processors)
