@@ -217,7 +217,8 @@ def test_experts_are_shared_by_rows_of_a_group(made_ratio: Callable[..., None]) 
     (few, many) = plans[0].choices
     assert (few.offer.backend, many.offer.backend) == ("gluon", "cuda")
     # 256 rows of each lie halfway, as a logarithm, and are where the ratio is one; 8 for a token.
-    assert 225 <= many.m_range.min_m <= 320
+    # Near that cuda, which is preferred, takes them.
+    assert 200 <= many.m_range.min_m <= 256
 
 
 def test_deep_gemm_is_estimated_for_experts_only(made_ratio: Callable[..., None]) -> None:
@@ -243,5 +244,5 @@ def test_experts_with_float32_results_keep_the_order_of_preference() -> None:
     ]
     plans = plan_experts(both, SM90, PlanPolicy(), OWN)
     assert {(plan.choices[0].offer.backend, plan.choices[0].reason) for plan in plans} == {
-        ("gluon", "")
+        ("cuda", "")
     }

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 BACKENDS: tuple[PlannableBackend, ...] = (
     DeepGemm(),
     FlashInferTrtllm(),
-    Gluon(),
     Cuda(),
+    Gluon(),
     TorchScaledMm(),
     SglCutlass(),
     FlashInferCutlass(),
