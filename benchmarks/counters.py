@@ -163,9 +163,9 @@ def _table(lines: Iterable[str]) -> Iterable[str]:
 def words_of(line: dict[str, Any]) -> str:
     """A record on one line."""
     found = [f"{name} {line[name]:,.0f}" for name in METRICS if name in line]
-    where = f"{line['m']} x {line['n']} x {line['k']} {line['backend']} {line['out_dtype']}"
-    where = f"{where} {line['detail']}"
-    return f"{where}: {', '.join(found)}"
+    shape = f"{line['m']} x {line['n']} x {line['k']}"
+    job = f"{line['backend']} {line['out_dtype']} {line['detail']}"
+    return f"{shape} {job}: {', '.join(found)}"
 
 
 if __name__ == "__main__":

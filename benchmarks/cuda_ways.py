@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from bisect import bisect_left
 from collections import defaultdict
 from math import ceil
 from pathlib import Path
@@ -19,7 +20,7 @@ from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 from blockscale.kernels.cuda.work import K_BLOCK
-from blockscale.kernels.cuda.writing import MOST_TURNS_IN_FLIGHT, SHORT_BLOCKS
+from blockscale.kernels.cuda.writing import MOST_TURNS_IN_FLIGHT, SHORT_BLOCKS, TINY_BLOCKS
 from choice_fit import PROCESSORS
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ NAME = re.compile(
     r"(?P<beside>x2)?(?P<way>(?:-late)?(?:w2)?) /\d+"
 )
 TILE = ("rows", "columns", "share", "beside")
-LONGEST_SHORT = K_BLOCK * SHORT_BLOCKS
+# The longest K of a very short one, and of a short one.
+LONGEST = (K_BLOCK * TINY_BLOCKS, K_BLOCK * SHORT_BLOCKS)
 
 
 def main() -> int:
@@ -54,12 +56,13 @@ def print_ways(lines: Iterable[dict[str, Any]]) -> None:
         boxes = {match.group(*TILE): us for match, us in own if not match["lanes"]}
         for match, us in own:
             if match["lanes"]:
-                key = (line["out_dtype"], *tile_and_turns(match, line), line["k"] > LONGEST_SHORT)
-                found[(*key, match["way"])].append(boxes[match.group(*TILE)] / us)
-    for (out, rows, columns, beside, turns, is_long, way), factors in sorted(found.items()):
-        length = f"K {'>' if is_long else '<='} {LONGEST_SHORT}"
+                length = bisect_left(LONGEST, line["k"])
+                key = (line["out_dtype"], *tile_and_turns(match, line), length, match["way"])
+                found[key].append(boxes[match.group(*TILE)] / us)
+    lengths = (*(f"K <= {most}" for most in LONGEST), f"K > {LONGEST[-1]}")
+    for (out, rows, columns, beside, turns, length, way), factors in sorted(found.items()):
         print(
-            f"{out} {rows}x{columns}{beside} {turns} {length}: lanes{way} "
+            f"{out} {rows}x{columns}{beside} {turns} {lengths[length]}: lanes{way} "
             f"x{geometric_mean(factors):.3f} (worst x{min(factors):.3f}), {len(factors)} cases"
         )
 
