@@ -42,8 +42,17 @@ if TYPE_CHECKING:
 
 TABLES = ROOT / "src" / "blockscale" / "kernels"
 PROCESSORS = 132
-RANGES = ((1, 16), (17, 32), (33, 64), (65, 128), (129, 256), (257, 512), (513, 1024), (1025, 8192))
-RANGES += ((17, 512), (1, 8192))
+RANGES = (
+    (1, 16),
+    (17, 32),
+    (33, 64),
+    (65, 128),
+    (129, 256),
+    (257, 512),
+    (513, 1024),
+    (1025, 16384),
+)
+RANGES += ((17, 512), (1, 16384))
 # Candidates this far from the fastest count 1/e of it; beyond FAR times the fastest, nothing.
 NEAR, FAR = 0.1, 1.7
 # What was not timed is taken for this much slower than the fastest, unless the model says more.

@@ -214,7 +214,7 @@ def compute(form: Form, blocks: int, maps: list[Map], problem: launch.Problem) -
         problem.n,
         problem.unit_rows,
         problem.unit_columns,
-        problem.k_blocks,
+        maps[0].matrix("a").shape[1],
         problem.band,
         blocks,
         problem.last_rows,

@@ -13,7 +13,7 @@ from math import exp, log2
 from typing import TYPE_CHECKING
 
 from blockscale.kernels.corrected import Table, bounded, table_of, work_named
-from blockscale.kernels.cuda.costs import estimate, outside_share, rounds, row_tiles
+from blockscale.kernels.cuda.costs import estimate, lines, outside_share, rounds, row_tiles
 from blockscale.kernels.cuda.writing import written
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def quantities(work: Work, m: int, memory_share: float, processors: int) -> tupl
     """What the model's error may depend on; most are logarithms, so that halves and doubles count.
 
     In order: blocks that run together, K blocks, the share of memory in the time, the share of rows
-    beyond M, M, tiles of rows, rounds, the last round's empty places,
-    blocks on one multiprocessor.
+    beyond M, M, tiles of rows, rounds, the last round's empty places, blocks on one multiprocessor,
+    whether rows lie across lines of L2.
     """
     turns = rounds(work)
     return (
@@ -74,21 +74,30 @@ def quantities(work: Work, m: int, memory_share: float, processors: int) -> tupl
         log2(turns),
         min(1.0, turns * work.blocks / (work.units * work.form.cluster) - 1),
         log2(work.crowd),
+        float(lines(work) - 1),
     )
 
 
 def terms(own: tuple[float, ...]) -> tuple[float, ...]:
-    """What factors belong to: one, the quantities, and the products of some."""
-    together, blocks, memory, outside = own[:4]
+    """What factors belong to: one, the quantities, and the products of some.
+
+    The last four are newer than ``tables/in_boxes.json``, which has no factors of them.
+    """
+    *first, across = own
+    together, blocks, memory, outside, _m, _rows, turns = own[:7]
     return (
         1.0,
-        *own,
+        *first,
         blocks * blocks,
         memory * memory,
         together * blocks,
         together * memory,
         blocks * memory,
         outside * memory,
+        blocks * turns,
+        across,
+        across * blocks,
+        across * memory,
     )
 
 

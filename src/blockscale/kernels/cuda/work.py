@@ -249,15 +249,15 @@ EARLY_BLOCKS = 4
 class Work:
     """A form and its units: what a cluster computes at a time, one tile or two that share rows.
 
-    ``n``: columns of the result, ValueError if they do not fit. ``last_rows``: what is copied of
-    the activation's last tile. ``crowd``: blocks that the busiest multiprocessor has at a time.
+    ``n``: columns of the result, ValueError if they do not fit. ``k``: of both operands, of which
+    tiles take whole K blocks. ``last_rows``: what is copied of the activation's last tile. ``crowd``: blocks that the busiest multiprocessor has at a time.
     """
 
     form: Form
     n: int
     unit_rows: int
     unit_columns: int
-    k_blocks: int
+    k: int
     band: int
     blocks: int
     last_rows: int
@@ -267,6 +267,11 @@ class Work:
         if not fits(self.form, self.n):
             msg = f"{self.form.name} needs N in groups of {self.form.dealt}, not {self.n}"
             raise ValueError(msg)
+
+    @property
+    def k_blocks(self) -> int:
+        """The last one may lie beyond K."""
+        return ceil(self.k / K_BLOCK)
 
     @property
     def units(self) -> int:
@@ -330,7 +335,7 @@ def make_work(
         n,
         unit_rows,
         unit_columns,
-        ceil(k / K_BLOCK),
+        k,
         band,
         blocks,
         last_rows=last_rows(form, m),
