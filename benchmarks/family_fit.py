@@ -40,6 +40,7 @@ from blockscale.kernels.cuda import choice as cuda_choice
 from blockscale.kernels.cuda import corrections as cuda_corrections
 from blockscale.kernels.gluon import choice as gluon_choice
 from blockscale.kernels.gluon import corrections as gluon_corrections
+from blockscale.planning.estimated import DENSE_DOUBT
 from blockscale.planning.timed import TOKENS, Timed, in_ranges, starts_of
 from choice_fit import HELD_OUT, PROCESSORS, parts, report
 from cuda_fit import time_of
@@ -53,8 +54,8 @@ TARGET = ROOT / "src" / "blockscale" / "kernels" / "tables" / "calibration.json"
 FAMILIES = ("cuda", "gluon")
 RIDGE = 1.0
 DIGITS = 6
-H100 = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3"
-FLOAT32 = (H100 / "cuda_sweep-float32.jsonl",)
+RESULTS = ROOT / "benchmarks" / "results"
+FLOAT32 = tuple(sorted(RESULTS.glob("*/cuda_sweep-float32.jsonl")))
 
 Factors = dict[str, tuple[float, ...]]
 Ranges = tuple[tuple[float, float], ...]
@@ -240,7 +241,8 @@ def plan_of(n: int, k: int, out: DType, fitted: Fitted) -> list[tuple[int, str]]
         for m in TOKENS
     ]
     points = [
-        Timed(start, m, one) for start, m, one in zip(starts_of(TOKENS), TOKENS, times, strict=True)
+        Timed(start, m, one, estimated=frozenset(FAMILIES), doubt=DENSE_DOUBT)
+        for start, m, one in zip(starts_of(TOKENS), TOKENS, times, strict=True)
     ]
     return [(one.min_m, one.backend) for one in in_ranges(points, FAMILIES)]
 
@@ -249,14 +251,14 @@ def write(
     sweeps: Sequence[Path], others: Sequence[Path], shapes: list[Shape], float32: list[Shape]
 ) -> None:
     """The table that ships, with where it comes from."""
-    head = json.loads(sweeps[0].read_text(encoding="utf-8").splitlines()[0])
+    heads = [json.loads(path.read_text(encoding="utf-8").splitlines()[0]) for path in sweeps]
     paths, own = ([str(path.resolve().relative_to(ROOT)) for path in x] for x in (sweeps, others))
     commit, date = last_change([*paths, *own])
     kept = parts(shapes, HELD_OUT)
     document = {
         "schema": 1,
-        "device": head["machine"],
-        "packages": head["versions"],
+        "device": ", ".join(dict.fromkeys(head["machine"] for head in heads)),
+        "packages": heads[-1]["versions"],
         "commit": commit,
         "date": date,
         "sources": paths,

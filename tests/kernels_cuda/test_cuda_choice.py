@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from blockscale.formats import DType
+from blockscale.kernels.cuda import costs
 from blockscale.kernels.cuda.choice import candidates, choose, forms
 from blockscale.kernels.cuda.corrections import clocks, forms_of, shipped, winner, winner_name
 from blockscale.kernels.cuda.work import (
@@ -196,6 +197,24 @@ def test_every_shape_is_covered_once(m: int, n: int, k: int) -> None:
         assert work.blocks % form.cluster == 0
         assert 0 < work.blocks <= 132 * form.beside
         assert (work.k_blocks - 1) * 128 < k <= work.k_blocks * 128
+
+
+@pytest.mark.parametrize(("k", "lines"), [(2688, 1), (2736, 2), (2752, 2), (2816, 1), (64, 2)])
+def test_rows_across_lines_of_l2_are_asked_for_twice(k: int, lines: int) -> None:
+    """K of 2736 has as many K blocks as 2816: what differs is how many lines each row takes."""
+    work = make_work(make_form(128, 128, DType.FLOAT16), 8192, 4096, k, 132)
+    assert costs.lines(work) == lines
+    whole = replace(work, k=work.k_blocks * 128)
+    time, other = (costs.estimate(one, 8192, 4096).clocks for one in (work, whole))
+    assert time > other if lines == 2 else time == other
+
+
+@pytest.mark.parametrize("k", [2736, 5472])
+@pytest.mark.parametrize("m", [4096, 8192, 16384])
+def test_where_rows_lie_across_lines_large_tiles_serve_many_tokens(m: int, k: int) -> None:
+    """128x128 took 1.1 to 1.5 times as long there (H100 and H200, 2026-11-27)."""
+    form = choose(m, 4096, k, DType.FLOAT16, 132).form
+    assert form.rows * form.columns == 256 * 128
 
 
 @pytest.mark.parametrize("m", TOKENS)

@@ -150,8 +150,8 @@ def test_bfloat16_with_other_scales_is_requantized_only_with_permission(
 def test_hopper_serves_every_layer_from_the_stored_weight(minimax: Model, dtype: DType) -> None:
     plan = planned(minimax, "sm_90", dtype)
     assert {layer.conversion for layer in plan.layers} == {Conversion.NONE}
-    # Blockscale's two kernels share token counts by their estimates.
-    serving = {"deep_gemm"} if dtype is BF16 else {"gluon", "cuda"}
+    # Gluon's estimate is better than cuda's for some tokens, but by less than it may be off.
+    serving = {"deep_gemm"} if dtype is BF16 else {"cuda"}
     attention = [layer for layer in plan.layers if leaf(layer.name) in {"qkv_proj", "o_proj"}]
     assert {backend for layer in attention for backend in layer.backends} == serving
 

@@ -47,6 +47,20 @@ def test_the_preferred_one_serves_unless_another_is_one_percent_faster() -> None
     assert served(1.03, 1.03, 1.03) == [(1, "second")]
 
 
+def test_an_estimate_must_be_better_by_its_doubt() -> None:
+    """Where neither time was estimated, the doubt of others' estimates does not count."""
+
+    def backend(ratio: float, *estimated: str) -> str:
+        times = {"first": ratio, "second": 1.0}
+        (found,) = in_ranges([Timed(1, 1, times, frozenset(estimated), doubt=0.05)], NAMES)
+        return found.backend
+
+    for estimated in ("first", "second"):
+        assert backend(1.04, estimated) == "first"
+        assert backend(1.06, estimated) == "second"
+    assert backend(1.04) == backend(1.04, "third") == "second"
+
+
 def test_a_little_faster_at_one_token_count_is_worth_no_switch() -> None:
     assert served(0.9, 0.9, 1.02, 0.9, 0.9) == [(1, "first")]
     assert len(served(0.9, 0.9, 1.1, 0.9, 0.9)) == 3

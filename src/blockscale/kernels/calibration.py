@@ -22,6 +22,7 @@ from blockscale.formats import DType
 from blockscale.kernels.corrected import bounded
 from blockscale.kernels.cuda import choice as cuda_choice
 from blockscale.kernels.cuda import corrections as cuda_corrections
+from blockscale.kernels.cuda.costs import LINE_BYTES, rounds
 from blockscale.kernels.cuda.work import K_BLOCK
 from blockscale.kernels.gluon import choice as gluon_choice
 from blockscale.kernels.gluon import corrections as gluon_corrections
@@ -77,19 +78,25 @@ def gluon_kinds(work: GluonWork) -> tuple[float, ...]:
 
 
 def cuda_kinds(work: CudaWork) -> tuple[float, ...]:
-    """Whether two blocks share a multiprocessor; whether those of a cluster share an operand."""
-    return (float(work.form.beside > 1), float(work.form.cluster > 1))
+    """Whether two blocks share a multiprocessor, or those of a cluster an operand; rounds.
+
+    Rounds as logarithms, also times that of K blocks: the corrections of the clocks have this
+    product, which is nothing where there is one round.
+    """
+    turns = log2(rounds(work))
+    kinds = float(work.form.beside > 1), float(work.form.cluster > 1)
+    return (*kinds, turns, turns * log2(work.k_blocks))
 
 
-def sizes(m: int, n: int, k: int) -> tuple[float, float, float]:
-    """What the error depends on: logarithms of M, N and the number of K blocks."""
-    return log2(m), log2(n), log2(max(1.0, k / K_BLOCK))
+def sizes(m: int, n: int, k: int) -> tuple[float, float, float, float]:
+    """What the error depends on: logarithms of M, N and K blocks; 1 where rows lie across lines."""
+    return log2(m), log2(n), log2(max(1.0, k / K_BLOCK)), float(k % LINE_BYTES > 0)
 
 
 def terms(own: Iterable[float], kinds: Iterable[float]) -> tuple[float, ...]:
-    """One, the sizes, their squares and products, and the kinds."""
-    m, n, k = own
-    return (1.0, m, n, k, m * m, n * n, k * k, m * n, m * k, n * k, *kinds)
+    """One, the sizes, the logarithms' squares and products, and the kinds."""
+    m, n, k, across = own
+    return (1.0, m, n, k, m * m, n * n, k * k, m * n, m * k, n * k, across, *kinds)
 
 
 def _us_per_clock(

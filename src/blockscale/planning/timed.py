@@ -54,7 +54,8 @@ class Timed:
     """From ``min_m`` tokens on, until the next one: microseconds by backend, at ``m`` tokens.
 
     ``is_near``: measured at another (N, K), near this one. ``estimated``: the backends whose time
-    was not measured.
+    was not measured; ``doubt``: how much faster than the most preferred, as a logarithm, somebody
+    must be where one of both was not.
     """
 
     min_m: int
@@ -62,6 +63,7 @@ class Timed:
     time_us: Mapping[str, float]
     estimated: frozenset[str] = frozenset()
     is_near: bool = False
+    doubt: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ def starts_of(tokens: Sequence[int]) -> tuple[int, ...]:
 
 
 def in_ranges(points: Sequence[Timed], preferred: Sequence[str]) -> tuple[Served, ...]:
-    """Ranges that cost least: times as logarithms, ``LEAST_GAIN`` and ``SWITCH_COST`` on top.
+    """Ranges that cost least: times as logarithms, with least gains and ``SWITCH_COST`` on top.
 
     ``points``: in rising order of M. ``preferred``: all backends that may serve, most preferred
     first; at each point at least one of them has a time. At most ``MOST_RANGES``.
@@ -111,10 +113,14 @@ def in_ranges(points: Sequence[Timed], preferred: Sequence[str]) -> tuple[Served
         return ()
     names = [name for name in preferred if any(name in point.time_us for point in points)]
     costs = [
-        [log(one.time_us[name]) + LEAST_GAIN * (name != names[0]) if name in one.time_us else inf
-         for name in names]
+        [
+            log(one.time_us[name]) + _least_gain(one, name, names[0])
+            if name in one.time_us
+            else inf
+            for name in names
+        ]
         for one in points
-    ]  # fmt: skip
+    ]
     switch_cost = SWITCH_COST
     while True:
         chosen = _cheapest(costs, switch_cost)
@@ -123,6 +129,13 @@ def in_ranges(points: Sequence[Timed], preferred: Sequence[str]) -> tuple[Served
             break
         switch_cost *= 2
     return tuple(_served(names[index], [points[i] for i in run], names) for index, run in runs)
+
+
+def _least_gain(one: Timed, name: str, preferred: str) -> float:
+    """What ``name`` must be faster by."""
+    if name == preferred:
+        return 0.0
+    return max(LEAST_GAIN, one.doubt if one.estimated & {name, preferred} else 0.0)
 
 
 def _second(pair: tuple[int, int]) -> int:

@@ -249,8 +249,9 @@ EARLY_BLOCKS = 4
 class Work:
     """A form and its units: what a cluster computes at a time, one tile or two that share rows.
 
-    ``n``: columns of the result, ValueError if they do not fit. ``k``: of both operands, of which
-    tiles take whole K blocks. ``last_rows``: what is copied of the activation's last tile. ``crowd``: blocks that the busiest multiprocessor has at a time.
+    ``n``: columns of the result, ValueError if they do not fit. ``k``: of both operands. Tiles take
+    whole K blocks. ``last_rows``: what is copied of the activation's last tile. ``crowd``: blocks
+    that the busiest multiprocessor has at a time.
     """
 
     form: Form
