@@ -46,6 +46,14 @@ def newest(benchmark: str) -> list[dict[str, Any]]:
     return [record for record in found if record["machine"] == last["machine"]]
 
 
+def of_newest_source(benchmark: str) -> list[list[dict[str, Any]]]:
+    """The records of one benchmark, oldest first, of each machine that ran the newest source."""
+    found = records(benchmark)
+    last = max(found, key=lambda record: (record["date"], record.get("time", "")))
+    machines = dict.fromkeys(r["machine"] for r in found if r["commit"] == last["commit"])
+    return [[r for r in found if r["machine"] == machine] for machine in machines]
+
+
 def caption(found: list[dict[str, Any]]) -> str:
     """Below a table of one machine: which, when and of which source."""
     commit = found[-1]["commit"]
@@ -174,7 +182,10 @@ def fuzz_headers() -> str:
 
 def fp16_model() -> str:
     """The founding case: what each way takes."""
-    found = newest("fp16_model")
+    return "\n".join(map(_fp16_model, of_newest_source("fp16_model")))
+
+
+def _fp16_model(found: list[dict[str, Any]]) -> str:
     last = {r["m"]: r for r in found}
     return rows(
         "tokens | a) UE8M0 unpacked on every call, Triton | b) float32 scales, Triton | c) plan | "
@@ -266,8 +277,15 @@ def tensor_parallel() -> str:
 
 
 def of_gemm(table: Callable[[Sequence[gemm_summary.Point]], gemm_summary.Table]) -> str:
-    """A table of ``benchmarks/gemm_summary.py``."""
-    counted = gemm_summary.counted(newest("gemm"))
+    """A table of ``benchmarks/gemm_summary.py`` for each machine."""
+    return "\n".join(_of_gemm(table, found) for found in of_newest_source("gemm"))
+
+
+def _of_gemm(
+    table: Callable[[Sequence[gemm_summary.Point]], gemm_summary.Table],
+    found: list[dict[str, Any]],
+) -> str:
+    counted = gemm_summary.counted(found)
     header, body = table(gemm_summary.points(counted))
     if not body:
         return "No record is committed yet.\n"
