@@ -37,6 +37,11 @@ FLOAT32_GOAL = 0.95
 DECODE_GOAL, DECODE_TOKENS, DECODE_BYTES = 0.80, 16, 29_000_000
 OUT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 STORES = "stores"
+# What L2 takes of stores from all multiprocessors: 2,200 bytes a clock at 1.4 GHz, which is less
+# than memory's bandwidth (H100, 2026-11-27, perf-log G45). The shares of a product's time that a
+# table tells apart.
+L2_INTAKE_GB_S = 3.1e3
+INTAKE_SHARES = ((0.0, 0.125), (0.125, 0.25), (0.25, 0.5), (0.5, 1.0), (1.0, float("inf")))
 VERDICTS = {True: "reached", False: "missed"}
 # Details of what was timed beside a backend's own choice.
 EXPERIMENTS = ("overlap", "alternate", "loads", "candidate")
@@ -231,6 +236,31 @@ def float32(found: Sequence[Point]) -> Table:
     return header, body
 
 
+def intake(found: Sequence[Point]) -> Table:
+    """Our best float32, by the share of float16's time that L2 takes to take float32 stores."""
+    times = {point.shape: point.time_us for point in best_of_ours(found, "float16")}
+    shares = {
+        point: point.m
+        * point.n
+        * OUT_BYTES["float32"]
+        / (L2_INTAKE_GB_S * 1e3 * times[point.shape])
+        for point in best_of_ours(found, "float32")
+        if point.shape in times
+    }
+    body: list[list[str]] = []
+    for low, high in INTAKE_SHARES:
+        part = [point for point, share in shares.items() if low <= share < high]
+        if not part:
+            continue
+        slower = geometric_mean(point.time_us / times[point.shape] for point in part)
+        below = sum(point.ratio is not None and point.ratio < FLOAT32_GOAL for point in part)
+        words = f"{low:.1%} to {high:.1%}" if high <= 1 else f"{low:.0%} and more"
+        cells = [str(len(part)), f"{slower:.2f}x", mean_and_worst(part), str(below)]
+        body.append([words.replace(".0%", "%"), *cells])
+    names = ["stores at L2's intake, of float16's time", "shapes", "float32 takes", "of DeepGEMM"]
+    return [*names, f"below {FLOAT32_GOAL}"], body
+
+
 def bounds(found: Sequence[Point]) -> Table:
     """What the floor of each range is made of, and how near kernels come to it (float16)."""
     body: list[list[str]] = []
@@ -395,6 +425,7 @@ TABLES: tuple[Callable[[Sequence[Point]], Table], ...] = (
     regions,
     goals,
     float32,
+    intake,
     bounds,
     decode,
     slowest,

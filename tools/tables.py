@@ -311,6 +311,11 @@ def gemm_float32() -> str:
     return of_gemm(gemm_summary.float32)
 
 
+def gemm_intake() -> str:
+    """What float32 stores cost, by the share of the time that L2 takes to take them."""
+    return of_gemm(gemm_summary.intake)
+
+
 def gemm_bounds() -> str:
     """What each region's floor is made of, and how near kernels come."""
     return of_gemm(gemm_summary.bounds)
@@ -448,6 +453,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gemm": gemm,
     "gemm_short": gemm_short,
     "gemm_float32": gemm_float32,
+    "gemm_intake": gemm_intake,
     "gemm_bounds": gemm_bounds,
     "gemm_decode": gemm_decode,
     "gemm_slowest": gemm_slowest,
