@@ -88,6 +88,31 @@ def test_a_layer_of_experts(tables: ModuleType, tmp_path: Path) -> None:
     assert "Some GPU, torch 2.11.0, 2026-11-26, source abc1234." in table
 
 
+def test_every_gpu_that_ran_the_newest_source_has_a_table(
+    tables: ModuleType, tmp_path: Path
+) -> None:
+    record = {
+        "benchmark": "fp16_model",
+        "m": 8,
+        "unpack_us": 300.0,
+        "triton_us": 200.0,
+        "plan_us": 100.0,
+        "speedup_over_unpack": 3.0,
+        "speedup_over_triton": 2.0,
+        "backends": ["cuda"],
+        "time": "12:00",
+    }
+    other = {**record, "machine": "Another GPU", "plan_us": 80.0}
+    old = {"commit": "0ld50ce", "time": "11:00", "plan_us": 1.0}
+    kept(tmp_path, record, {**other, **old}, other)
+    kept(tmp_path, {**record, **OLD, "commit": "0ld50ce"})
+    table = tables.fp16_model()
+    assert [row[3] for row in cells(table)[::3]] == ["80 us", "100 us"]
+    assert "Another GPU, torch" in table
+    assert "Some GPU, torch" in table
+    assert "An older GPU" not in table
+
+
 def test_a_model_over_ranks(tables: ModuleType, tmp_path: Path) -> None:
     kept(tmp_path, {**PARALLEL, **OLD}, PARALLEL, {**PARALLEL, "m": 64, "phase": "prefill"})
     table = tables.tensor_parallel()
