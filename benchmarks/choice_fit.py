@@ -36,7 +36,7 @@ from blockscale.kernels.corrected import Table, bounded, bucket
 from record import ROOT, last_change
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from blockscale.kernels.corrected import Estimate
 
@@ -385,16 +385,22 @@ def rounded(table: Table) -> Table:
     return replace(table, ranges=ranges, factors=factors)
 
 
+def swept_on(sweeps: Sequence[Path]) -> tuple[str, dict[str, str]]:
+    """The machines of sweeps, and the packages of the last one."""
+    heads = [json.loads(sweep.read_text(encoding="utf-8").splitlines()[0]) for sweep in sweeps]
+    return ", ".join(dict.fromkeys(head["machine"] for head in heads)), heads[-1]["versions"]
+
+
 def write(target: Path, sweeps: list[Path], table: Table, kept: dict[tuple[int, int], int]) -> None:
     """The table that ships, with where it comes from."""
-    heads = [json.loads(sweep.read_text(encoding="utf-8").splitlines()[0]) for sweep in sweeps]
+    machines, packages = swept_on(sweeps)
     paths = [str(sweep.resolve().relative_to(ROOT)) for sweep in sweeps]
     commit, date = last_change(paths)
     document = {
         "schema": 1,
-        "device": ", ".join(dict.fromkeys(head["machine"] for head in heads)),
+        "device": machines,
         "processors": table.processors,
-        "packages": heads[-1]["versions"],
+        "packages": packages,
         "commit": commit,
         "date": date,
         "sources": paths,

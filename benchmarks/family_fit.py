@@ -1,6 +1,7 @@
 """Fits microseconds to the clocks of both kernel families, and says what choosing by them loses.
 
-    python benchmarks/family_fit.py SWEEP... [--write] [--folds 5] [--float32 FILE...]
+    python benchmarks/family_fit.py SWEEP... [--write] [--folds 5] [--doubt 0.05]
+                                    [--float32 FILE...]
 
 SWEEP: ``cuda_sweep.py``'s, which times the forms of gemm.cu and what Gluon's choice takes on each
 shape. A loss is chosen / faster of the two families, Gluon by its choice of today and gemm.cu by
@@ -42,7 +43,7 @@ from blockscale.kernels.gluon import choice as gluon_choice
 from blockscale.kernels.gluon import corrections as gluon_corrections
 from blockscale.planning.estimated import DENSE_DOUBT
 from blockscale.planning.timed import TOKENS, Timed, in_ranges, starts_of
-from choice_fit import HELD_OUT, PROCESSORS, parts, report
+from choice_fit import HELD_OUT, PROCESSORS, parts, report, swept_on
 from cuda_fit import time_of
 from record import ROOT, last_change
 
@@ -96,20 +97,21 @@ def main() -> int:
     parser.add_argument("sweeps", type=Path, nargs="+")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--doubt", type=float, default=DENSE_DOUBT, help="of plans' estimates")
     parser.add_argument("--float32", type=Path, nargs="+", default=FLOAT32)
     options = parser.parse_args()
     shapes = [one for sweep in options.sweeps for one in read(sweep, DType.FLOAT16)]
     print(f"{len(shapes)} shapes, {len({(s.n, s.k) for s in shapes})} different (N, K), held out")
-    validate(shapes, parts(shapes, options.folds), shapes)
+    validate(shapes, parts(shapes, options.folds), shapes, options.doubt)
     float32 = {path: read(path, DType.FLOAT32) for path in options.float32}
     every = [shape for found in float32.values() for shape in found]
     fold = parts(every, options.folds)
     for path, found in float32.items():
         print(f"\nfloat32, {path.parent.name}, {path.name}: {len(found)} shapes, (N, K) held out")
         print("fitted to 16-bit results")
-        validate(found, fold, shapes)
+        validate(found, fold, shapes, options.doubt)
         print("fitted to float32 results")
-        validate(found, fold, every)
+        validate(found, fold, every, options.doubt)
     if options.write:
         write(options.sweeps, options.float32, shapes, every)
     return 0
@@ -204,10 +206,11 @@ def validate(
     shapes: Sequence[Shape],
     fold: Mapping[tuple[int, int], int],
     known: Sequence[Shape],
+    doubt: float,
 ) -> None:
     """Losses on ``shapes``, fitted to those of ``known`` whose (N, K) is not in the same part."""
     losses: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    counts = []
+    counts, errors = [], []
     by_pair: dict[tuple[int, int], list[Shape]] = defaultdict(list)
     for shape in shapes:
         by_pair[shape.n, shape.k].append(shape)
@@ -216,11 +219,14 @@ def validate(
         for n, k in sorted(pair for pair, of in fold.items() if of == number):
             if (n, k) not in by_pair:
                 continue
-            plan = plan_of(n, k, shapes[0].out, fitted)
+            plan = plan_of(n, k, shapes[0].out, fitted, doubt)
             counts.append(len(plan))
             for shape in by_pair[n, k]:
                 best = min(shape.us.values())
                 times = {name: estimated(name, shape, fitted) for name in FAMILIES}
+                one, other = FAMILIES
+                ratio = times[one] * shape.us[other] / (times[other] * shape.us[one])
+                errors.append(math.log(ratio))
                 by_m = min(times, key=times.__getitem__)
                 planned = [family for start, family in plan if start <= shape.m][-1]
                 taken = {"gluon alone": "gluon", "cuda alone": "cuda"}
@@ -231,17 +237,19 @@ def validate(
         lost = 100 * math.expm1(mean(value for _, value in found))
         print(f"{words}: {lost:.2f} %")
         report(found)
+    spread = math.sqrt(mean(error * error for error in errors))
+    print(f"ratio of both estimates: off by {100 * spread:.1f} %, root of the mean square")
     print(f"ranges of a plan: mean {mean(counts):.1f}, most {max(counts)}")
 
 
-def plan_of(n: int, k: int, out: DType, fitted: Fitted) -> list[tuple[int, str]]:
+def plan_of(n: int, k: int, out: DType, fitted: Fitted, doubt: float) -> list[tuple[int, str]]:
     """The ranges that a plan makes of the estimates: (first M, family)."""
     times = [
         {family: estimated(family, Shape(m, n, k, {}, out), fitted) for family in FAMILIES}
         for m in TOKENS
     ]
     points = [
-        Timed(start, m, one, estimated=frozenset(FAMILIES), doubt=DENSE_DOUBT)
+        Timed(start, m, one, estimated=frozenset(FAMILIES), doubt=doubt)
         for start, m, one in zip(starts_of(TOKENS), TOKENS, times, strict=True)
     ]
     return [(one.min_m, one.backend) for one in in_ranges(points, FAMILIES)]
@@ -251,14 +259,14 @@ def write(
     sweeps: Sequence[Path], others: Sequence[Path], shapes: list[Shape], float32: list[Shape]
 ) -> None:
     """The table that ships, with where it comes from."""
-    heads = [json.loads(path.read_text(encoding="utf-8").splitlines()[0]) for path in sweeps]
+    machines, packages = swept_on(sweeps)
     paths, own = ([str(path.resolve().relative_to(ROOT)) for path in x] for x in (sweeps, others))
     commit, date = last_change([*paths, *own])
     kept = parts(shapes, HELD_OUT)
     document = {
         "schema": 1,
-        "device": ", ".join(dict.fromkeys(head["machine"] for head in heads)),
-        "packages": heads[-1]["versions"],
+        "device": machines,
+        "packages": packages,
         "commit": commit,
         "date": date,
         "sources": paths,

@@ -239,11 +239,9 @@ def float32(found: Sequence[Point]) -> Table:
 def intake(found: Sequence[Point]) -> Table:
     """Our best float32, by the share of float16's time that L2 takes to take float32 stores."""
     times = {point.shape: point.time_us for point in best_of_ours(found, "float16")}
+    us_per_result = OUT_BYTES["float32"] / (L2_INTAKE_GB_S * 1e3)
     shares = {
-        point: point.m
-        * point.n
-        * OUT_BYTES["float32"]
-        / (L2_INTAKE_GB_S * 1e3 * times[point.shape])
+        point: point.m * point.n * us_per_result / times[point.shape]
         for point in best_of_ours(found, "float32")
         if point.shape in times
     }

@@ -39,18 +39,23 @@ def records(benchmark: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.strip()]
 
 
+def ran_last(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The newest record."""
+    return max(found, key=lambda record: (record["date"], record.get("time", "")))
+
+
 def newest(benchmark: str) -> list[dict[str, Any]]:
     """The records of one benchmark on the machine that ran it last, oldest first."""
     found = records(benchmark)
-    last = max(found, key=lambda record: (record["date"], record.get("time", "")))
-    return [record for record in found if record["machine"] == last["machine"]]
+    machine = ran_last(found)["machine"]
+    return [record for record in found if record["machine"] == machine]
 
 
 def of_newest_source(benchmark: str) -> list[list[dict[str, Any]]]:
     """The records of one benchmark, oldest first, of each machine that ran the newest source."""
     found = records(benchmark)
-    last = max(found, key=lambda record: (record["date"], record.get("time", "")))
-    machines = dict.fromkeys(r["machine"] for r in found if r["commit"] == last["commit"])
+    commit = ran_last(found)["commit"]
+    machines = dict.fromkeys(r["machine"] for r in found if r["commit"] == commit)
     return [[r for r in found if r["machine"] == machine] for machine in machines]
 
 

@@ -22,7 +22,7 @@ from blockscale.formats import DType
 from blockscale.kernels.corrected import bounded
 from blockscale.kernels.cuda import choice as cuda_choice
 from blockscale.kernels.cuda import corrections as cuda_corrections
-from blockscale.kernels.cuda.costs import LINE_BYTES, rounds
+from blockscale.kernels.cuda.costs import lines, rounds
 from blockscale.kernels.cuda.work import K_BLOCK
 from blockscale.kernels.gluon import choice as gluon_choice
 from blockscale.kernels.gluon import corrections as gluon_corrections
@@ -90,7 +90,7 @@ def cuda_kinds(work: CudaWork) -> tuple[float, ...]:
 
 def sizes(m: int, n: int, k: int) -> tuple[float, float, float, float]:
     """What the error depends on: logarithms of M, N and K blocks; 1 where rows lie across lines."""
-    return log2(m), log2(n), log2(max(1.0, k / K_BLOCK)), float(k % LINE_BYTES > 0)
+    return log2(m), log2(n), log2(max(1.0, k / K_BLOCK)), float(lines(k) - 1)
 
 
 def terms(own: Iterable[float], kinds: Iterable[float]) -> tuple[float, ...]:

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from blockscale.planning.request import LinearRequest
 
 
-# The ratio of two estimates of a dense layer is off by 10 % in the mean. With 5 % between them
-# plans lose 0.5 % to whoever is fastest, with 1 % 0.7 % (H100 and H200, 2026-11-27, perf-log G48).
-# Those of experts, which come from measured ratios, lose 0.2 % (ADR 0011).
+# The ratio of two estimates of a dense layer is off by 10 % (root of the mean square). With 5 %
+# between them plans lose 0.5 % to whoever is fastest, with 1 % 0.7 % (``family_fit.py --doubt``,
+# H100 and H200, 2026-11-27). Those of experts, from measured ratios, lose 0.2 % (ADR 0011).
 DENSE_DOUBT = 0.05
 
 

@@ -219,6 +219,7 @@ def compute(form: Form, blocks: int, maps: list[Map], problem: launch.Problem) -
         blocks,
         problem.last_rows,
     )
+    _require(work.k_blocks == problem.k_blocks, f"{work.name}: K blocks")
     _require([one.box for one in maps] == list(work.boxes), f"{work.name}: boxes")
     a, a_last, b, a_scales, a_scales_last, out = (
         one.matrix(name) for name, one in zip(names, maps, strict=True)

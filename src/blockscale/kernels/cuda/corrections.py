@@ -74,7 +74,7 @@ def quantities(work: Work, m: int, memory_share: float, processors: int) -> tupl
         log2(turns),
         min(1.0, turns * work.blocks / (work.units * work.form.cluster) - 1),
         log2(work.crowd),
-        float(lines(work) - 1),
+        float(lines(work.k) - 1),
     )
 
 

@@ -66,13 +66,13 @@ def outside_share(work: Work, m: int) -> float:
     return (rows - m) / rows
 
 
-def lines(work: Work) -> int:
-    """Lines of L2 that a row of a K block lies in: two where K is not whole lines.
+def lines(k: int) -> int:
+    """Lines of L2 that a row of a K block lies in: two where ``k`` is not whole lines.
 
     At K of 2736 and 5472, 128x128 took up to 1.5 times as long as 256x128, which asks for fewer
     rows, and at K of 5120 as long (M of 4096 and more; H100, 2026-11-27).
     """
-    return 1 if work.k % LINE_BYTES == 0 else 2
+    return 1 if k % LINE_BYTES == 0 else 2
 
 
 def row_tiles(work: Work, m: int) -> int:
@@ -86,9 +86,10 @@ def _block(work: Work, m: int) -> float:
     # 64 x n x 128 takes 2 n clocks of the tensor cores; 64 x n FFMAs over 128 threads n / 2 more.
     tensor = work.crowd * form.consumers * form.waves * 2 * form.columns
     chain = form.waves * (2.5 * form.columns + WAVE_CLOCKS)
-    arriving = (form.rows + form.columns) * lines(work) * LINE_BYTES
+    row_bytes = lines(work.k) * LINE_BYTES
+    arriving = (form.rows + form.columns) * row_bytes
     shared = {Share.NOTHING: 0, Share.ACTIVATION: form.rows, Share.WEIGHT: form.columns}
-    asked = arriving - shared[form.share] * lines(work) * LINE_BYTES / 2
+    asked = arriving - shared[form.share] * row_bytes / 2
     block = together(
         BLOCK_POWER,
         chain,
